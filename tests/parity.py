@@ -1,0 +1,90 @@
+"""The one rule by which every number is checked against nn.LSTM.
+
+Gold is nn.LSTM in float64 with the same (rounded) weights and inputs. In the dtype under test our largest error may be
+at most twice nn.LSTM's own, plus 4 eps of that dtype times the largest gold value. float64 has no better gold: there
+the bound is 1e-11 of the largest value. Every output and every gradient is held to it, with a non-zero gradient on
+each of y, hn and cn.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import fused_lstm
+
+
+def bound(theirs: Tensor | None, gold: Tensor, dtype: torch.dtype) -> float:
+    """The largest error that a result of `dtype` may have; `theirs` is nn.LSTM's result in that dtype."""
+    largest = gold.abs().max().item() if gold.numel() else 0.0
+    if dtype == torch.float64:
+        return 1e-11 * largest
+    return 2 * error(theirs, gold) + 4 * torch.finfo(dtype).eps * largest
+
+
+def error(result: Tensor, gold: Tensor) -> float:
+    difference = (result.detach().cpu().double() - gold).abs()
+    # NaN must fail: max() alone would pass it on to a comparison that is false either way.
+    return difference.nan_to_num(nan=torch.inf).max().item() if gold.numel() else 0.0
+
+
+def assert_close(name: str, ours: Tensor, theirs: Tensor | None, gold: Tensor, dtype: torch.dtype) -> None:
+    assert ours.shape == gold.shape, f"{name}: shape {tuple(ours.shape)}, nn.LSTM's is {tuple(gold.shape)}"
+    assert ours.dtype == dtype, f"{name}: dtype {ours.dtype}, expected {dtype}"
+    allowed, found = bound(theirs, gold, dtype), error(ours, gold)
+    assert found <= allowed, f"{name}: error {found:.3e}, the rule allows {allowed:.3e}"
+
+
+def run(
+    module: nn.Module, x: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None, *, backward: bool = True
+) -> dict[str, Tensor]:
+    """Every output and gradient of module(x, hx), by name; the cotangents of y, hn and cn come from a fixed seed."""
+    packed = isinstance(x, PackedSequence)
+    data = (x.data if packed else x).detach().requires_grad_(backward)
+    inputs = {"x": data}
+    if hx is not None:
+        hx = tuple(s.detach().requires_grad_(backward) for s in hx)
+        inputs |= {"h0": hx[0], "c0": hx[1]}
+    y, (hn, cn) = module(x._replace(data=data) if packed else data, hx)
+    outputs = {"y": y.data if packed else y, "hn": hn, "cn": cn}
+    results = {name: value.detach() for name, value in outputs.items()}
+    if backward:
+        inputs |= dict(module.named_parameters())
+        generator = torch.Generator().manual_seed(7)
+        cotangents = [
+            torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.dtype).to(v.device)
+            for v in outputs.values()
+        ]
+        grads = torch.autograd.grad(list(outputs.values()), list(inputs.values()), cotangents)
+        results |= {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
+    return results
+
+
+def twin(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """An nn.LSTM with the same weights, on the CPU if another dtype is asked for."""
+    theirs = copy.deepcopy(module)
+    fused_lstm.swap(theirs, back=True)
+    return theirs if dtype is None else theirs.cpu().to(dtype)
+
+
+def assert_parity(
+    module: nn.Module,
+    x: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    backward: bool = True,
+    call: Callable[..., dict[str, Tensor]] = run,
+) -> dict[str, Tensor]:
+    """Holds every output and gradient of module(x, hx) to the rule; returns them."""
+    dtype = x.data.dtype
+    ours = call(module, x, hx, backward=backward)
+    double_x = x.to(device="cpu", dtype=torch.float64)
+    double_hx = None if hx is None else tuple(s.detach().cpu().double() for s in hx)
+    gold = run(twin(module, torch.float64), double_x, double_hx, backward=backward)
+    theirs = {} if dtype == torch.float64 else run(twin(module), x, hx, backward=backward)
+    assert ours.keys() == gold.keys()
+    for name in gold:
+        assert_close(name, ours[name], theirs.get(name), gold[name], dtype)
+    return ours
