@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import lstm
-from .kernels.plan import Plan, choose
+from .functional import lstm, plan_for
+from .kernels.plan import Plan
 
 
 class LSTM(nn.RNNBase):
@@ -61,9 +60,10 @@ class LSTM(nn.RNNBase):
             dtype,
         )
 
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    # torch's own checks, so that they and their texts stay torch's own.
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
 
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
@@ -81,56 +81,53 @@ class LSTM(nn.RNNBase):
             ValueError, RuntimeError, IndexError: as torch.nn.LSTM, with its texts.
         """
         self._update_flat_weights()
-        packed = isinstance(input, PackedSequence)
-        if packed:
+        if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
-        else:
-            if input.dim() not in (2, 3):
-                raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-            data, batch_sizes, sorted_indices, unsorted_indices = input, None, None, None
-        unbatched = not packed and data.dim() == 2
+            y, hidden = self._run(data, batch_sizes, self._states(data, hx, int(batch_sizes[0])), sorted_indices)
+            packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+            return packed, self.permute_hidden(hidden, unsorted_indices)
+
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batch_dim = 0 if self.batch_first else 1
-        if unbatched:
-            data = data.unsqueeze(batch_dim)
+        batched = input.dim() == 3
+        if hx is not None and not (hx[0].dim() == hx[1].dim() == input.dim()):
+            raise RuntimeError(
+                f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx and cx should also be "
+                f"{input.dim()}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+        if batched:
+            return self._run(input, None, self._states(input, hx, input.size(batch_dim)))
+        if hx is not None:
+            hx = tuple(state.unsqueeze(1) for state in hx)  # type: ignore[assignment]
+        y, (hn, cn) = self._run(input.unsqueeze(batch_dim), None, self._states(input, hx, 1))
+        return y.squeeze(batch_dim), (hn.squeeze(1), cn.squeeze(1))
 
+    def _states(self, data: Tensor, hx: tuple[Tensor, Tensor] | None, B: int) -> tuple[Tensor, Tensor]:
         if hx is None:
-            B = int(batch_sizes[0]) if packed else data.size(batch_dim)
-            states = self.num_layers * (2 if self.bidirectional else 1)
-            h0 = data.new_zeros(states, B, self.proj_size or self.hidden_size)
-            c0 = data.new_zeros(states, B, self.hidden_size)
-        else:
-            if hx[0].dim() != hx[1].dim() or hx[0].dim() != (2 if unbatched else 3):
-                form = "unbatched 2-D" if unbatched else "batched 3-D"
-                raise RuntimeError(
-                    f"For {form} input, hx and cx should also be {form[-3:]} "
-                    f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-                )
-            if len(hx) != 2:
-                raise RuntimeError("lstm expects two hidden states")
-            h0, c0 = hx
-            if unbatched:
-                h0, c0 = h0.unsqueeze(1), c0.unsqueeze(1)
-        self.check_forward_args(data, (h0, c0), batch_sizes)
-        h0, c0 = self.permute_hidden((h0, c0), sorted_indices)
+            count = self.num_layers * (2 if self.bidirectional else 1)
+            h0 = data.new_zeros(count, B, self.proj_size or self.hidden_size)
+            return h0, data.new_zeros(count, B, self.hidden_size)
+        if len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+        return hx[0], hx[1]
 
+    def _run(
+        self, data: Tensor, batch_sizes: Tensor | None, hx: tuple[Tensor, Tensor], permutation: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self.check_forward_args(data, hx, batch_sizes)
         y, hn, cn = lstm(
             data,
-            (h0, c0),
-            self._flat_weights,
+            self.permute_hidden(hx, permutation),
+            self._flat_weights,  # type: ignore[arg-type]
             bias=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
             training=self.training,
             bidirectional=self.bidirectional,
-            batch_first=self.batch_first and not packed,
+            batch_first=self.batch_first and batch_sizes is None,
             batch_sizes=batch_sizes,
         )
-
-        if packed:
-            y = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-            hn, cn = self.permute_hidden((hn, cn), unsorted_indices)
-        elif unbatched:
-            y, hn, cn = y.squeeze(batch_dim), hn.squeeze(1), cn.squeeze(1)
         return y, (hn, cn)
 
     def plan(self, input: Tensor | PackedSequence) -> Plan:
@@ -139,7 +136,7 @@ class LSTM(nn.RNNBase):
             data, B = input.data, int(input.batch_sizes[0])
         else:
             data, B = input, 1 if input.dim() == 2 else input.size(0 if self.batch_first else 1)
-        return choose(data.dtype, B, self.hidden_size, data.device)
+        return plan_for(data, B, self.hidden_size)
 
 
 def swap(model: nn.Module, back: bool = False) -> int:

@@ -1,13 +1,15 @@
 """Which kernel form runs a recurrence, with which tiles, and why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
+import triton
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of one kernel launch: batch rows, hidden units and reduction chunk of one program; warps."""
+    """Tile sizes of one kernel: batch rows and hidden units of a program, reduction chunk of a product; its warps."""
 
     batch: int
     units: int
@@ -21,15 +23,112 @@ class Plan:
 
     mode: "local", "grid" or "step" (the three forms of the Triton kernels), or "torch" (torch's own LSTM).
     forward, backward: the tiles of each pass; None in mode "torch".
+    resident: programs that the device runs at once, one a multiprocessor; 0 where the mode does not depend on it.
+    precision: of float32 products, "tf32", "tf32x3" (three TF32 products, as exact as float32) or "ieee".
     why: the reason, in words.
     """
 
     mode: str
     forward: Tiles | None
     backward: Tiles | None
+    resident: int
+    precision: str
     why: str
 
 
-def choose(dtype: torch.dtype, B: int, H: int, device: torch.device) -> Plan:
-    """Returns the plan for a recurrence of H hidden units over B rows of `dtype` on `device`."""
-    return Plan("torch", None, None, "CPU tensors without TRITON_INTERPRET=1: torch's own LSTM")
+@dataclass(frozen=True)
+class Device:
+    """What a plan depends on: multiprocessors, bytes of shared memory that a program may use, compute capability."""
+
+    multiprocessors: int
+    shared: int
+    capability: tuple[int, int]
+
+
+A100 = Device(108, 163 * 1024, (8, 0))
+H100 = Device(132, 227 * 1024, (9, 0))
+
+
+def interpreted() -> bool:
+    """True where TRITON_INTERPRET=1 was set before triton was imported: the kernels then run on CPU tensors."""
+    return not isinstance(_probe, triton.JITFunction)
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+def choose(dtype: torch.dtype, B: int, H: int, device: torch.device, ieee: bool) -> Plan:
+    """Returns the plan for a recurrence of H hidden units over B rows of `dtype` on `device`.
+
+    ieee: float32 products in full precision.
+    """
+    if device.type == "cpu" and interpreted():
+        plan = replace(choose_kernel(dtype, B, H, H100, ieee), precision="ieee")
+        if plan.mode == "grid":
+            # Programs run one after another in the interpreter: one that waits for another would wait for ever.
+            plan = replace(plan, mode="step", resident=0, why=f"one launch a step in the interpreter; {plan.why}")
+        return plan
+    if device.type != "cuda":
+        return torch_plan(f"{device.type} tensors: torch's own LSTM; the kernels run on CUDA")
+    if dtype == torch.float64:
+        return torch_plan("float64 on CUDA: torch's own LSTM")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return torch_plan(f"{name(dtype)}: torch's own LSTM")
+    return choose_kernel(dtype, B, H, cuda_device(device), ieee)
+
+
+def torch_plan(why: str) -> Plan:
+    return Plan("torch", None, None, 0, "ieee", why)
+
+
+@cache
+def cuda_device(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
+    return Device(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        (properties.major, properties.minor),
+    )
+
+
+@cache
+def choose_kernel(dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool) -> Plan:
+    """Returns the plan among the kernels' three forms.
+
+    ieee: float32 products in full precision, which take three TF32 products and so hold the weights twice.
+    """
+    precision = "ieee"
+    size = dtype.itemsize
+    if dtype == torch.float32:
+        precision = "tf32x3" if ieee else "tf32"
+        size = 8 if ieee else 4
+    chunk = 128 if size == 2 else 64 if size == 4 else 32
+
+    # Local: all of W_hh on one multiprocessor, with a fifth of its memory left to the layout conversions of a step.
+    padded = max(16, triton.next_power_of_2(H))
+    if 4 * padded * padded * size <= 0.8 * device.shared:
+        tiles = Tiles(batch=16, units=padded, chunk=padded, warps=4 if padded <= 64 else 8)
+        return Plan("local", tiles, tiles, 0, precision, f"W_hh of H {H} in {name(dtype)} fits on one multiprocessor")
+
+    # Grid: a slice of W_hh on each of the multiprocessors. Full precision takes 16 units or spills registers.
+    columns = triton.cdiv(H, chunk) * chunk
+    for units in (16, 8) if size < 8 else (16,):
+        programs = triton.cdiv(H, units)
+        if programs <= device.multiprocessors and 4 * units * columns * size <= 0.8 * device.shared:
+            # The smallest batch tile with which all groups run at once. Rows of an H that no wide load divides
+            # take more address registers, so there the tile stays small.
+            fits = programs * triton.cdiv(B, 16) <= device.multiprocessors
+            forward = Tiles(batch=16 if fits or H % 8 else 32, units=units, chunk=chunk, warps=4)
+            backward = Tiles(batch=32, units=units, chunk=chunk, warps=4 if size == 2 else 8)
+            why = f"W_hh of H {H} in {name(dtype)} is spread over {programs} multiprocessors, {units} units on each"
+            return Plan("grid", forward, backward, device.multiprocessors, precision, why)
+
+    tiles = Tiles(batch=32, units=16, chunk=chunk, warps=4)
+    why = f"W_hh of H {H} in {name(dtype)} does not fit on {device.multiprocessors} multiprocessors: one launch a step"
+    return Plan("step", tiles, tiles, 0, precision, why)
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,199 @@
+"""LSTMFunction: one layer and direction under autograd, and the matrix products that are parallel over time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kernels.backward import backward
+from .kernels.forward import forward
+from .kernels.launch import Packing
+from .kernels.plan import Plan
+
+Rows = slice | Tensor
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Where the steps of one direction lie among the rows of the flattened (rows, features) sequence.
+
+    start, end: the rows of each batch row's first and last step in the direction's order.
+    current, previous: the rows of all other steps, and those of the step before each.
+    """
+
+    start: Rows
+    end: Rows
+    current: Rows
+    previous: Rows
+    reverse: bool
+    packing: Packing | None
+
+    @staticmethod
+    def dense(T: int, B: int, reverse: bool) -> "Sequence":
+        rows = T * B
+        first, last, later, earlier = slice(B), slice(rows - B, rows), slice(B, rows), slice(rows - B)
+        return Sequence.directed(first, last, later, earlier, reverse, None)
+
+    @staticmethod
+    def packed(batch_sizes: Tensor, reverse: bool, device: torch.device) -> "Sequence":
+        """batch_sizes: (T,) int64 on the CPU, as in a PackedSequence."""
+        B = int(batch_sizes[0])
+        offsets = batch_sizes.cumsum(0) - batch_sizes
+        # Step t has batch_sizes[t] - batch_sizes[t + 1] rows more than the next: so many sequences end with it.
+        ended = torch.diff(batch_sizes, append=batch_sizes.new_zeros(1)).neg()
+        lengths = torch.arange(1, len(batch_sizes) + 1).repeat_interleave(ended).flip(0)
+        last = offsets[lengths - 1] + torch.arange(B)
+        earlier = torch.arange(B, int(batch_sizes.sum())) - batch_sizes[:-1].repeat_interleave(batch_sizes[1:])
+        lengths, offsets, last, earlier = (index.to(device) for index in (lengths, offsets, last, earlier))
+        packing = Packing(lengths, offsets)
+        return Sequence.directed(slice(B), last, slice(B, None), earlier, reverse, packing)
+
+    @staticmethod
+    def directed(
+        first: Rows, last: Rows, later: Rows, earlier: Rows, reverse: bool, packing: Packing | None
+    ) -> "Sequence":
+        if reverse:
+            return Sequence(last, first, earlier, later, reverse, packing)
+        return Sequence(first, last, later, earlier, reverse, packing)
+
+
+@contextmanager
+def matmul_precision(like: Tensor, plan: Plan) -> Iterator[None]:
+    """Holds torch's float32 matrix products on CUDA to the precision that cuDNN's own switch asks of nn.LSTM."""
+    matmul = torch.backends.cuda.matmul
+    wanted = "tf32" if plan.precision == "tf32" else "ieee"
+    saved = matmul.fp32_precision
+    if not like.is_cuda or like.dtype != torch.float32 or saved == wanted:
+        yield
+        return
+    matmul.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = saved
+
+
+class LSTMFunction(torch.autograd.Function):
+    """One layer and direction.
+
+    Inputs: x (T, B, I) or (rows, I) packed; h0 (B, Hout); c0 (B, H); weight_ih (4H, I); weight_hh (4H, Hout);
+    bias_ih, bias_hh (4H) or None; weight_hr (P, H) or None; sequence; plan; save: keep what backward needs.
+    Outputs: y like x with Hout features; hn (B, Hout); cn (B, H); and, kept for backward only, h, c and gates.
+
+    A projection W_hr needs no kernel of its own: with y_t = W_hr h_t, the recurrent term W_hh y_{t-1} equals
+    (W_hh W_hr) h_{t-1}. So the kernels run on h with the product of both weights, only the first step takes
+    W_hh h0, and projecting h is one product parallel over time.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        weight_hr: Tensor | None,
+        sequence: Sequence,
+        plan: Plan,
+        save: bool,
+    ) -> tuple[Tensor | None, ...]:
+        lead = x.shape[:-1]
+        bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
+        with matmul_precision(x, plan):
+            input_gates = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight_ih, bias)
+            recurrent, start = weight_hh.contiguous(), h0.contiguous()
+            if weight_hr is not None:
+                input_gates[sequence.start] += h0 @ weight_hh.T
+                recurrent, start = weight_hh @ weight_hr, torch.zeros_like(c0, memory_format=torch.contiguous_format)
+            h, cn, c, gates = forward(
+                input_gates.view(*lead, -1),
+                recurrent,
+                start,
+                c0.contiguous(),
+                plan=plan,
+                reverse=sequence.reverse,
+                packing=sequence.packing,
+                save=save,
+            )
+            y = h if weight_hr is None else h @ weight_hr.T
+        hn = y.view(-1, y.shape[-1])[sequence.end]
+        if isinstance(sequence.end, slice):
+            hn = hn.clone()  # shares no memory with y
+        return y, hn, cn.to(c0.dtype), None if weight_hr is None else h, c, gates
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        *tensors, ctx.sequence, ctx.plan, save = inputs
+        y, _, _, h, c, gates = output
+        ctx.mark_non_differentiable(*(t for t in (h, c, gates) if t is not None))
+        ctx.set_materialize_grads(False)
+        if save:
+            x, h0, c0, weight_ih, weight_hh, bias_ih, _, weight_hr = tensors
+            ctx.bias = bias_ih is not None
+            ctx.save_for_backward(x, h0, c0, weight_ih, weight_hh, weight_hr, y, h, c, gates)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        x, h0, c0, weight_ih, weight_hh, weight_hr, y, h, c, gates = ctx.saved_tensors
+        sequence, plan, needs = ctx.sequence, ctx.plan, ctx.needs_input_grad
+        dy = torch.zeros_like(y) if dy is None else dy.contiguous()
+        dhn = torch.zeros_like(h0) if dhn is None else dhn
+        dcn = torch.zeros_like(c0) if dcn is None else dcn
+        dx = dh0 = dc0 = dweight_ih = dweight_hh = dbias = dweight_hr = None
+        with matmul_precision(x, plan):
+            dh, dh_end, recurrent = dy, dhn, weight_hh
+            if weight_hr is not None:
+                dh, dh_end, recurrent = dy @ weight_hr, dhn @ weight_hr, weight_hh @ weight_hr
+            dgates, dc0 = backward(
+                dh,
+                dh_end.contiguous(),
+                dcn.contiguous(),
+                recurrent.contiguous(),
+                c0.to(c.dtype).contiguous(),
+                c,
+                gates,
+                plan=plan,
+                reverse=sequence.reverse,
+                packing=sequence.packing,
+            )
+
+            # From here on everything is parallel over time; the numbers are those of kernels/README.md.
+            dgates, y = dgates.view(-1, dgates.shape[-1]), y.view(-1, y.shape[-1])
+            start, end, current, previous = sequence.start, sequence.end, sequence.current, sequence.previous
+            if needs[0]:
+                dx = (dgates @ weight_ih).view(x.shape)  # (9)
+            if needs[1]:
+                dh0 = dgates[start] @ weight_hh  # (10)
+            if needs[3]:
+                dweight_ih = dgates.T @ x.reshape(-1, x.shape[-1])  # (11)
+            if needs[4]:
+                dweight_hh = torch.addmm(dgates[start].T @ h0, dgates[current].T, y[previous])  # (12)
+            if ctx.bias and (needs[5] or needs[6]):
+                dbias = dgates.sum(0)  # (13)
+            if needs[7]:
+                total = dy.view(-1, dy.shape[-1]).clone()
+                total[end] += dhn
+                total[previous] += dgates[current] @ weight_hh
+                dweight_hr = total.T @ h.view(-1, h.shape[-1])  # (14)
+        return (
+            dx,
+            dh0,
+            dc0.to(c0.dtype) if needs[2] else None,
+            dweight_ih,
+            dweight_hh,
+            dbias if needs[5] else None,
+            dbias.clone() if dbias is not None and needs[6] else None,
+            dweight_hr,
+            None,
+            None,
+            None,
+        )

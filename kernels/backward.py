@@ -1,0 +1,211 @@
+"""The backward recurrence: the same loop backwards in time, and its launcher."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cell import cell_backward
+from .launch import Packing, launch
+from .plan import Plan
+from .sync import publish, wait
+
+
+@triton.jit
+def load_weight(weight_hh, units, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """K-chunk k of this program's columns of W_hh, transposed; a chunk lies in one gate: (BLOCK_H, BLOCK_K)."""
+    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    k_units = k % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows = (k // CHUNKS * H + k_units).to(tl.int64)
+    mask = (units < H)[:, None] & (k_units < H)[None, :]
+    return tl.load(weight_hh + rows[None, :] * H + units[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_dgates(dgates_rows, active_rows, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """K-chunk k of dgates_{t+1}, whose row pointers are given: (BLOCK_K, batch rows)."""
+    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    k_units = k % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = k // CHUNKS * H + k_units
+    mask = (k_units < H)[:, None] & active_rows[None, :]
+    return tl.load(dgates_rows[None, :] + columns[:, None], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["T", "B", "row_begin", "step_begin", "step_end"])
+def backward_kernel(
+    dy,  # (rows, H) in; rows = T * B, or the rows of the packed sequence
+    dhn,  # (B, H) in: gradient of each row's last h
+    weight_hh,  # (4H, H) in
+    c0,  # (B, H) in
+    c,  # (rows, H) in: saved by forward
+    gates,  # (rows, 4H) in: saved by forward
+    dc_state,  # (B, H) in: gradient of the cell from the steps after; out: from step_end on, dc0 in the end
+    lengths,  # (B,) in: steps of each batch row; only if PACKED
+    offsets,  # (T,) in: first row of each step; only if PACKED
+    dgates,  # (rows, 4H) out: w.r.t. the pre-activations; also the buffer through which programs exchange it
+    flags,  # (batch groups, T) in/out: step flags, zero at launch; only if GRID
+    T,
+    B,
+    row_begin,  # first batch row of this launch, a multiple of BLOCK_B
+    step_begin,  # steps [step_begin, step_end) in the order of this pass, from the direction's last to its first
+    step_end,
+    H: tl.constexpr,
+    LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
+    GRID: tl.constexpr,  # programs hand dgates to each other through flags; neither: one launch a step
+    REVERSE: tl.constexpr,  # the direction ran from the last step to the first, so this pass runs from the first
+    PACKED: tl.constexpr,  # rows of a PackedSequence: each batch row has its own length
+    DOT: tl.constexpr,  # dtype of the matrix operands
+    PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
+    BLOCK_B: tl.constexpr,  # batch rows of a program
+    BLOCK_H: tl.constexpr,  # hidden units of a program
+    BLOCK_K: tl.constexpr,  # units of one gate that one product reduces over
+):
+    ACC: tl.constexpr = dc_state.dtype.element_ty
+    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K  # of one gate
+    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    rows = row_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    batch_group = row_begin // BLOCK_B + tl.program_id(1)
+    real_rows = rows < B
+    mask = (units < H)[:, None] & real_rows[None, :]
+    active_rows = real_rows
+    active = mask
+    rows = rows.to(tl.int64)
+    state = rows[None, :] * H + units[:, None]  # this program's tile in a (B, H) tensor
+
+    if LOCAL or GRID:
+        # W_hh^T stays on chip for all steps.
+        weights = ()
+        for k in tl.static_range(4 * CHUNKS):
+            weights = weights + (load_weight(weight_hh, units, k, H, BLOCK_K).to(DOT),)
+
+    if PACKED:
+        length = tl.load(lengths + rows, mask=real_rows, other=0)
+        last = tl.max(length) - 1
+        step_end = tl.minimum(step_end, last + 1)
+    else:
+        last = T - 1
+    dc = tl.load(dc_state + state, mask=mask, other=0.0)
+    if LOCAL:
+        di_next = tl.zeros((BLOCK_H, BLOCK_B), dgates.dtype.element_ty)
+        df_next = di_next
+        dg_next = di_next
+        do_next = di_next
+
+    for step in range(step_begin, step_end):
+        # t_next comes after t in the direction's own order and was done in the previous turn; t_prev comes next here.
+        t = step if REVERSE else last - step
+        t_next = t - 1 if REVERSE else t + 1
+        t_prev = t + 1 if REVERSE else t - 1
+        if PACKED:
+            active_rows = real_rows & (t < length)
+            active = mask & active_rows[None, :]
+            row = tl.load(offsets + t) + rows
+            row_next = tl.load(offsets + t_next, mask=step > 0, other=0) + rows
+            row_prev = tl.load(offsets + t_prev, mask=step < last, other=0) + rows
+            has_next = (t_next < length) & (step > 0)
+            has_prev = (t_prev < length) & (step < last)
+        else:
+            row = t.to(tl.int64) * B + rows
+            row_next = t_next.to(tl.int64) * B + rows
+            row_prev = t_prev.to(tl.int64) * B + rows
+            has_next = real_rows & (step > 0)
+            has_prev = real_rows & (step < last)
+
+        # All that does not wait for dgates of t_next is loaded before the flag is awaited.
+        gate = row[None, :] * (4 * H) + units[:, None]
+        hidden = row[None, :] * H + units[:, None]
+        i = tl.load(gates + gate, mask=active, other=0.0).to(ACC)
+        f = tl.load(gates + gate + H, mask=active, other=0.0).to(ACC)
+        g = tl.load(gates + gate + 2 * H, mask=active, other=0.0).to(ACC)
+        o = tl.load(gates + gate + 3 * H, mask=active, other=0.0).to(ACC)
+        c_t = tl.load(c + hidden, mask=active, other=0.0)
+        c_rows = tl.where(has_prev, c + row_prev * H, c0 + rows * H)
+        c_prev = tl.load(c_rows[None, :] + units[:, None], mask=active, other=0.0)
+        dh = tl.load(dy + hidden, mask=active, other=0.0).to(ACC)  # (5)
+        dh += tl.load(dhn + state, mask=active & (~has_next)[None, :], other=0.0).to(ACC)
+
+        dgates_rows = dgates + row_next * (4 * H)
+        if LOCAL:
+            # dgates of rows without a next step are zero in their registers.
+            dh = tl.dot(weights[0], di_next.to(DOT), dh, input_precision=PRECISION, out_dtype=ACC)
+            dh = tl.dot(weights[1], df_next.to(DOT), dh, input_precision=PRECISION, out_dtype=ACC)
+            dh = tl.dot(weights[2], dg_next.to(DOT), dh, input_precision=PRECISION, out_dtype=ACC)
+            dh = tl.dot(weights[3], do_next.to(DOT), dh, input_precision=PRECISION, out_dtype=ACC)
+        elif GRID:
+            if step > 0:
+                wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0))
+            for k in tl.static_range(4 * CHUNKS):
+                dgates_next = load_dgates(dgates_rows, active_rows & has_next, k, H, BLOCK_K)
+                dh = tl.dot(weights[k], dgates_next.to(DOT), dh, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            for k in tl.range(4 * CHUNKS, num_stages=3):
+                weight = load_weight(weight_hh, units, k, H, BLOCK_K)
+                dgates_next = load_dgates(dgates_rows, active_rows & has_next, k, H, BLOCK_K)
+                dh = tl.dot(weight.to(DOT), dgates_next.to(DOT), dh, input_precision=PRECISION, out_dtype=ACC)
+
+        di, df, dg, do, dc_prev = cell_backward(i, f, g, o, c_prev, c_t, dh, dc)
+        dc = tl.where(active, dc_prev, dc)
+        di = di.to(dgates.dtype.element_ty)
+        df = df.to(dgates.dtype.element_ty)
+        dg = dg.to(dgates.dtype.element_ty)
+        do = do.to(dgates.dtype.element_ty)
+        tl.store(dgates + gate, di, mask=active)
+        tl.store(dgates + gate + H, df, mask=active)
+        tl.store(dgates + gate + 2 * H, dg, mask=active)
+        tl.store(dgates + gate + 3 * H, do, mask=active)
+        if GRID:
+            publish(flags + batch_group.to(tl.int64) * T + step)
+        if LOCAL:
+            di_next = tl.where(active, di, 0.0)
+            df_next = tl.where(active, df, 0.0)
+            dg_next = tl.where(active, dg, 0.0)
+            do_next = tl.where(active, do, 0.0)
+
+    tl.store(dc_state + state, dc, mask=mask)
+
+
+def backward(
+    dy: Tensor,
+    dhn: Tensor,
+    dcn: Tensor,
+    weight_hh: Tensor,
+    c0: Tensor,
+    c: Tensor,
+    gates: Tensor,
+    *,
+    plan: Plan,
+    reverse: bool = False,
+    packing: Packing | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs the recurrence of one layer and direction backwards.
+
+    Args:
+        dy: (T, B, H), or (rows, H) of a packed sequence, contiguous.
+        dhn, dcn: (B, H), gradients of each row's last h and c.
+        weight_hh: (4H, H).
+        c0: (B, H) in the accumulator's dtype.
+        c, gates: as saved by forward().
+        plan, reverse, packing: as given to forward().
+
+    Returns:
+        dgates: as gates, the gradient w.r.t. the pre-activations.
+        dc0: (B, H) in the accumulator's dtype.
+    """
+    B, H = c0.shape
+    T = dy.shape[0] if packing is None else packing.offsets.shape[0]
+    dgates = torch.empty_like(gates)
+    dc0 = dcn.to(c0.dtype, copy=True)
+    if B > 0:
+        launch(
+            backward_kernel,
+            (dy, dhn, weight_hh, c0, c, gates, dc0, *(packing or (None, None)), dgates),
+            plan,
+            plan.backward,
+            T,
+            B,
+            H,
+            dy.dtype,
+            REVERSE=reverse,
+            PACKED=packing is not None,
+        )
+    return dgates, dc0

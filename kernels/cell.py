@@ -1,0 +1,55 @@
+"""The LSTM cell on registers, forward and backward: the only place in the kernels where its equations stand.
+
+The numbers in the comments are those of kernels/README.md. Tiles are (units, batch rows).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    # From exp alone, which every backend and the interpreter have. Near 0 the quotient would cancel: the odd series
+    # keeps the relative accuracy there (its next term is below 1e-8 of x for |x| < 0.25).
+    e = tl.exp(-2.0 * tl.abs(x))
+    y = (1.0 - e) / (1.0 + e)
+    y = tl.where(x < 0.0, -y, y)
+    if x.dtype == tl.float64:
+        return y
+    x2 = x * x
+    series = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
+    return tl.where(tl.abs(x) < 0.25, series, y)
+
+
+@triton.jit
+def cell_forward(pre_i, pre_f, pre_g, pre_o, c_prev):
+    """Pre-activations and c_{t-1} to the activated gates, c_t and h_t."""
+    i = tl.sigmoid(pre_i)  # (2)
+    f = tl.sigmoid(pre_f)
+    g = tanh(pre_g)
+    o = tl.sigmoid(pre_o)
+    c = f * c_prev + i * g  # (3)
+    h = o * tanh(c)  # (4)
+    return i, f, g, o, c, h
+
+
+@triton.jit
+def cell_backward(i, f, g, o, c_prev, c, dh, dc):
+    """Saved gates and cells, dL/dh_t and the dL/dc_t that came from t+1, to dgates_t and the dL/dc_{t-1} it leaves."""
+    tanh_c = tanh(c)
+    dc = dc + dh * o * (1.0 - tanh_c * tanh_c)  # (6)
+    di = dc * g * i * (1.0 - i)  # (7)
+    df = dc * c_prev * f * (1.0 - f)
+    dg = dc * i * (1.0 - g * g)
+    do = dh * tanh_c * o * (1.0 - o)
+    return di, df, dg, do, dc * f  # (8)
+
+
+@triton.jit
+def split_gates(x, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """(4 * UNITS, ROWS) with the four gates of a unit side by side, to four tiles (UNITS, ROWS): i, f, g, o."""
+    x = tl.permute(tl.reshape(x, (UNITS, 2, 2, ROWS)), (0, 3, 1, 2))
+    ig, fo = tl.split(x)
+    i, g = tl.split(ig)
+    f, o = tl.split(fo)
+    return i, f, g, o

@@ -1,0 +1,23 @@
+"""Sets up Triton's interpreter where there is no GPU, and poisons uninitialised memory."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """torch fills fresh memory with NaN: an element that a kernel leaves out fails every comparison."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """The kernels' device: the CPU in Triton's interpreter, and its twin on a GPU."""
+    return request.param

@@ -1,0 +1,64 @@
+"""The reference's links: to the equations (its backward is the derivative of its forward) and to nn.LSTM."""
+
+import pytest
+import torch
+
+from fused_lstm import reference
+from fused_lstm.autograd import Sequence
+
+from .parity import assert_close
+
+B, H = 3, 4
+BATCH_SIZES = torch.tensor([3, 3, 2, 1, 1])
+
+
+class Reference(torch.autograd.Function):
+    """reference.py's two halves joined, so that torch's gradcheck can hold one against the other."""
+
+    @staticmethod
+    def forward(ctx, input_gates, weight_hh, h0, c0, options):
+        y, cn, c, gates = reference.forward(input_gates, weight_hh, h0, c0, **options)
+        ctx.save_for_backward(weight_hh, c0, c, gates)
+        ctx.options = options
+        return y, cn
+
+    @staticmethod
+    def backward(ctx, dy, dcn):
+        weight_hh, c0, c, gates = ctx.saved_tensors
+        dhn = torch.zeros_like(c0)
+        dgates, dc0 = reference.backward(dy, dhn, dcn, weight_hh, c0, c, gates, **ctx.options)
+        return dgates, None, None, dc0, None
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_backward_is_the_derivative_of_forward(reverse, packed):
+    packing = Sequence.packed(BATCH_SIZES, reverse, torch.device("cpu")).packing if packed else None
+    lead = (int(BATCH_SIZES.sum()),) if packed else (4, B)
+    shapes = [(*lead, 4 * H), (4 * H, H), (B, H), (B, H)]
+    input_gates, weight_hh, h0, c0 = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    inputs = (
+        input_gates.requires_grad_(),
+        weight_hh,
+        h0,
+        c0.requires_grad_(),
+        {"reverse": reverse, "packing": packing},
+    )
+    assert torch.autograd.gradcheck(Reference.apply, inputs)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_forward_equals_nn_lstm(reverse):
+    theirs = torch.nn.LSTM(5, H, bidirectional=True, dtype=torch.float64)
+    suffix = "_reverse" if reverse else ""
+    weight_ih, weight_hh, bias_ih, bias_hh = (
+        getattr(theirs, name + suffix).detach() for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    )
+    x, hx = torch.randn(6, B, 5, dtype=torch.float64), torch.randn(2, 2, B, H, dtype=torch.float64)
+    with torch.no_grad():
+        y, (hn, cn) = theirs(x, (hx[0], hx[1]))
+    input_gates = x @ weight_ih.T + bias_ih + bias_hh
+    ours = reference.forward(input_gates, weight_hh, hx[0, reverse * 1], hx[1, reverse * 1], reverse=reverse)
+    side = slice(H, None) if reverse else slice(H)
+    assert_close("y", ours[0], None, y[..., side], torch.float64)
+    assert_close("cn", ours[1], None, cn[reverse * 1], torch.float64)
