@@ -112,7 +112,7 @@ class LSTMFunction(torch.autograd.Function):
                 input_gates[sequence.start] += h0 @ weight_hh.T
                 recurrent, start = weight_hh @ weight_hr, torch.zeros_like(c0, memory_format=torch.contiguous_format)
             h, cn, c, gates = forward(
-                input_gates.view(*lead, -1),
+                input_gates.view(*lead, input_gates.shape[-1]),
                 recurrent,
                 start,
                 c0.contiguous(),

@@ -21,9 +21,11 @@ def publish(flag):
 @triton.jit
 def wait(flag, programs):
     """Returns when all `programs` slices have been counted in, with their data visible."""
-    # The spin is relaxed, because an acquire in it would empty the L1 cache each turn; one acquire follows it.
+    # The spin is relaxed, because an acquire in it would empty the L1 cache each turn.
     while tl.atomic_add(flag, 0, sem="relaxed", scope="gpu") < programs:
         pass
-    tl.atomic_add(flag, 0, sem="acquire", scope="gpu")
+    # One acquire follows it; its result must be used, or the compiler drops it as a dead load.
+    while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < programs:
+        pass
     # No thread may read ahead of the one that performed the acquire.
     tl.debug_barrier()

@@ -56,7 +56,7 @@ def test_forward_equals_nn_lstm(reverse):
     )
     x, hx = torch.randn(6, B, 5, dtype=torch.float64), torch.randn(2, 2, B, H, dtype=torch.float64)
     with torch.no_grad():
-        y, (hn, cn) = theirs(x, (hx[0], hx[1]))
+        y, (_, cn) = theirs(x, (hx[0], hx[1]))
     input_gates = x @ weight_ih.T + bias_ih + bias_hh
     ours = reference.forward(input_gates, weight_hh, hx[0, reverse * 1], hx[1, reverse * 1], reverse=reverse)
     side = slice(H, None) if reverse else slice(H)

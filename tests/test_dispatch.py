@@ -1,0 +1,108 @@
+"""Which form a call takes, that the plan says so, and what each form saves."""
+
+import pytest
+import torch
+from fused_lstm.kernels import plan
+from fused_lstm.kernels.plan import A100, H100, choose, choose_kernel
+from torch.nn.utils.rnn import pack_sequence
+
+from fused_lstm import LSTM
+from fused_lstm.functional import check
+
+from .parity import twin
+
+KERNEL_DTYPES = [(torch.float16, False), (torch.bfloat16, False), (torch.float32, False), (torch.float32, True)]
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    monkeypatch.setattr(plan, "interpreted", lambda: False)
+
+
+def test_on_a_plain_cpu_the_class_is_torch_own_lstm(no_interpreter):
+    module = LSTM(5, 8, num_layers=2, bidirectional=True, dropout=0.5)
+    x = torch.randn(4, 3, 5)
+    assert module.plan(x).mode == "torch" and "cpu" in module.plan(x).why
+    torch.manual_seed(1)
+    ours = module(x)[0]
+    torch.manual_seed(1)
+    assert torch.equal(ours, twin(module)(x)[0])
+
+
+def test_the_interpreter_runs_the_kernels():
+    assert LSTM(5, 8).plan(torch.randn(4, 3, 5)).mode == "local"
+    big = LSTM(5, 130).plan(torch.randn(4, 3, 5))
+    assert big.mode == "step" and "interpreter" in big.why and "multiprocessors" in big.why
+
+
+def test_dropout_draws_the_masks_of_nn_lstm():
+    module = LSTM(5, 8, num_layers=3, dropout=0.5, bidirectional=True)
+    x, theirs = torch.randn(4, 3, 5), twin(module)
+    torch.manual_seed(1)
+    ours = module(x)[0]
+    torch.manual_seed(1)
+    torch.testing.assert_close(ours, theirs(x)[0])
+
+
+def test_float64_on_a_gpu_is_torch_own_lstm():
+    chosen = choose(torch.float64, 3, 8, torch.device("cuda"), ieee=False)
+    assert chosen.mode == "torch" and "float64" in chosen.why
+
+
+@pytest.mark.parametrize("dtype,ieee", KERNEL_DTYPES)
+@pytest.mark.parametrize("device", [A100, H100])
+def test_modes_follow_the_size_of_the_weights(device, dtype, ieee):
+    order = ["local", "grid", "step"]
+    modes = [choose_kernel(dtype, 16, H, device, ieee).mode for H in range(1, 2049)]
+    assert modes == sorted(modes, key=order.index) and set(modes) == set(order)
+
+
+@pytest.mark.parametrize("dtype,ieee", KERNEL_DTYPES)
+@pytest.mark.parametrize("device", [A100, H100])
+@pytest.mark.parametrize("B", [1, 16, 17, 64, 1024])
+def test_a_batch_group_is_always_resident_together(device, dtype, ieee, B):
+    for H in range(1, 2049):
+        chosen = choose_kernel(dtype, B, H, device, ieee)
+        for tiles in (chosen.forward, chosen.backward):
+            programs = -(-H // tiles.units)
+            assert chosen.mode != "local" or programs == 1
+            assert chosen.mode != "grid" or programs <= chosen.resident <= device.multiprocessors
+
+
+def test_plan_takes_every_form_of_input():
+    module = LSTM(5, 8, batch_first=True)
+    forms = [torch.randn(3, 4, 5), torch.randn(4, 5), pack_sequence([torch.randn(4, 5), torch.randn(2, 5)])]
+    assert all(module.plan(x).mode == "local" for x in forms)
+
+
+def test_nothing_is_saved_where_no_gradient_is_wanted():
+    module, x = LSTM(5, 8), torch.randn(4, 3, 5)
+    saved = []
+
+    def run():
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+            module(x)
+        return len(saved)
+
+    assert run() > 0
+    with torch.no_grad():
+        assert run() == 0
+    module.requires_grad_(False)
+    assert run() == 0
+
+
+def test_gradients_nobody_wants_are_not_computed():
+    module, x = LSTM(5, 8, proj_size=3), torch.randn(4, 3, 5, requires_grad=True)
+    module.weight_hh_l0.requires_grad_(False)
+    module(x)[0].sum().backward()
+    assert module.weight_hh_l0.grad is None and module.weight_hr_l0.grad is not None and x.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["hidden", "parameter"])
+def test_tensors_on_different_devices(kind):
+    x, far = torch.randn(2, 3, 5), torch.empty(1, device="meta")
+    here = [torch.empty(1)]
+    text = f"found input tensor at cpu and {kind} tensor at meta"
+    with pytest.raises(RuntimeError, match=text):
+        check(x, (far, far) if kind == "hidden" else (here[0], here[0]), here if kind == "hidden" else [far], 0)
