@@ -9,6 +9,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 
+torch.set_num_threads(1)  # one worker a core: more threads would only wait for each other
+
+
 @pytest.fixture(autouse=True)
 def poison():
     """torch fills fresh memory with NaN: an element that a kernel leaves out fails every comparison."""

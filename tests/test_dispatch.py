@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from fused_lstm.kernels import plan
-from fused_lstm.kernels.plan import A100, H100, choose, choose_kernel
 from torch.nn.utils.rnn import pack_sequence
 
 from fused_lstm import LSTM
 from fused_lstm.functional import check
+from fused_lstm.kernels import plan
+from fused_lstm.kernels.plan import A100, H100, choose, choose_kernel
 
 from .parity import twin
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from fused_lstm.kernels.backward import backward
-from fused_lstm.kernels.forward import forward
-from fused_lstm.kernels.plan import Plan, Tiles, choose
 
 from fused_lstm import reference
 from fused_lstm.autograd import Sequence
+from fused_lstm.kernels.backward import backward
+from fused_lstm.kernels.forward import forward
+from fused_lstm.kernels.plan import Plan, Tiles, choose
 
 from .parity import assert_close
 

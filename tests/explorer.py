@@ -1,0 +1,298 @@
+"""Runs grid-mode kernels in Triton's interpreter under a scheduler of ours, to show that no schedule breaks them.
+
+Triton's interpreter runs the programs of a launch one after another, so a program that waits for another waits for
+ever. Here each program has a thread of its own, one of which runs at a time; it gives way before and after every
+atomic (with `strict` also around each load and store of exchanged data), and a seeded schedule chooses who goes on. So
+a failure is repeated by its schedule and seed.
+
+Memory is checked apart from the schedule, by happens-before: each program has a vector clock, a release leaves it at
+the flag, an acquire takes it from there. A load of exchanged data whose store does not happen before it is a race, even
+where this run happened to see the right value; so a relaxed publish and a missing acquire are found at once.
+"""
+
+import inspect
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+BUILDER = interpreter.interpreter_builder
+# Turns that may pass without a store, a publish or a program's end. Far more than any fair schedule needs.
+PATIENCE = 4000
+
+
+class Broken(Exception):
+    """What the explorer found: a deadlock, a race, a second store to the same place, or flags left from before."""
+
+
+class Abandoned(BaseException):
+    """Ends the threads of a launch that broke."""
+
+
+# A schedule chooses who runs next among the programs that have not ended.
+Choose = Callable[[list[int], int, bool], int]
+
+
+def round_robin(programs: int, seed: int) -> Choose:
+    return lambda alive, current, waits: min(alive, key=lambda p: (p - current - 1) % programs)
+
+
+def reverse(programs: int, seed: int) -> Choose:
+    return lambda alive, current, waits: min(alive, key=lambda p: (current - p - 1) % programs)
+
+
+def uniform(programs: int, seed: int) -> Choose:
+    rng = random.Random(seed)
+    return lambda alive, current, waits: rng.choice(alive)
+
+
+def starve_one(programs: int, seed: int) -> Choose:
+    """One program hardly ever runs: the others get as far ahead of it as the flags let them."""
+    rng = random.Random(seed)
+    victim = rng.randrange(programs)
+
+    def choose(alive: list[int], current: int, waits: bool) -> int:
+        others = [p for p in alive if p != victim]
+        return rng.choice(others) if others and rng.random() < 0.98 else rng.choice(alive)
+
+    return choose
+
+
+def priorities(programs: int, seed: int) -> Choose:
+    """The program of highest priority runs; now and then, and when it waits for a flag, it falls to the lowest."""
+    rng = random.Random(seed)
+    order = rng.sample(range(programs), programs)
+
+    def choose(alive: list[int], current: int, waits: bool) -> int:
+        if waits or rng.random() < 0.03:
+            order.remove(current)
+            order.append(current)
+        return next(p for p in order if p in alive)
+
+    return choose
+
+
+SCHEDULES = {f.__name__: f for f in (round_robin, reverse, uniform, starve_one, priorities)}
+
+
+class Memory:
+    """The exchanged tensor of a launch, element by element: who wrote it, and at what time of the writer's clock."""
+
+    def __init__(self, tensor: torch.Tensor, programs: int) -> None:
+        self.begin, self.size = tensor.data_ptr(), tensor.element_size()
+        self.writer = np.full(tensor.numel(), -1)
+        self.time = np.zeros(tensor.numel(), dtype=np.int64)
+        self.clocks = np.eye(programs, dtype=np.int64)
+        self.flags: dict[int, np.ndarray] = {}
+
+    def elements(self, pointers: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """The exchanged elements among these addresses."""
+        pointers = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)
+        at = (pointers - self.begin) // self.size
+        return at[(pointers >= self.begin) & (at < len(self.writer))]
+
+    def load(self, program: int, at: np.ndarray) -> None:
+        if (self.writer[at] < 0).any():
+            raise Broken(f"program {program} read exchanged data that nobody has written")
+        writers = self.writer[at]
+        unseen = self.time[at] > self.clocks[program][writers]
+        if unseen.any():
+            raise Broken(f"race: program {program} read what program {writers[unseen][0]} has not published to it")
+
+    def store(self, program: int, at: np.ndarray) -> None:
+        if (self.writer[at] >= 0).any():
+            raise Broken(f"program {program} overwrote exchanged data that others may still read")
+        self.writer[at] = program
+        self.time[at] = self.clocks[program][program]
+
+    def atomic(self, program: int, flag: int, semantics: str) -> None:
+        published = self.flags.setdefault(flag, np.zeros(len(self.clocks), dtype=np.int64))
+        if "acquire" in semantics or "acq_rel" in semantics:
+            np.maximum(self.clocks[program], published, out=self.clocks[program])
+        if "release" in semantics or "acq_rel" in semantics:
+            np.maximum(published, self.clocks[program], out=published)
+            self.clocks[program][program] += 1
+
+
+class Launch:
+    """One launch: its programs, whose turn it is, and its memory."""
+
+    def __init__(self, explorer: "Explorer", exchanged: torch.Tensor, programs: list[tuple[int, int, int]]) -> None:
+        self.explorer, self.programs = explorer, programs
+        self.choose = SCHEDULES[explorer.schedule](len(programs), explorer.seed)
+        self.memory = Memory(exchanged, len(programs))
+        self.turns = [threading.Semaphore(0) for _ in programs]
+        self.alive = list(range(len(programs)))
+        self.current, self.idle = -1, 0
+        self.ended = threading.Semaphore(0)
+        self.failure: BaseException | None = None
+
+    def run(self, body: Callable[[], None]) -> None:
+        threads = [threading.Thread(target=self._program, args=(p, body), daemon=True) for p in self.alive]
+        for thread in threads:
+            thread.start()
+        self._hand_on(self.choose(self.alive, 0, False))
+        self.ended.acquire()
+        for thread in threads:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def _program(self, program: int, body: Callable[[], None]) -> None:
+        self._await(program)
+        try:
+            if self.failure is None:
+                body()
+        except Abandoned:
+            pass
+        except BaseException as error:
+            self.failure = self.failure or error
+        self.alive.remove(program)
+        self.idle = 0
+        if not self.alive:
+            self.ended.release()
+        else:
+            self._hand_on(self.alive[0] if self.failure else self.choose(self.alive, program, False))
+
+    def _hand_on(self, program: int) -> None:
+        self.current = program
+        self.turns[program].release()
+
+    def _await(self, program: int) -> None:
+        self.turns[program].acquire()
+        BUILDER.set_grid_idx(*self.programs[program])
+
+    def switch(self, waits: bool = False) -> None:
+        """The running program gives way."""
+        program = self.current
+        self.explorer.switches += 1
+        self.idle += 1
+        if self.idle > PATIENCE:
+            self.failure = self.failure or Broken(f"deadlock: programs {self.alive} wait for flags that nobody sets")
+        if self.failure is None:
+            chosen = self.choose(self.alive, program, waits)
+            if chosen != program:
+                self._hand_on(chosen)
+                self._await(program)
+        if self.failure is not None:
+            raise Abandoned
+
+    def progress(self) -> None:
+        self.idle = 0
+
+
+class Programs:
+    """Stands in for a kernel's function: takes the interpreter's calls, one a program; the last one runs them all."""
+
+    def __init__(self, kernel: Callable[..., None], start: Callable[[list, Callable[[], None]], None]) -> None:
+        self.kernel, self.start = kernel, start
+        # What the interpreter looks up on a function.
+        self.__name__, self.__globals__ = kernel.__name__, kernel.__globals__
+        self.__annotations__ = kernel.__annotations__
+        self.__signature__ = inspect.signature(kernel)
+        self.called: list[tuple[int, int, int]] = []
+
+    def __call__(self, **arguments: Any) -> None:
+        self.called.append(BUILDER.grid_idx)
+        if len(self.called) == int(np.prod(BUILDER.grid_dim)):
+            self.start(self.called, lambda: self.kernel(**arguments))
+
+
+@dataclass
+class Explorer:
+    """One exploration; `switches` counts how often a program gave way."""
+
+    schedule: str
+    seed: int
+    strict: bool
+    switches: int = 0
+    launch: Launch | None = None
+
+    def execute(self, original: Callable[..., Any], executor: Any, *tensors: Any, **options: Any) -> Any:
+        """In place of GridExecutor.__call__, for a kernel in grid mode."""
+        named = dict(zip(executor.arg_names, tensors, strict=False))
+        if named.get("flags") is None:
+            return original(executor, *tensors, **options)
+        exchanged = named["y"] if "y" in named else named["dgates"]
+        group = named["row_begin"] // options["BLOCK_B"]
+        groups = executor.grid[1]
+        if named["flags"][group : group + groups].any():
+            raise self._named(Broken("the flags are not zero at launch"))
+
+        def start(programs: list[tuple[int, int, int]], body: Callable[[], None]) -> None:
+            self.launch = Launch(self, exchanged, programs)
+            try:
+                self.launch.run(body)
+            finally:
+                self.launch = None
+
+        executor.fn = Programs(executor.fn, start)
+        try:
+            return original(executor, *tensors, **options)
+        except interpreter.InterpreterError as error:
+            raise self._named(error) from None
+
+    def _named(self, error: Exception) -> Broken:
+        return Broken(f"{error} [schedule={self.schedule!r}, seed={self.seed}, strict={self.strict}]")
+
+    def atomic(self, original: Callable[..., Any], operation: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any):
+        launch = self.launch
+        if launch is None:
+            return original(operation, ptr, val, mask, sem, scope)
+        waits = not val.data.any()
+        launch.switch(waits)
+        if not waits:
+            launch.progress()
+        result = original(operation, ptr, val, mask, sem, scope)
+        launch.memory.atomic(launch.current, int(ptr.data.flat[0]), str(sem).lower())
+        launch.switch()
+        return result
+
+    def load(self, original: Callable[..., Any], pointers: Any, mask: Any, *rest: Any) -> Any:
+        launch = self.launch
+        at = launch.memory.elements(pointers.data, mask.data) if launch else ()
+        if len(at) == 0:
+            return original(pointers, mask, *rest)
+        if self.strict:
+            launch.switch()
+        launch.memory.load(launch.current, at)
+        return original(pointers, mask, *rest)
+
+    def store(self, original: Callable[..., Any], pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        launch = self.launch
+        at = launch.memory.elements(pointers.data, mask.data) if launch else ()
+        if len(at) == 0:
+            return original(pointers, value, mask, *rest)
+        if self.strict:
+            launch.switch()
+        launch.progress()
+        launch.memory.store(launch.current, at)
+        result = original(pointers, value, mask, *rest)
+        if self.strict:
+            launch.switch()
+        return result
+
+
+@contextmanager
+def explore(schedule: str, seed: int = 0, strict: bool = False) -> Iterator[Explorer]:
+    """Runs every grid-mode launch inside the block under a schedule; raises Broken at what it finds."""
+    explorer = Explorer(schedule, seed, strict)
+    execute = interpreter.GridExecutor.__call__
+    hooks = {"create_atomic_rmw": explorer.atomic, "create_masked_load": explorer.load}
+    hooks["create_masked_store"] = explorer.store
+    try:
+        interpreter.GridExecutor.__call__ = lambda self, *a, **k: explorer.execute(execute, self, *a, **k)
+        for name, hook in hooks.items():
+            setattr(BUILDER, name, partial(hook, getattr(BUILDER, name)))
+        yield explorer
+    finally:
+        interpreter.GridExecutor.__call__ = execute
+        for name in hooks:
+            delattr(BUILDER, name)

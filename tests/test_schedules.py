@@ -1,0 +1,172 @@
+"""The grid form under every kind of schedule: exact, free of races, never stuck; and planted faults are found."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_lstm import reference
+from fused_lstm.autograd import Sequence
+from fused_lstm.kernels import backward as backward_module
+from fused_lstm.kernels import forward as forward_module
+from fused_lstm.kernels.plan import Plan, Tiles
+
+from .explorer import SCHEDULES, Broken, explore
+
+T, B, H = 3, 3, 6
+# 3 programs in each of 2 batch groups, of which the second is not full.
+PLAN = Plan("grid", Tiles(2, 2, 8, 4), Tiles(2, 2, 8, 4), resident=6, precision="ieee", why="")
+BATCH_SIZES = torch.tensor([3, 2, 1])
+
+
+def run(schedule, seed, strict=False, *, plan=PLAN, reverse=False, packed=False, forward=None, backward=None):
+    """Both passes under a schedule, against the reference, in float64 and exact to rounding."""
+    forward, backward = forward or forward_module, backward or backward_module
+    packing = Sequence.packed(BATCH_SIZES, reverse, torch.device("cpu")).packing if packed else None
+    lead = (int(BATCH_SIZES.sum()),) if packed else (T, B)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(*lead, 4 * H), (4 * H, H), (B, H), (B, H), (*lead, H), (B, H), (B, H)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    input_gates, weight_hh, h0, c0, *cotangents = tensors
+    options = {"reverse": reverse, "packing": packing}
+    with explore(schedule, seed, strict) as explorer:
+        ours = forward.forward(input_gates, weight_hh, h0, c0, plan=plan, **options)
+        saved = (weight_hh, c0, *ours[2:])
+        ours += backward.backward(*cotangents, *saved, plan=plan, **options)
+    theirs = reference.forward(input_gates, weight_hh, h0, c0, **options)
+    theirs += reference.backward(*cotangents, *saved, **options)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    return explorer.switches
+
+
+def sweep(first, count):
+    """`count` runs, each under another seed, going round the schedules and the forms of input."""
+    names = list(SCHEDULES)
+    for seed in range(first, first + count):
+        form = seed // len(names)
+        run(names[seed % len(names)], seed, form % 4 == 0, reverse=form % 2 == 1, packed=form % 3 == 1)
+
+
+# In slices, so that workers share them.
+@pytest.mark.parametrize("part", range(8))
+def test_hundreds_of_schedules(part):
+    sweep(part * 40, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(100))
+def test_tens_of_thousands_of_schedules(part):
+    sweep(10_000 + part * 200, 200)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_batch_groups_that_do_not_fit_together_follow_in_further_launches(schedule):
+    run(schedule, 0, plan=replace(PLAN, resident=3))
+
+
+def test_a_seed_repeats_its_schedule():
+    assert run("uniform", 5) == run("uniform", 5)
+
+
+def faulty(module, old, new):
+    """A kernel's module with a fault planted in its text, or in the sync.py that it imports."""
+    source = Path(module.__file__).read_text()
+    if old not in source:  # a fault of sync.py
+        sync = Path(module.__file__).with_name("sync.py").read_text()
+        assert sync.count(old) == 1
+        body = sync[sync.index("@triton.jit") :].replace(old, new)
+        source = source.replace("from .sync import publish, wait\n", "").replace(
+            "@triton.jit", f"{body}\n\n@triton.jit", 1
+        )
+    else:
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    return source
+
+
+@pytest.fixture
+def plant(tmp_path, monkeypatch):
+    def load(module, old, new):
+        name = f"{module.__name__}_with_a_fault"
+        path = tmp_path / f"{name}.py"
+        path.write_text(faulty(module, old, new))
+        spec = importlib.util.spec_from_file_location(name, path)
+        loaded = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, loaded)
+        spec.loader.exec_module(loaded)
+        return loaded
+
+    return load
+
+
+FLAG_OF_STEP = "flags + batch_group.to(tl.int64) * T + step)"
+FLAG_OF_PREVIOUS = "flags + batch_group.to(tl.int64) * T + step - 1"
+FAULTS = {
+    "a publish is missing": (
+        f"publish({FLAG_OF_STEP}",
+        f"if step < {T - 2}:\n                publish({FLAG_OF_STEP}",
+        "deadlock",
+    ),
+    "the target is off by one": ("tl.num_programs(0))", "tl.num_programs(0) - 1)", "nobody has written|race"),
+    "the target is out of reach": ("tl.num_programs(0))", "tl.num_programs(0) + 1)", "deadlock"),
+    "the flag of the step before": (
+        FLAG_OF_PREVIOUS,
+        FLAG_OF_PREVIOUS.replace("- 1", "- 2 * (step > 1)"),
+        "deadlock|written|race",
+    ),
+    "another group's flag": (
+        f"wait({FLAG_OF_PREVIOUS}",
+        f"wait({FLAG_OF_PREVIOUS.replace('batch_group', '(1 - batch_group)')}",
+        "nobody has written|race",
+    ),
+    "no wait at all": (
+        "if step > 0:\n                wait(",
+        "if step < 0:\n                wait(",
+        "nobody has written|race",
+    ),
+    "a relaxed publish": ('1, sem="release"', '1, sem="relaxed"', "race"),
+    "no acquire": ('0, sem="acquire"', '0, sem="relaxed"', "race"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_planted_fault_is_found(plant, which, fault):
+    old, new, found = FAULTS[fault]
+    module = plant(forward_module if which == "forward" else backward_module, old, new)
+    with pytest.raises(Broken, match=found):
+        for seed, schedule in enumerate(SCHEDULES):
+            run(schedule, seed, **{which: module})
+
+
+def test_flag_published_before_the_data(plant):
+    store = "        tl.store(y + hidden, h, mask=active)\n"
+    publish = f"        if GRID:\n            publish({FLAG_OF_STEP}\n"
+    module = plant(forward_module, store + publish, publish + store)
+    with pytest.raises(Broken, match=r"nobody has written|race"):
+        run("uniform", 0, forward=module)
+
+
+def test_buffer_reused_a_step_too_early(plant):
+    """h of step t goes where h of step t-1 lies, which slower programs of the group have not read yet."""
+    module = plant(
+        forward_module, "hidden = row[None, :] * H", "hidden = tl.where(step > 1, row_prev, row)[None, :] * H"
+    )
+    with pytest.raises(Broken, match="overwrote"):
+        run("uniform", 0, forward=module)
+
+
+def test_flags_left_from_an_earlier_launch(monkeypatch):
+    monkeypatch.setattr(torch, "zeros", torch.ones)
+    with pytest.raises(Broken, match="not zero at launch"):
+        run("uniform", 0)
+
+
+def test_a_failure_names_the_seed_that_repeats_it(plant):
+    module = plant(forward_module, *FAULTS["no wait at all"][:2])
+    with pytest.raises(Broken, match=r"schedule='uniform', seed=3, strict=False"):
+        run("uniform", 3, forward=module)
