@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test test-slow bench gpu lint clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/char_lm.py
 
 test: $(VENV)/ready
 	$(RUN) -m pytest -n 2 -q
+	TRITON_INTERPRET=0 $(RUN) -m pytest -n 2 -q tests/test_contract_*.py tests/test_swap.py  # torch's path
+
+test-slow: $(VENV)/ready
+	$(RUN) -m pytest -n 2 -q -m "slow and not gpu"
 
 # The sweep on a CUDA device, the CPU path elsewhere; both against nn.LSTM.
 bench: $(VENV)/ready

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels.backward import backward
-from .kernels.forward import forward
+from . import operators
 from .kernels.launch import Packing
-from .kernels.plan import Plan
 
 Rows = slice | Tensor
 
@@ -62,15 +60,16 @@ class Sequence:
 
 
 @contextmanager
-def matmul_precision(like: Tensor, plan: Plan) -> Iterator[None]:
-    """Holds torch's float32 matrix products on CUDA to the precision that cuDNN's own switch asks of nn.LSTM."""
-    matmul = torch.backends.cuda.matmul
-    wanted = "tf32" if plan.precision == "tf32" else "ieee"
-    saved = matmul.fp32_precision
-    if not like.is_cuda or like.dtype != torch.float32 or saved == wanted:
+def matmul_precision(like: Tensor, ieee: bool) -> Iterator[None]:
+    """Holds torch's float32 matrix products on CUDA to the precision that cuDNN's own switch asks of nn.LSTM.
+
+    A compiled graph cannot change a global switch: there they follow torch's own, as the rest of the graph does.
+    """
+    if not like.is_cuda or like.dtype != torch.float32 or torch.compiler.is_compiling():
         yield
         return
-    matmul.fp32_precision = wanted
+    matmul = torch.backends.cuda.matmul
+    saved, matmul.fp32_precision = matmul.fp32_precision, "ieee" if ieee else "tf32"
     try:
         yield
     finally:
@@ -81,13 +80,16 @@ class LSTMFunction(torch.autograd.Function):
     """One layer and direction.
 
     Inputs: x (T, B, I) or (rows, I) packed; h0 (B, Hout); c0 (B, H); weight_ih (4H, I); weight_hh (4H, Hout);
-    bias_ih, bias_hh (4H) or None; weight_hr (P, H) or None; sequence; plan; save: keep what backward needs.
+    bias_ih, bias_hh (4H) or None; weight_hr (P, H) or None; sequence; save: keep what backward needs; ieee: float32
+    products in full precision.
     Outputs: y like x with Hout features; hn (B, Hout); cn (B, H); and, kept for backward only, h, c and gates.
 
     A projection W_hr needs no kernel of its own: with y_t = W_hr h_t, the recurrent term W_hh y_{t-1} equals
     (W_hh W_hr) h_{t-1}. So the kernels run on h with the product of both weights, only the first step takes
     W_hh h0, and projecting h is one product parallel over time.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -100,26 +102,26 @@ class LSTMFunction(torch.autograd.Function):
         bias_hh: Tensor | None,
         weight_hr: Tensor | None,
         sequence: Sequence,
-        plan: Plan,
         save: bool,
+        ieee: bool,
     ) -> tuple[Tensor | None, ...]:
         lead = x.shape[:-1]
         bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
-        with matmul_precision(x, plan):
+        with matmul_precision(x, ieee):
             input_gates = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight_ih, bias)
-            recurrent, start = weight_hh.contiguous(), h0.contiguous()
+            recurrent, start = weight_hh, h0
             if weight_hr is not None:
                 input_gates[sequence.start] += h0 @ weight_hh.T
-                recurrent, start = weight_hh @ weight_hr, torch.zeros_like(c0, memory_format=torch.contiguous_format)
-            h, cn, c, gates = forward(
+                recurrent, start = weight_hh @ weight_hr, torch.zeros_like(c0)
+            h, cn, c, gates = operators.forward(
                 input_gates.view(*lead, input_gates.shape[-1]),
                 recurrent,
                 start,
-                c0.contiguous(),
-                plan=plan,
-                reverse=sequence.reverse,
-                packing=sequence.packing,
-                save=save,
+                c0,
+                *(sequence.packing or (None, None)),
+                sequence.reverse,
+                save,
+                ieee,
             )
             y = h if weight_hr is None else h @ weight_hr.T
         hn = y.view(-1, y.shape[-1])[sequence.end]
@@ -129,7 +131,7 @@ class LSTMFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.sequence, ctx.plan, save = inputs
+        *tensors, ctx.sequence, save, ctx.ieee = inputs
         y, _, _, h, c, gates = output
         ctx.mark_non_differentiable(*(t for t in (h, c, gates) if t is not None))
         ctx.set_materialize_grads(False)
@@ -144,26 +146,26 @@ class LSTMFunction(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         x, h0, c0, weight_ih, weight_hh, weight_hr, y, h, c, gates = ctx.saved_tensors
-        sequence, plan, needs = ctx.sequence, ctx.plan, ctx.needs_input_grad
-        dy = torch.zeros_like(y) if dy is None else dy.contiguous()
+        sequence, ieee, needs = ctx.sequence, ctx.ieee, ctx.needs_input_grad
+        dy = torch.zeros_like(y) if dy is None else dy
         dhn = torch.zeros_like(h0) if dhn is None else dhn
         dcn = torch.zeros_like(c0) if dcn is None else dcn
         dx = dh0 = dc0 = dweight_ih = dweight_hh = dbias = dweight_hr = None
-        with matmul_precision(x, plan):
+        with matmul_precision(x, ieee):
             dh, dh_end, recurrent = dy, dhn, weight_hh
             if weight_hr is not None:
                 dh, dh_end, recurrent = dy @ weight_hr, dhn @ weight_hr, weight_hh @ weight_hr
-            dgates, dc0 = backward(
+            dgates, dc0 = operators.backward(
                 dh,
-                dh_end.contiguous(),
-                dcn.contiguous(),
-                recurrent.contiguous(),
-                c0.to(c.dtype).contiguous(),
+                dh_end,
+                dcn,
+                recurrent,
+                c0.to(c.dtype),
                 c,
                 gates,
-                plan=plan,
-                reverse=sequence.reverse,
-                packing=sequence.packing,
+                *(sequence.packing or (None, None)),
+                sequence.reverse,
+                ieee,
             )
 
             # From here on everything is parallel over time; the numbers are those of kernels/README.md.
@@ -180,7 +182,7 @@ class LSTMFunction(torch.autograd.Function):
             if ctx.bias and (needs[5] or needs[6]):
                 dbias = dgates.sum(0)  # (13)
             if needs[7]:
-                total = dy.view(-1, dy.shape[-1]).clone()
+                total = dy.reshape(-1, dy.shape[-1]).clone()
                 total[end] += dhn
                 total[previous] += dgates[current] @ weight_hh
                 dweight_hr = total.T @ h.view(-1, h.shape[-1])  # (14)

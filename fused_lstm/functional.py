@@ -4,7 +4,7 @@ import torch
 from torch import _VF, Tensor
 
 from .autograd import LSTMFunction, Sequence
-from .kernels.plan import Plan, choose
+from .kernels.plan import Plan, choose, why_torch
 
 
 def lstm(
@@ -34,14 +34,13 @@ def lstm(
         y: as input with D*Hout features; hn, cn: as hx.
 
     Raises:
-        RuntimeError: tensors on different devices, or T = 0; with the texts of torch.nn.LSTM.
+        RuntimeError: tensors of different devices, dtypes or sizes, or T = 0; with the texts of torch.nn.LSTM.
     """
-    input, hx, weights = autocast(input, hx, weights)
-    plan = plan_for(input, hx[1].shape[1], hx[1].shape[2])
-    if plan.mode == "torch":
+    if why_torch(autocast_dtype(input), input.device) is not None:
         return torch_lstm(
             input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes
         )
+    input, hx, weights = autocast(input, hx, weights)
     check(input, hx, weights, 1 if batch_first else 0)
 
     x = input.transpose(0, 1) if batch_first else input
@@ -50,6 +49,7 @@ def lstm(
         sequences = [Sequence.dense(x.shape[0], x.shape[1], reverse) for reverse in (False, True)[:directions]]
     else:
         sequences = [Sequence.packed(batch_sizes, reverse, x.device) for reverse in (False, True)[:directions]]
+    ieee = full_precision()
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights))
 
     per_cell = len(weights) // (num_layers * directions)
@@ -59,7 +59,7 @@ def lstm(
         for direction, sequence in enumerate(sequences):
             cell = layer * directions + direction
             parameters = named(weights[cell * per_cell : (cell + 1) * per_cell], bias)
-            y, h, c, *_ = LSTMFunction.apply(x, hx[0][cell], hx[1][cell], *parameters, sequence, plan, save)
+            y, h, c, *_ = LSTMFunction.apply(x, hx[0][cell], hx[1][cell], *parameters, sequence, save, ieee)
             outputs.append(y)
             hn.append(h)
             cn.append(c)
@@ -78,10 +78,14 @@ def named(weights: list[Tensor], bias: bool) -> tuple[Tensor | None, ...]:
 
 
 def plan_for(input: Tensor, B: int, H: int) -> Plan:
-    """The plan of a call, given (possibly autocast) input."""
-    # cuDNN's own switch decides for nn.LSTM on CUDA, not that of torch's matrix products.
-    ieee = torch.backends.cudnn.rnn.fp32_precision != "tf32"  # type: ignore[attr-defined]
-    return choose(input.dtype, B, H, input.device, ieee)
+    """The plan of a call, in the dtype that autocast gives it."""
+    return choose(autocast_dtype(input), B, H, input.device, full_precision())
+
+
+@torch.compiler.assume_constant_result
+def full_precision() -> bool:
+    """Whether float32 products are not to be TF32: cuDNN's own switch says so, which is the one nn.LSTM follows."""
+    return torch.backends.cudnn.rnn.fp32_precision != "tf32"  # type: ignore[attr-defined]
 
 
 def torch_lstm(
@@ -100,23 +104,26 @@ def torch_lstm(
     if input.is_cuda and not training and torch.is_grad_enabled():
         # cuDNN differentiates in training mode only; without dropout that mode computes the same.
         training, dropout = True, 0.0
+    bidirectional = bool(bidirectional)  # nn.LSTM's constructor takes 1, torch's operator does not
     if batch_sizes is None:
         return _VF.lstm(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first)
     return _VF.lstm(input, batch_sizes, hx, weights, bias, num_layers, dropout, training, bidirectional)
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which autocast, where it is on, has a tensor used."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 def autocast(
     input: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor]
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
-    """On CUDA under autocast, everything but float64 in autocast's dtype, as nn.LSTM has it."""
-    if not (input.is_cuda and torch.is_autocast_enabled("cuda")):
-        return input, hx, weights
-    dtype = torch.get_autocast_dtype("cuda")
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-    return cast(input), (cast(hx[0]), cast(hx[1])), [cast(weight) for weight in weights]
+    """Everything in autocast's dtype, as nn.LSTM has it."""
+    input, h0, c0, *weights = (tensor.to(autocast_dtype(tensor)) for tensor in (input, *hx, *weights))
+    return input, (h0, c0), weights
 
 
 def check(input: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor], time_dim: int) -> None:
@@ -129,4 +136,9 @@ def check(input: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor], time_
                 raise RuntimeError(
                     f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
                     f"and {kind} tensor at {tensor.device}"
+                )
+            if tensor.dtype != input.dtype:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not the same dtype, found input tensor with {input.dtype} "
+                    f"and {kind} tensor with {tensor.dtype}"
                 )

@@ -59,28 +59,32 @@ def _probe():
     pass
 
 
+def why_torch(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why torch's own LSTM serves tensors of `dtype` on `device`; None where the kernels do."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"{device.type} tensors: torch's own LSTM; the kernels run on CUDA"
+    if dtype == torch.float64 and device.type == "cuda":
+        return "float64 on CUDA: torch's own LSTM"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"{name(dtype)}: torch's own LSTM"
+    return None
+
+
 def choose(dtype: torch.dtype, B: int, H: int, device: torch.device, ieee: bool) -> Plan:
     """Returns the plan for a recurrence of H hidden units over B rows of `dtype` on `device`.
 
     ieee: float32 products in full precision.
     """
-    if device.type == "cpu" and interpreted():
-        plan = replace(choose_kernel(dtype, B, H, H100, ieee), precision="ieee")
-        if plan.mode == "grid":
-            # Programs run one after another in the interpreter: one that waits for another would wait for ever.
-            plan = replace(plan, mode="step", resident=0, why=f"one launch a step in the interpreter; {plan.why}")
-        return plan
-    if device.type != "cuda":
-        return torch_plan(f"{device.type} tensors: torch's own LSTM; the kernels run on CUDA")
-    if dtype == torch.float64:
-        return torch_plan("float64 on CUDA: torch's own LSTM")
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return torch_plan(f"{name(dtype)}: torch's own LSTM")
-    return choose_kernel(dtype, B, H, cuda_device(device), ieee)
-
-
-def torch_plan(why: str) -> Plan:
-    return Plan("torch", None, None, 0, "ieee", why)
+    why = why_torch(dtype, device)
+    if why is not None:
+        return Plan("torch", None, None, 0, "ieee", why)
+    if device.type == "cuda":
+        return choose_kernel(dtype, B, H, cuda_device(device), ieee)
+    plan = replace(choose_kernel(dtype, B, H, H100, ieee), precision="ieee")
+    if plan.mode == "grid":
+        # Programs run one after another in the interpreter: one that waits for another would wait for ever.
+        plan = replace(plan, mode="step", resident=0, why=f"one launch a step in the interpreter; {plan.why}")
+    return plan
 
 
 @cache

@@ -106,3 +106,22 @@ def test_tensors_on_different_devices(kind):
     text = f"found input tensor at cpu and {kind} tensor at meta"
     with pytest.raises(RuntimeError, match=text):
         check(x, (far, far) if kind == "hidden" else (here[0], here[0]), here if kind == "hidden" else [far], 0)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "parameter"])
+def test_tensors_of_different_dtypes(kind):
+    module, x, state = LSTM(5, 8), torch.randn(2, 3, 5), torch.zeros(1, 3, 8)
+    if kind == "parameter":
+        module.weight_hh_l0 = torch.nn.Parameter(module.weight_hh_l0.detach().double())
+    with pytest.raises(RuntimeError, match=f"Input and {kind} tensors are not the same dtype"):
+        module(x, (state, state if kind == "parameter" else state.double()))
+
+
+@pytest.mark.parametrize(
+    "name,shape", [("weight_hh_l0", (32, 7)), ("weight_hh_l0", (28, 8)), ("weight_ih_l0", (28, 5))]
+)
+def test_a_replaced_weight_of_another_size_is_not_read_out_of_bounds(name, shape):
+    module = LSTM(5, 8, bias=False)
+    setattr(module, name, torch.nn.Parameter(torch.zeros(shape)))
+    with pytest.raises(RuntimeError, match="hidden size 8 takes weight_hh"):
+        module(torch.randn(2, 3, 5))

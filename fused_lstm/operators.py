@@ -1,0 +1,128 @@
+"""The launchers as torch operators, fused_lstm::forward and ::backward: what torch.compile and torch.func see."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import backward as backward_kernel
+from .kernels import forward as forward_kernel
+from .kernels.launch import Packing
+from .kernels.plan import choose
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type of the cell state and of sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("fused_lstm::forward", mutates_args=())
+def forward(
+    input_gates: Tensor,
+    weight_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    reverse: bool,
+    save: bool,
+    ieee: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """kernels.forward.forward under the plan for its sizes; c and gates are empty without save."""
+    _check(c0, weight_hh, input_gates)
+    plan = choose(h0.dtype, *h0.shape, h0.device, ieee)
+    tensors = (tensor.contiguous() for tensor in (input_gates, weight_hh, h0, c0))
+    y, cn, c, gates = forward_kernel.forward(
+        *tensors, plan=plan, reverse=reverse, packing=_packing(lengths, offsets), save=save
+    )
+    return y, cn, cn.new_empty(0) if c is None else c, y.new_empty(0) if gates is None else gates
+
+
+@forward.register_fake
+def _(
+    input_gates: Tensor,
+    weight_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    reverse: bool,
+    save: bool,
+    ieee: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = input_gates.new_empty((*input_gates.shape[:-1], h0.shape[1]))
+    cn = c0.new_empty(c0.shape, dtype=accumulator(c0.dtype))
+    if not save:
+        return y, cn, cn.new_empty(0), y.new_empty(0)
+    return y, cn, cn.new_empty(y.shape), input_gates.new_empty(input_gates.shape)
+
+
+@torch.library.custom_op("fused_lstm::backward", mutates_args=())
+def backward(
+    dy: Tensor,
+    dhn: Tensor,
+    dcn: Tensor,
+    weight_hh: Tensor,
+    c0: Tensor,
+    c: Tensor,
+    gates: Tensor,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    reverse: bool,
+    ieee: bool,
+) -> tuple[Tensor, Tensor]:
+    """kernels.backward.backward under the plan for its sizes."""
+    _check(c0, weight_hh, gates)
+    plan = choose(dy.dtype, *c0.shape, dy.device, ieee)
+    tensors = (tensor.contiguous() for tensor in (dy, dhn, dcn, weight_hh, c0, c, gates))
+    return backward_kernel.backward(*tensors, plan=plan, reverse=reverse, packing=_packing(lengths, offsets))
+
+
+@backward.register_fake
+def _(
+    dy: Tensor,
+    dhn: Tensor,
+    dcn: Tensor,
+    weight_hh: Tensor,
+    c0: Tensor,
+    c: Tensor,
+    gates: Tensor,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    reverse: bool,
+    ieee: bool,
+) -> tuple[Tensor, Tensor]:
+    return gates.new_empty(gates.shape), c0.new_empty(c0.shape)
+
+
+def _check(c0: Tensor, weight_hh: Tensor, gates: Tensor) -> None:
+    # The kernels take the sizes of all tensors from c0: a weight of another size would be read out of bounds.
+    H = c0.shape[-1]
+    if weight_hh.shape != (4 * H, H) or gates.shape[-1] != 4 * H:
+        raise RuntimeError(
+            f"hidden size {H} takes weight_hh of size {(4 * H, H)} and {4 * H} gates, "
+            f"got {tuple(weight_hh.shape)} and {gates.shape[-1]}"
+        )
+
+
+def _packing(lengths: Tensor | None, offsets: Tensor | None) -> Packing | None:
+    return None if lengths is None or offsets is None else Packing(lengths, offsets)
+
+
+def _one_by_one(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
+    """The rule of torch.vmap that runs an operator once for each element of the mapped dimension."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def element(k: int) -> list[Any]:
+            return [arg if dim is None else arg.select(dim, k) for arg, dim in zip(args, in_dims, strict=True)]
+
+        results = zip(*(operator(*element(k)) for k in range(info.batch_size)), strict=True)
+        stacked = tuple(torch.stack(result) for result in results)
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+forward.register_vmap(_one_by_one(forward))
+backward.register_vmap(_one_by_one(backward))
