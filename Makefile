@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: demo test test-slow bench gpu lint clean
+.PHONY: demo test test-slow bench gpu gpu-check lint clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/char_lm.py
@@ -23,15 +23,29 @@ bench: $(VENV)/ready
 # then the sweep in what is left of 8 minutes. Each has a limit: a kernel that hangs must not take the other along.
 # DRY=1: every part on tiny shapes in Triton's interpreter, without a GPU. RESULTS=folder: instead of bench/results.
 gpu: START := $(shell date +%s)
-# All that is installed is a pointer to this tree, also where the system's packages are otherwise left alone.
-gpu: export PIP_BREAK_SYSTEM_PACKAGES := 1
-gpu: INSTALL := -m pip install -q --disable-pip-version-check --no-deps -e .
+gpu gpu-check: export PIP_BREAK_SYSTEM_PACKAGES := 1
+gpu gpu-check: INSTALL := -m pip install -q --disable-pip-version-check --no-deps -e .
 gpu:
 	$(PYTHON) $(INSTALL) --no-build-isolation || $(PYTHON) $(INSTALL)
 	@status=0; \
 	timeout -k 10 240 $(PYTHON) -m pytest tests $(if $(DRY),--collect-only -qq,-m "gpu and not slow" -q) || status=$$?; \
 	$(PYTHON) -m bench.run $(if $(DRY),--dry,--device cuda) $(if $(RESULTS),--results $(RESULTS)) \
 		--until $$(($(START) + 455)) || status=$$?; \
+	exit $$status
+
+# On a CUDA machine: every parity test on the device, real concurrency, and NVIDIA's checkers on small grid-mode runs.
+# Each has a limit; a grid that hangs reports who waits for whom.
+SANITIZE = timeout 100 compute-sanitizer --error-exitcode 9 --tool
+SMALL    = -m pytest -q -m gpu tests/test_kernels.py -k "test_grid and 130"
+gpu-check: export FUSED_LSTM_DEBUG := 1
+gpu-check:
+	$(PYTHON) $(INSTALL) --no-build-isolation || $(PYTHON) $(INSTALL)
+	@status=0; \
+	timeout -k 10 300 $(PYTHON) -m pytest tests -q -m "gpu and not slow" || status=$$?; \
+	if command -v compute-sanitizer > /dev/null; then \
+		$(SANITIZE) memcheck $(PYTHON) $(SMALL) || status=$$?; \
+		$(SANITIZE) racecheck $(PYTHON) $(SMALL) || status=$$?; \
+	else echo "compute-sanitizer is not installed: memcheck and racecheck were not run"; status=1; fi; \
 	exit $$status
 
 lint: $(VENV)/ready

@@ -44,6 +44,7 @@ def backward_kernel(
     offsets,  # (T,) in: first row of each step; only if PACKED
     dgates,  # (rows, 4H) out: w.r.t. the pre-activations; also the buffer through which programs exchange it
     flags,  # (batch groups, T) in/out: step flags, zero at launch; only if GRID
+    report,  # (4,) out: who waited in vain; only if TURNS
     T,
     B,
     row_begin,  # first batch row of this launch, a multiple of BLOCK_B
@@ -52,6 +53,7 @@ def backward_kernel(
     H: tl.constexpr,
     LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
     GRID: tl.constexpr,  # programs hand dgates to each other through flags; neither: one launch a step
+    TURNS: tl.constexpr,  # bound of a wait, 0 for none
     REVERSE: tl.constexpr,  # the direction ran from the last step to the first, so this pass runs from the first
     PACKED: tl.constexpr,  # rows of a PackedSequence: each batch row has its own length
     DOT: tl.constexpr,  # dtype of the matrix operands
@@ -133,7 +135,7 @@ def backward_kernel(
             dh = tl.dot(weights[3], do_next.to(DOT), dh, input_precision=PRECISION, out_dtype=ACC)
         elif GRID:
             if step > 0:
-                wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0))
+                wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0), step, report, TURNS)
             for k in tl.static_range(4 * CHUNKS):
                 dgates_next = load_dgates(dgates_rows, active_rows & has_next, k, H, BLOCK_K)
                 dh = tl.dot(weights[k], dgates_next.to(DOT), dh, input_precision=PRECISION, out_dtype=ACC)

@@ -41,6 +41,7 @@ def forward_kernel(
     c,  # (rows, H) out: c of every step; only if SAVE
     gates,  # (rows, 4H) out: activated gates; only if SAVE
     flags,  # (batch groups, T) in/out: step flags, zero at launch; only if GRID
+    report,  # (4,) out: who waited in vain; only if TURNS
     T,
     B,
     row_begin,  # first batch row of this launch, a multiple of BLOCK_B
@@ -49,6 +50,7 @@ def forward_kernel(
     H: tl.constexpr,
     LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
     GRID: tl.constexpr,  # programs hand h to each other through flags; neither: one launch a step
+    TURNS: tl.constexpr,  # bound of a wait, 0 for none
     REVERSE: tl.constexpr,  # the direction runs from the last step to the first
     PACKED: tl.constexpr,  # rows of a PackedSequence: each batch row has its own length
     SAVE: tl.constexpr,  # keep c and gates for backward
@@ -114,7 +116,7 @@ def forward_kernel(
             recurrent = tl.dot(weights[0], h_tile.to(DOT), recurrent, input_precision=PRECISION, out_dtype=ACC)
         elif GRID:
             if step > 0:
-                wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0))
+                wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0), step, report, TURNS)
             for k in tl.static_range(CHUNKS):
                 h = load_h(h_rows, active_rows, k, H, BLOCK_K)
                 recurrent = tl.dot(weights[k], h.to(DOT), recurrent, input_precision=PRECISION, out_dtype=ACC)

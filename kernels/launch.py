@@ -1,5 +1,6 @@
 """What both launchers share: the flags, the launch shape of each mode, and the tensor's device."""
 
+import os
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plan import Plan, Tiles, interpreted
+from .plan import Plan, Tiles, by_steps, interpreted, refuse
 
 # The interpreter multiplies bfloat16 bit patterns as integers: there the operands are widened, which is exact.
 DOT = {
@@ -17,6 +18,9 @@ DOT = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+
+# Turns that a wait for a step flag may take under FUSED_LSTM_DEBUG=1, some seconds; without it a wait has no bound.
+TURNS = 10_000_000 if os.environ.get("FUSED_LSTM_DEBUG") == "1" else 0
 
 
 class Packing(NamedTuple):
@@ -35,6 +39,7 @@ def specialization(plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype) -> tupl
         "H": H,
         "LOCAL": plan.mode == "local",
         "GRID": plan.mode == "grid",
+        "TURNS": TURNS if plan.mode == "grid" else 0,
         "DOT": DOT[dtype],
         "PRECISION": plan.precision,
         "BLOCK_B": tiles.batch,
@@ -59,14 +64,19 @@ def launch(
     dtype: torch.dtype,
     **flags: Any,
 ) -> None:
-    """Launches a recurrence kernel over all steps and batch rows, in the plan's mode, on the tensors' device."""
+    """Launches a recurrence kernel over all steps and batch rows, in the plan's mode, on the tensors' device.
+
+    Raises:
+        RuntimeError: under FUSED_LSTM_DEBUG=1, a program that waited in vain for another, and at which step.
+    """
     device = tensors[0].device
     constants, options = specialization(plan, tiles, H, dtype)
     unit_blocks, batch_groups = triton.cdiv(H, tiles.units), triton.cdiv(B, tiles.batch)
-    step_flags = None
+    step_flags = report = None
     groups_at_once = batch_groups
     if plan.mode == "grid":
         step_flags = torch.zeros((batch_groups, T), dtype=torch.int32, device=device)
+        report = torch.zeros(4, dtype=torch.int32, device=device) if TURNS else None
         # Only as many batch groups as can be resident together; the others follow in further launches.
         groups_at_once = max(1, plan.resident // unit_blocks)
     turns = [(step, step + 1) for step in range(T)] if plan.mode == "step" else [(0, T)]
@@ -74,6 +84,19 @@ def launch(
         for group in range(0, batch_groups, groups_at_once):
             programs = (unit_blocks, min(groups_at_once, batch_groups - group))
             for turn in turns:
-                kernel[programs](
-                    *tensors, step_flags, T, B, group * tiles.batch, *turn, **constants, **flags, **options
-                )
+                arguments = (*tensors, step_flags, report, T, B, group * tiles.batch, *turn)
+                try:
+                    kernel[programs](*arguments, **constants, **flags, **options)
+                except RuntimeError as error:
+                    if plan.mode != "grid" or group > 0 or "cooperative" not in str(error):
+                        raise
+                    # The device refused before anything ran. The form that needs no company takes over for good.
+                    refuse(device, str(error))
+                    return launch(kernel, tensors, by_steps(plan, str(error)), tiles, T, B, H, dtype, **flags)
+    if report is not None:
+        stuck, program, group, step = report.tolist()
+        if stuck:
+            raise RuntimeError(
+                f"program {program} of batch group {group} waited in vain for step {step - 1} of the others, "
+                f"in {kernel.__name__} under {plan}"
+            )

@@ -79,12 +79,28 @@ def choose(dtype: torch.dtype, B: int, H: int, device: torch.device, ieee: bool)
     if why is not None:
         return Plan("torch", None, None, 0, "ieee", why)
     if device.type == "cuda":
-        return choose_kernel(dtype, B, H, cuda_device(device), ieee)
+        plan = choose_kernel(dtype, B, H, cuda_device(device), ieee)
+        if plan.mode == "grid" and device in _refused:
+            return by_steps(plan, _refused[device])
+        return plan
     plan = replace(choose_kernel(dtype, B, H, H100, ieee), precision="ieee")
     if plan.mode == "grid":
         # Programs run one after another in the interpreter: one that waits for another would wait for ever.
-        plan = replace(plan, mode="step", resident=0, why=f"one launch a step in the interpreter; {plan.why}")
+        return by_steps(plan, "the interpreter runs programs one after another")
     return plan
+
+
+def by_steps(plan: Plan, reason: str) -> Plan:
+    """A grid plan with one launch a step instead."""
+    return replace(plan, mode="step", resident=0, why=f"one launch a step, because {reason}; {plan.why}")
+
+
+_refused: dict[torch.device, str] = {}
+
+
+def refuse(device: torch.device, reason: str) -> None:
+    """Records that a device does not run all programs of a grid plan at once, as when it is shared with others."""
+    _refused[device] = reason
 
 
 @cache

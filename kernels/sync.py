@@ -19,11 +19,23 @@ def publish(flag):
 
 
 @triton.jit
-def wait(flag, programs):
-    """Returns when all `programs` slices have been counted in, with their data visible."""
+def wait(flag, programs, step, report, TURNS: tl.constexpr):
+    """Returns when all `programs` slices have been counted in, with their data visible.
+
+    TURNS bounds the spin, for debugging; 0 does not. A program that reaches the bound writes (1, its ids, its step) to
+    `report` and lets everyone who waits for the flag pass, so that the launch ends.
+    """
+    turns = 0
     # The spin is relaxed, because an acquire in it would empty the L1 cache each turn.
     while tl.atomic_add(flag, 0, sem="relaxed", scope="gpu") < programs:
-        pass
+        if TURNS > 0:
+            turns += 1
+            if turns == TURNS:
+                if tl.atomic_cas(report, 0, 1) == 0:
+                    tl.store(report + 1, tl.program_id(0))
+                    tl.store(report + 2, tl.program_id(1))
+                    tl.store(report + 3, step)
+                tl.atomic_add(flag, programs, sem="relaxed", scope="gpu")
     # One acquire follows it; its result must be used, or the compiler drops it as a dead load.
     while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < programs:
         pass

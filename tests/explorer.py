@@ -207,11 +207,12 @@ class Programs:
 
 @dataclass
 class Explorer:
-    """One exploration; `switches` counts how often a program gave way."""
+    """One exploration; `switches` counts how often a program gave way. Without `memory`, races pass unseen."""
 
     schedule: str
     seed: int
     strict: bool
+    memory: bool = True
     switches: int = 0
     launch: Launch | None = None
 
@@ -257,7 +258,7 @@ class Explorer:
 
     def load(self, original: Callable[..., Any], pointers: Any, mask: Any, *rest: Any) -> Any:
         launch = self.launch
-        at = launch.memory.elements(pointers.data, mask.data) if launch else ()
+        at = launch.memory.elements(pointers.data, mask.data) if launch and self.memory else ()
         if len(at) == 0:
             return original(pointers, mask, *rest)
         if self.strict:
@@ -267,7 +268,7 @@ class Explorer:
 
     def store(self, original: Callable[..., Any], pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         launch = self.launch
-        at = launch.memory.elements(pointers.data, mask.data) if launch else ()
+        at = launch.memory.elements(pointers.data, mask.data) if launch and self.memory else ()
         if len(at) == 0:
             return original(pointers, value, mask, *rest)
         if self.strict:
@@ -281,9 +282,9 @@ class Explorer:
 
 
 @contextmanager
-def explore(schedule: str, seed: int = 0, strict: bool = False) -> Iterator[Explorer]:
+def explore(schedule: str, seed: int = 0, strict: bool = False, memory: bool = True) -> Iterator[Explorer]:
     """Runs every grid-mode launch inside the block under a schedule; raises Broken at what it finds."""
-    explorer = Explorer(schedule, seed, strict)
+    explorer = Explorer(schedule, seed, strict, memory)
     execute = interpreter.GridExecutor.__call__
     hooks = {"create_atomic_rmw": explorer.atomic, "create_masked_load": explorer.load}
     hooks["create_masked_store"] = explorer.store

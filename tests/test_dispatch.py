@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from fused_lstm import LSTM
+from fused_lstm import LSTM, reference
 from fused_lstm.functional import check
-from fused_lstm.kernels import plan
+from fused_lstm.kernels import forward, plan
 from fused_lstm.kernels.plan import A100, H100, choose, choose_kernel
 
 from .parity import twin
@@ -125,3 +125,35 @@ def test_a_replaced_weight_of_another_size_is_not_read_out_of_bounds(name, shape
     setattr(module, name, torch.nn.Parameter(torch.zeros(shape)))
     with pytest.raises(RuntimeError, match="hidden size 8 takes weight_hh"):
         module(torch.randn(2, 3, 5))
+
+
+def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(monkeypatch):
+    text = "Triton Error [CUDA]: too many blocks in cooperative launch"
+    real, refused = forward.forward_kernel, []
+
+    class Kernel:
+        """Refuses a cooperative launch as CUDA does."""
+
+        def __getitem__(self, programs):
+            def run(*args, GRID, **options):
+                if GRID:
+                    refused.append(programs)
+                    raise RuntimeError(text)
+                real[programs](*args, GRID=GRID, **options)
+
+            return run
+
+    monkeypatch.setattr(forward, "forward_kernel", Kernel())
+    monkeypatch.setattr(plan, "_refused", {})
+    tiles = plan.Tiles(2, 2, 4, 4)
+    grid = plan.Plan("grid", tiles, tiles, 8, "ieee", "")
+    tensors = [torch.randn(size) for size in [(3, 2, 24), (24, 6), (2, 6), (2, 6)]]
+    y, *_ = forward.forward(*tensors, plan=grid)
+    assert refused == [(3, 1)]
+    torch.testing.assert_close(y, reference.forward(*tensors)[0])
+
+    cuda = torch.device("cuda", 0)
+    plan.refuse(cuda, text)
+    monkeypatch.setattr(plan, "cuda_device", lambda device: H100)
+    chosen = choose(torch.float16, 16, 512, cuda, ieee=False)
+    assert chosen.mode == "step" and text in chosen.why

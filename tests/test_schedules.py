@@ -12,6 +12,7 @@ from fused_lstm import reference
 from fused_lstm.autograd import Sequence
 from fused_lstm.kernels import backward as backward_module
 from fused_lstm.kernels import forward as forward_module
+from fused_lstm.kernels import launch
 from fused_lstm.kernels.plan import Plan, Tiles
 
 from .explorer import SCHEDULES, Broken, explore
@@ -22,7 +23,9 @@ PLAN = Plan("grid", Tiles(2, 2, 8, 4), Tiles(2, 2, 8, 4), resident=6, precision=
 BATCH_SIZES = torch.tensor([3, 2, 1])
 
 
-def run(schedule, seed, strict=False, *, plan=PLAN, reverse=False, packed=False, forward=None, backward=None):
+def run(
+    schedule, seed, strict=False, *, plan=PLAN, reverse=False, packed=False, memory=True, forward=None, backward=None
+):
     """Both passes under a schedule, against the reference, in float64 and exact to rounding."""
     forward, backward = forward or forward_module, backward or backward_module
     packing = Sequence.packed(BATCH_SIZES, reverse, torch.device("cpu")).packing if packed else None
@@ -32,7 +35,7 @@ def run(schedule, seed, strict=False, *, plan=PLAN, reverse=False, packed=False,
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     input_gates, weight_hh, h0, c0, *cotangents = tensors
     options = {"reverse": reverse, "packing": packing}
-    with explore(schedule, seed, strict) as explorer:
+    with explore(schedule, seed, strict, memory) as explorer:
         ours = forward.forward(input_gates, weight_hh, h0, c0, plan=plan, **options)
         saved = (weight_hh, c0, *ours[2:])
         ours += backward.backward(*cotangents, *saved, plan=plan, **options)
@@ -111,8 +114,8 @@ FAULTS = {
         f"if step < {T - 2}:\n                publish({FLAG_OF_STEP}",
         "deadlock",
     ),
-    "the target is off by one": ("tl.num_programs(0))", "tl.num_programs(0) - 1)", "nobody has written|race"),
-    "the target is out of reach": ("tl.num_programs(0))", "tl.num_programs(0) + 1)", "deadlock"),
+    "the target is off by one": ("tl.num_programs(0),", "tl.num_programs(0) - 1,", "nobody has written|race"),
+    "the target is out of reach": ("tl.num_programs(0),", "tl.num_programs(0) + 1,", "deadlock"),
     "the flag of the step before": (
         FLAG_OF_PREVIOUS,
         FLAG_OF_PREVIOUS.replace("- 1", "- 2 * (step > 1)"),
@@ -170,3 +173,16 @@ def test_a_failure_names_the_seed_that_repeats_it(plant):
     module = plant(forward_module, *FAULTS["no wait at all"][:2])
     with pytest.raises(Broken, match=r"schedule='uniform', seed=3, strict=False"):
         run("uniform", 3, forward=module)
+
+
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_debug_mode_reports_who_waits_in_vain(plant, which, monkeypatch):
+    module = plant(forward_module if which == "forward" else backward_module, *FAULTS["a publish is missing"][:2])
+    monkeypatch.setattr(launch, "TURNS", 50)
+    with pytest.raises(RuntimeError, match=r"program \d of batch group [01] waited in vain for step 1 of the others"):
+        run("uniform", 0, memory=False, **{which: module})
+
+
+def test_debug_mode_is_silent_where_all_is_well(monkeypatch):
+    monkeypatch.setattr(launch, "TURNS", 10_000)
+    run("starve_one", 0)

@@ -1,0 +1,88 @@
+"""What only a device can show: real concurrency. `make gpu-check` runs these and the whole parity matrix.
+
+Their CPU twins: the schedule explorer (test_schedules.py) for the flags, test_numbers.py for repeats and long runs.
+"""
+
+import pytest
+import torch
+
+from fused_lstm import LSTM
+
+from .parity import assert_close, run, twin
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def module_and_input(dtype, T=64, B=16, H=512):
+    return LSTM(64, H, dtype=dtype, device="cuda"), torch.randn(T, B, 64, dtype=dtype, device="cuda")
+
+
+def same_bits(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("H", [100, 512, 1024])
+def test_a_thousand_repeats_are_the_same_bits(dtype, H):
+    module, x = module_and_input(dtype, H=H)
+    first = run(module, x, None)
+    assert all(same_bits(first, run(module, x, None)) for _ in range(1000))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_streams_at_once(dtype):
+    """Both grids want most of the device: they must take turns, not wait for each other's programs."""
+    pairs = [module_and_input(dtype, H=H) for H in (512, 1024)]
+    alone = [run(module, x, None) for module, x in pairs]
+    streams = [torch.cuda.Stream() for _ in pairs]
+    for _ in range(50):
+        together = []
+        for stream, (module, x) in zip(streams, pairs, strict=True):
+            with torch.cuda.stream(stream):
+                together.append(run(module, x, None))
+        torch.cuda.synchronize()
+        assert all(same_bits(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beside_a_busy_stream(dtype):
+    module, x = module_and_input(dtype, H=1024)
+    alone = run(module, x, None)
+    busy, matrix = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+    for _ in range(50):
+        with torch.cuda.stream(busy):
+            for _ in range(4):
+                matrix @ matrix
+        assert same_bits(alone, run(module, x, None))
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_hundred_thousand_steps(dtype):
+    """By the rule; nn.LSTM runs in two halves, because cuDNN takes no more than 65,535 steps."""
+    T, B, H = 100_000, 4, 256
+    module, x = module_and_input(dtype, T, B, H)
+
+    def halves(lstm, x):
+        first, state = lstm(x[: T // 2])
+        second, (hn, cn) = lstm(x[T // 2 :], state)
+        return {"y": torch.cat([first, second]), "hn": hn, "cn": cn}
+
+    with torch.no_grad():
+        y, (hn, cn) = module(x)
+        theirs = halves(twin(module), x)
+        gold = halves(twin(module).double(), x.double())
+    for name, ours in {"y": y, "hn": hn, "cn": cn}.items():
+        assert_close(name, ours, theirs[name].cpu(), gold[name].cpu(), dtype)
+
+
+def test_backward_in_eval_mode():
+    module, x = module_and_input(torch.float32)
+    assert same_bits(run(module, x, None), run(module.eval(), x, None))
+
+
+def test_more_than_65535_steps_and_every_tensor_on_its_own_device():
+    module = LSTM(3, 20, device="cuda")
+    y, _ = module(torch.randn(70_000, 1, 3, device="cuda"))
+    assert y.device == module.weight_hh_l0.device and y.isfinite().all()
