@@ -133,6 +133,7 @@ class Launch:
         self.current, self.idle = -1, 0
         self.ended = threading.Semaphore(0)
         self.failure: BaseException | None = None
+        self.patched: set[str] = set()
 
     def run(self, body: Callable[[], None]) -> None:
         threads = [threading.Thread(target=self._program, args=(p, body), daemon=True) for p in self.alive]
@@ -240,6 +241,16 @@ class Explorer:
         except interpreter.InterpreterError as error:
             raise self._named(error) from None
 
+    def patch(self, original: Callable[..., Any], function: Any) -> Any:
+        """The interpreter prepares triton.language at each call of a device function: once a module will do."""
+        if self.launch is None:
+            return original(function)
+        module = function.__globals__["__name__"]
+        if module not in self.launch.patched:
+            self.launch.patched.add(module)
+            original(function)
+        return None
+
     def _named(self, error: Exception) -> Broken:
         return Broken(f"{error} [schedule={self.schedule!r}, seed={self.seed}, strict={self.strict}]")
 
@@ -285,15 +296,16 @@ class Explorer:
 def explore(schedule: str, seed: int = 0, strict: bool = False, memory: bool = True) -> Iterator[Explorer]:
     """Runs every grid-mode launch inside the block under a schedule; raises Broken at what it finds."""
     explorer = Explorer(schedule, seed, strict, memory)
-    execute = interpreter.GridExecutor.__call__
+    execute, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
     hooks = {"create_atomic_rmw": explorer.atomic, "create_masked_load": explorer.load}
     hooks["create_masked_store"] = explorer.store
     try:
+        interpreter._patch_lang = lambda function: explorer.patch(patch, function)
         interpreter.GridExecutor.__call__ = lambda self, *a, **k: explorer.execute(execute, self, *a, **k)
         for name, hook in hooks.items():
             setattr(BUILDER, name, partial(hook, getattr(BUILDER, name)))
         yield explorer
     finally:
-        interpreter.GridExecutor.__call__ = execute
+        interpreter.GridExecutor.__call__, interpreter._patch_lang = execute, patch
         for name in hooks:
             delattr(BUILDER, name)
