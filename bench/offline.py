@@ -8,25 +8,27 @@ import json
 import re
 import subprocess
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
 from fused_lstm.kernels.backward import backward_kernel
 from fused_lstm.kernels.forward import forward_kernel
 from fused_lstm.kernels.launch import specialization
 from fused_lstm.kernels.plan import A100, H100, Plan, choose_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
 
 DEVICES = {"A100": A100, "H100": H100}
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 IN_ACCUMULATOR = {"c_state", "c", "c0", "dc_state"}
 INTEGERS = {"T": "i32", "B": "i32", "row_begin": "i32", "step_begin": "i32", "step_end": "i32"}
-INTEGER_POINTERS = {"flags": "*i32", "lengths": "*i64", "offsets": "*i64"}
+INTEGER_POINTERS = {"flags": "*i32", "report": "*i32", "lengths": "*i64", "offsets": "*i64"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Resources:
     spills: int  # loads and stores of spilled registers inside the time loop
     resident: int  # tiles laid out in shared memory before the time loop
     loads: int  # tiles loaded in the time loop
-    acquires: int  # instructions that await a flag's data
-    releases: int  # instructions that publish one
+    acquires: int  # of a flag, with a barrier between it and the loads that it allows
+    releases: int  # of a flag, with a barrier between it and the stores that it publishes
     read_only: int  # loads past the coherent caches, which may miss what another program has just written
 
 
@@ -66,6 +68,8 @@ def compile_kernel(
         constants |= {"lengths": None, "offsets": None}
     if plan.mode != "grid":
         constants["flags"] = None
+    if not constants["TURNS"]:
+        constants["report"] = None
     accumulator = "*fp64" if dtype == torch.float64 else "*fp32"
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -91,14 +95,16 @@ def resources(kernel: CompiledKernel) -> Resources:
         instructions = time_loop(tool("nvdisasm", "-c", file.name))
     before, loop = kernel.asm["ttgir"].split("scf.for", 1)
     ptx = kernel.asm["ptx"]
+    # Neighbours among the barriers and the accesses to global memory.
+    pairs = list(pairwise(re.findall(r"\b(?:bar\.sync|(?:ld|st|atom|red)\.\S*global\S*)", ptx)))
     return Resources(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         shared=kernel.metadata.shared,
         spills=sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in instructions),
         resident=before.count("ttg.local_alloc"),
         loads=loop.count("tt.load"),
-        acquires=len(re.findall(r"\b(?:ld|atom)\.\S*\.acquire\b", ptx)),
-        releases=len(re.findall(r"\b(?:st|red|atom)\.\S*\.release\b", ptx)),
+        acquires=sum(".acquire" in first and second == "bar.sync" for first, second in pairs),
+        releases=sum(first == "bar.sync" and ".release" in second for first, second in pairs),
         read_only=len(re.findall(r"\bld\.\S*\.nc\b", ptx)),
     )
 
@@ -135,8 +141,8 @@ def rows(
         row |= {"kernel": kernel.__name__, "mode": plan.mode, "tiles": asdict(tiles), **flags}
         try:
             compiled = compile_kernel(kernel, plan, H, dtype, DEVICES[device].capability, **flags)
-        except Exception as error:  # the other rows are still worth having
-            yield row | {"error": f"{type(error).__name__}: {error}"}
+        except Exception:  # the other rows are still worth having
+            yield row | {"error": traceback.format_exc(limit=0)}
             continue
         options = {"stages": compiled.metadata.num_stages, "cooperative": compiled.metadata.launch_cooperative_grid}
         yield row | {"options": options, "resources": asdict(resources(compiled))}

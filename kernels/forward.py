@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cell import cell_forward, split_gates
+from .cell import cell_forward, dot, split_gates
 from .launch import Packing, launch
 from .plan import Plan
 from .sync import publish, wait
@@ -76,7 +76,7 @@ def forward_kernel(
         # W_hh stays on chip for all steps.
         weights = ()
         for k in tl.static_range(CHUNKS):
-            weights = weights + (load_weight(weight_hh, k, H, BLOCK_H, BLOCK_K).to(DOT),)
+            weights = weights + (load_weight(weight_hh, k, H, BLOCK_H, BLOCK_K),)
 
     if PACKED:
         length = tl.load(lengths + rows, mask=real_rows, other=0)
@@ -113,18 +113,18 @@ def forward_kernel(
         h_rows = tl.where(has_prev, y + row_prev * H, h0 + rows * H)
         recurrent = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)  # (1)
         if LOCAL:
-            recurrent = tl.dot(weights[0], h_tile.to(DOT), recurrent, input_precision=PRECISION, out_dtype=ACC)
+            recurrent = dot(weights[0], h_tile, recurrent, DOT, PRECISION)
         elif GRID:
             if step > 0:
                 wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0), step, report, TURNS)
             for k in tl.static_range(CHUNKS):
                 h = load_h(h_rows, active_rows, k, H, BLOCK_K)
-                recurrent = tl.dot(weights[k], h.to(DOT), recurrent, input_precision=PRECISION, out_dtype=ACC)
+                recurrent = dot(weights[k], h, recurrent, DOT, PRECISION)
         else:
             for k in tl.range(CHUNKS, num_stages=3):
                 weight = load_weight(weight_hh, k, H, BLOCK_H, BLOCK_K)
                 h = load_h(h_rows, active_rows, k, H, BLOCK_K)
-                recurrent = tl.dot(weight.to(DOT), h.to(DOT), recurrent, input_precision=PRECISION, out_dtype=ACC)
+                recurrent = dot(weight, h, recurrent, DOT, PRECISION)
         rec_i, rec_f, rec_g, rec_o = split_gates(recurrent, BLOCK_H, BLOCK_B)
 
         i, f, g, o, c_next, h = cell_forward(pre_i + rec_i, pre_f + rec_f, pre_g + rec_g, pre_o + rec_o, c_tile)

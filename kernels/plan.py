@@ -129,11 +129,8 @@ def choose_kernel(dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool
     # Local: all of W_hh on one multiprocessor, with a fifth of its memory left to the layout conversions of a step.
     padded = max(16, triton.next_power_of_2(H))
     if 4 * padded * padded * size <= 0.8 * device.shared:
-        warps = 4 if padded <= 64 else 8
-        forward = Tiles(batch=16, units=padded, chunk=padded, warps=warps)
-        backward = Tiles(batch=16, units=padded, chunk=padded, warps=8 if size == 8 else warps)
-        why = f"W_hh of H {H} in {name(dtype)} fits on one multiprocessor"
-        return Plan("local", forward, backward, 0, precision, why)
+        tiles = Tiles(batch=16, units=padded, chunk=padded, warps=4 if padded <= 64 else 8)
+        return Plan("local", tiles, tiles, 0, precision, f"W_hh of H {H} in {name(dtype)} fits on one multiprocessor")
 
     # Grid: a slice of W_hh on each of the multiprocessors. Full precision takes 16 units or spills registers.
     columns = triton.cdiv(H, chunk) * chunk
