@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "triton>=3.6"],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy", "expecttest"],
         "examples": ["matplotlib", "tqdm"],
         "lint": ["ruff", "mypy"],
     },

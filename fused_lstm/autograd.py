@@ -182,10 +182,9 @@ class LSTMFunction(torch.autograd.Function):
             if ctx.bias and (needs[5] or needs[6]):
                 dbias = dgates.sum(0)  # (13)
             if needs[7]:
-                total = dy.reshape(-1, dy.shape[-1]).clone()
-                total[end] += dhn
-                total[previous] += dgates[current] @ weight_hh
-                dweight_hr = total.T @ h.view(-1, h.shape[-1])  # (14)
+                h = h.view(-1, h.shape[-1])
+                ends = torch.addmm(dhn.T @ h[end], dy.reshape(-1, dy.shape[-1]).T, h)
+                dweight_hr = torch.addmm(ends, (dgates[current] @ weight_hh).T, h[previous])  # (14)
         return (
             dx,
             dh0,

@@ -86,7 +86,11 @@ FAULTS = {
         "bias gradient without the first step": ("dgates.sum(0)", "dgates[current].sum(0)", LAYERS),
         "W_hh gradient without h0": ("(dgates[start].T @ h0,", "(0 * dgates[start].T @ h0,", LAYERS),
         "hn from the wrong end": ("Sequence(last, first, earlier,", "Sequence(last, last, earlier,", LAYERS),
-        "W_hr gradient without the recurrence": ("total[previous] += dgates[current] @ weight_hh", "pass", PROJECTION),
+        "W_hr gradient without the recurrence": (
+            "torch.addmm(ends, (dgates[current] @ weight_hh).T, h[previous])",
+            "ends",
+            PROJECTION,
+        ),
     },
     "fused_lstm/functional.py": {
         "dropout after the last layer": (" and layer < num_layers - 1", "", DROPOUT),
