@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import operators
 from .kernels.launch import Packing
@@ -76,6 +75,28 @@ def matmul_precision(like: Tensor, ieee: bool) -> Iterator[None]:
         matmul.fp32_precision = saved
 
 
+class FirstDerivative(torch.autograd.Function):
+    """Passes gradients on; whoever differentiates them gets an error.
+
+    Takes `count` tensors on which the gradients depend, then the gradients. torch's once_differentiable knows only the
+    cotangents: below a loss like y.sum() they are constant, and the second derivative would silently be zero.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return tuple(None if grad is None else grad.view_as(grad) for grad in tensors[count:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:  # type: ignore[override]
+        raise RuntimeError("the second derivative of fused_lstm's kernels is not implemented")
+
+
 class LSTMFunction(torch.autograd.Function):
     """One layer and direction.
 
@@ -141,10 +162,19 @@ class LSTMFunction(torch.autograd.Function):
             ctx.save_for_backward(x, h0, c0, weight_ih, weight_hh, weight_hr, y, h, c, gates)
 
     @staticmethod
-    @once_differentiable
     def backward(  # type: ignore[override]
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = LSTMFunction.gradients(ctx, dy, dhn, dcn)
+        if torch.is_grad_enabled():  # someone wants to differentiate once more
+            y = ctx.saved_tensors[6]
+            grads = FirstDerivative.apply(4, y, dy, dhn, dcn, *grads)
+        return *grads, None, None, None
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient of each tensor that forward() takes, None where none is needed."""
         x, h0, c0, weight_ih, weight_hh, weight_hr, y, h, c, gates = ctx.saved_tensors
         sequence, ieee, needs = ctx.sequence, ctx.ieee, ctx.needs_input_grad
         dy = torch.zeros_like(y) if dy is None else dy
@@ -194,7 +224,4 @@ class LSTMFunction(torch.autograd.Function):
             dbias if needs[5] else None,
             dbias.clone() if dbias is not None and needs[6] else None,
             dweight_hr,
-            None,
-            None,
-            None,
         )

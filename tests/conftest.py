@@ -15,7 +15,7 @@ torch.set_num_threads(1)  # one worker a core: more threads would only wait for 
 @pytest.fixture(autouse=True)
 def poison():
     """torch fills fresh memory with NaN: an element that a kernel leaves out fails every comparison."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)
 
