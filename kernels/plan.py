@@ -126,10 +126,14 @@ def choose_kernel(dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool
         size = 8 if ieee else 4
     chunk = 128 if size == 2 else 64 if size == 4 else 32
 
+    # Rows that no wide load divides keep registers for their many addresses: smaller tiles there, or more warps.
+    wide = H % 8 == 0
+
     # Local: all of W_hh on one multiprocessor, with a fifth of its memory left to the layout conversions of a step.
     padded = max(16, triton.next_power_of_2(H))
-    if 4 * padded * padded * size <= 0.8 * device.shared:
-        tiles = Tiles(batch=16, units=padded, chunk=padded, warps=4 if padded <= 64 else 8)
+    if 4 * padded * padded * size <= 0.8 * device.shared and (padded <= 64 or H % 4 == 0):
+        warps = 2 if padded == 16 else 4 if padded <= 64 and padded * size < 512 else 8
+        tiles = Tiles(batch=16, units=padded, chunk=padded, warps=warps)
         return Plan("local", tiles, tiles, 0, precision, f"W_hh of H {H} in {name(dtype)} fits on one multiprocessor")
 
     # Grid: a slice of W_hh on each of the multiprocessors. Full precision takes 16 units or spills registers.
@@ -137,15 +141,20 @@ def choose_kernel(dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool
     for units in (16, 8) if size < 8 else (16,):
         programs = triton.cdiv(H, units)
         if programs <= device.multiprocessors and 4 * units * columns * size <= 0.8 * device.shared:
-            # The smallest batch tile with which all groups run at once; a wider one takes shorter chunks, because
+            # The smallest batch tile with which all groups run at once; a larger one takes shorter chunks, because
             # the loads of all chunks are in flight together and each keeps registers.
-            small = programs * triton.cdiv(B, 16) <= device.multiprocessors
-            forward = Tiles(batch=16 if small else 32, units=units, chunk=chunk if small else chunk // 2, warps=4)
-            backward = Tiles(batch=32, units=units, chunk=chunk, warps=4 if size == 2 else 8)
+            small = programs * triton.cdiv(B, 16) <= device.multiprocessors or size == 8 or not wide
+            forward = Tiles(
+                batch=16 if small else 32,
+                units=units,
+                chunk=chunk if small and wide else chunk // 2,
+                warps=4 if wide else 8,
+            )
+            backward = Tiles(batch=32, units=units, chunk=chunk, warps=4 if size == 2 and wide else 8)
             why = f"W_hh of H {H} in {name(dtype)} is spread over {programs} multiprocessors, {units} units on each"
             return Plan("grid", forward, backward, device.multiprocessors, precision, why)
 
-    tiles = Tiles(batch=32, units=16, chunk=chunk // 2, warps=4)
+    tiles = Tiles(batch=32, units=16, chunk=chunk // 2, warps=4 if wide else 8)
     why = f"W_hh of H {H} in {name(dtype)} does not fit on {device.multiprocessors} multiprocessors: one launch a step"
     return Plan("step", tiles, tiles, 0, precision, why)
 

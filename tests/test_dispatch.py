@@ -53,7 +53,7 @@ def test_float64_on_a_gpu_is_torch_own_lstm():
 @pytest.mark.parametrize("device", [A100, H100])
 def test_modes_follow_the_size_of_the_weights(device, dtype, ieee):
     order = ["local", "grid", "step"]
-    modes = [choose_kernel(dtype, 16, H, device, ieee).mode for H in range(1, 2049)]
+    modes = [choose_kernel(dtype, 16, H, device, ieee).mode for H in range(4, 2049, 4)]
     assert modes == sorted(modes, key=order.index) and set(modes) == set(order)
 
 
