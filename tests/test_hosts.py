@@ -92,9 +92,11 @@ def test_data_loader_workers(context):
 # Kills and interrupts
 
 LONG_RUN = """
+import signal
 import torch
 from fused_lstm import LSTM
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 torch.set_num_threads(1)
 module, x = LSTM(3, 4), torch.randn(100_000, 2, 3)
 short = module(x[:2])[0]
@@ -106,7 +108,8 @@ except KeyboardInterrupt:
 """
 
 
-def start_long_run(tmp_path):
+@pytest.fixture
+def long_run(tmp_path):
     """A process of its own session in the middle of a call of many minutes."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "TMPDIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)}
     process = subprocess.Popen(
@@ -117,10 +120,13 @@ def start_long_run(tmp_path):
         env=environment,
         start_new_session=True,
     )
-    assert process.stdout.readline() == "running\n"
-    time.sleep(0.5)
-    assert process.poll() is None
-    return process
+    try:
+        assert process.stdout.readline() == "running\n"
+        time.sleep(0.5)
+        assert process.poll() is None
+        yield process
+    finally:
+        process.kill()
 
 
 def session(leader):
@@ -138,23 +144,20 @@ def stats():
         yield path
 
 
-def test_a_killed_process_leaves_nothing_behind(tmp_path):
-    shared = set(os.listdir("/dev/shm"))
-    process = start_long_run(tmp_path)
-    process.kill()
-    assert process.wait(10) == -signal.SIGKILL
-    process.stdout.close()
-    assert not session(process.pid)
+def test_a_killed_process_leaves_nothing_behind(long_run, tmp_path):
+    long_run.kill()
+    assert long_run.wait(10) == -signal.SIGKILL
+    long_run.stdout.close()
+    assert not session(long_run.pid)
     assert not list(tmp_path.iterdir())
-    assert not {name for name in set(os.listdir("/dev/shm")) - shared if f"_{process.pid}_" in name}
+    assert not [name for name in os.listdir("/dev/shm") if f"_{long_run.pid}_" in name]
 
 
-def test_an_interrupt_ends_a_long_run_and_the_module_goes_on(tmp_path):
-    process = start_long_run(tmp_path)
+def test_an_interrupt_ends_a_long_run_and_the_module_goes_on(long_run):
     begin = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=20)
-    assert output == "interrupted True True\n" and process.returncode == 0
+    long_run.send_signal(signal.SIGINT)
+    output, _ = long_run.communicate(timeout=20)
+    assert output == "interrupted True True\n" and long_run.returncode == 0
     assert time.monotonic() - begin < 10
 
 

@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import make_tensor
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
-from torch.testing._internal.common_utils import freeze_rng_state, gradcheck, noncontiguous_like
 
 from fused_lstm import LSTM
 
 from .parity import assert_close
+
+with pytest.MonkeyPatch.context() as patch:
+    # Their import would forbid all other tests of the process to set a switch of torch.backends.
+    patch.setattr(torch.backends, "disable_global_flags", lambda: None)
+    from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+    from torch.testing._internal.common_utils import freeze_rng_state, gradcheck, noncontiguous_like
 
 INFO = next(info for info in module_db if info.module_cls is nn.LSTM)
 DTYPES = [*INFO.dtypes, torch.float16, torch.bfloat16]  # torch's entry names float32 and float64 only
