@@ -30,13 +30,12 @@ class Sequence:
     packing: Packing | None
 
     @staticmethod
-    def dense(T: int, B: int, reverse: bool) -> "Sequence":
+    def dense(T: int, B: int) -> "Sequence":
         rows = T * B
-        first, last, later, earlier = slice(B), slice(rows - B, rows), slice(B, rows), slice(rows - B)
-        return Sequence.directed(first, last, later, earlier, reverse, None)
+        return Sequence(slice(B), slice(rows - B, rows), slice(B, rows), slice(rows - B), False, None)
 
     @staticmethod
-    def packed(batch_sizes: Tensor, reverse: bool, device: torch.device) -> "Sequence":
+    def packed(batch_sizes: Tensor, device: torch.device) -> "Sequence":
         """batch_sizes: (T,) int64 on the CPU, as in a PackedSequence."""
         B = int(batch_sizes[0])
         offsets = batch_sizes.cumsum(0) - batch_sizes
@@ -46,16 +45,11 @@ class Sequence:
         last = offsets[lengths - 1] + torch.arange(B)
         earlier = torch.arange(B, int(batch_sizes.sum())) - batch_sizes[:-1].repeat_interleave(batch_sizes[1:])
         lengths, offsets, last, earlier = (index.to(device) for index in (lengths, offsets, last, earlier))
-        packing = Packing(lengths, offsets)
-        return Sequence.directed(slice(B), last, slice(B, None), earlier, reverse, packing)
+        return Sequence(slice(B), last, slice(B, None), earlier, False, Packing(lengths, offsets))
 
-    @staticmethod
-    def directed(
-        first: Rows, last: Rows, later: Rows, earlier: Rows, reverse: bool, packing: Packing | None
-    ) -> "Sequence":
-        if reverse:
-            return Sequence(last, first, earlier, later, reverse, packing)
-        return Sequence(first, last, later, earlier, reverse, packing)
+    def reversed(self) -> "Sequence":
+        """The other direction over the same rows."""
+        return Sequence(self.end, self.start, self.previous, self.current, not self.reverse, self.packing)
 
 
 @contextmanager

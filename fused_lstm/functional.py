@@ -46,9 +46,10 @@ def lstm(
     x = input.transpose(0, 1) if batch_first else input
     directions = 2 if bidirectional else 1
     if batch_sizes is None:
-        sequences = [Sequence.dense(x.shape[0], x.shape[1], reverse) for reverse in (False, True)[:directions]]
+        sequence = Sequence.dense(x.shape[0], x.shape[1])
     else:
-        sequences = [Sequence.packed(batch_sizes, reverse, x.device) for reverse in (False, True)[:directions]]
+        sequence = Sequence.packed(batch_sizes, x.device)
+    sequences = [sequence, sequence.reversed()][:directions]
     ieee = full_precision()
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights))
 

@@ -8,13 +8,8 @@ from torch import Tensor
 
 from .kernels import backward as backward_kernel
 from .kernels import forward as forward_kernel
-from .kernels.launch import Packing
+from .kernels.launch import Packing, accumulator
 from .kernels.plan import choose
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type of the cell state and of sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("fused_lstm::forward", mutates_args=())

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cell import cell_forward, dot, split_gates
-from .launch import Packing, launch
+from .launch import Packing, accumulator, launch
 from .plan import Plan
 from .sync import publish, wait
 
@@ -176,11 +176,10 @@ def forward(
     """
     B, H = h0.shape
     T = input_gates.shape[0] if packing is None else packing.offsets.shape[0]
-    accumulator = torch.float64 if h0.dtype == torch.float64 else torch.float32
     y = input_gates.new_empty((*input_gates.shape[:-1], H))
-    c = torch.empty_like(y, dtype=accumulator) if save else None
+    c = torch.empty_like(y, dtype=accumulator(y.dtype)) if save else None
     gates = torch.empty_like(input_gates) if save else None
-    cn = c0.to(accumulator, copy=True)
+    cn = c0.to(accumulator(c0.dtype), copy=True)
     if B > 0:
         launch(
             forward_kernel,

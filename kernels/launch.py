@@ -33,6 +33,11 @@ class Packing(NamedTuple):
     offsets: Tensor
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type of the cell state and of sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def specialization(plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
     """The constexpr arguments and the compile options by which a plan enters a kernel."""
     constants = {

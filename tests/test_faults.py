@@ -85,7 +85,7 @@ FAULTS = {
     "fused_lstm/autograd.py": {
         "bias gradient without the first step": ("dgates.sum(0)", "dgates[current].sum(0)", LAYERS),
         "W_hh gradient without h0": ("(dgates[start].T @ h0,", "(0 * dgates[start].T @ h0,", LAYERS),
-        "hn from the wrong end": ("Sequence(last, first, earlier,", "Sequence(last, last, earlier,", LAYERS),
+        "hn from the wrong end": ("Sequence(self.end, self.start,", "Sequence(self.end, self.end,", LAYERS),
         "W_hr gradient without the recurrence": (
             "torch.addmm(ends, (dgates[current] @ weight_hh).T, h[previous])",
             "ends",

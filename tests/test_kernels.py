@@ -33,7 +33,7 @@ def check(plan, dtype, T, B, H, device, reverse=False, batch_sizes=None):
     if batch_sizes is None:
         packing, lead = None, (T, B)
     else:
-        packing, lead = Sequence.packed(batch_sizes, reverse, torch.device(device)).packing, (int(batch_sizes.sum()),)
+        packing, lead = Sequence.packed(batch_sizes, torch.device(device)).packing, (int(batch_sizes.sum()),)
     shapes = [(*lead, 4 * H), (4 * H, H), (B, H), (B, H), (*lead, H), (B, H), (B, H)]
     input_gates, weight_hh, h0, c0, dy, dhn, dcn = tensors(shapes, dtype, device)
     weight_hh /= H**0.5

@@ -33,7 +33,7 @@ class Reference(torch.autograd.Function):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_backward_is_the_derivative_of_forward(reverse, packed):
-    packing = Sequence.packed(BATCH_SIZES, reverse, torch.device("cpu")).packing if packed else None
+    packing = Sequence.packed(BATCH_SIZES, torch.device("cpu")).packing if packed else None
     lead = (int(BATCH_SIZES.sum()),) if packed else (4, B)
     shapes = [(*lead, 4 * H), (4 * H, H), (B, H), (B, H)]
     input_gates, weight_hh, h0, c0 = (torch.randn(shape, dtype=torch.float64) for shape in shapes)

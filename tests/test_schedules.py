@@ -39,7 +39,7 @@ def run(
     """Both passes under a schedule, against the reference, in float64 and exact to rounding."""
     B, H, batch_sizes = sizes
     batch_sizes = torch.tensor(batch_sizes)
-    packing = Sequence.packed(batch_sizes, reverse, torch.device("cpu")).packing if packed else None
+    packing = Sequence.packed(batch_sizes, torch.device("cpu")).packing if packed else None
     lead = (int(batch_sizes.sum()),) if packed else (T, B)
     generator = torch.Generator().manual_seed(seed)
     shapes = [(*lead, 4 * H), (4 * H, H), (B, H), (B, H), (*lead, H), (B, H), (B, H)]
