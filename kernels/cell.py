@@ -22,12 +22,21 @@ def tanh(x):
 
 
 @triton.jit
+def sigmoid(x):
+    # Below 0 the quotient is exact to rounding; above, 1 minus that of -x is. 1 / (1 + exp(-x)) would round f near 1
+    # downwards, and a cell that remembers for thousands of steps sums that up.
+    e = tl.exp(-tl.abs(x))
+    y = e / (1.0 + e)
+    return tl.where(x > 0.0, 1.0 - y, y)
+
+
+@triton.jit
 def cell_forward(pre_i, pre_f, pre_g, pre_o, c_prev):
     """Pre-activations and c_{t-1} to the activated gates, c_t and h_t."""
-    i = tl.sigmoid(pre_i)  # (2)
-    f = tl.sigmoid(pre_f)
+    i = sigmoid(pre_i)  # (2)
+    f = sigmoid(pre_f)
     g = tanh(pre_g)
-    o = tl.sigmoid(pre_o)
+    o = sigmoid(pre_o)
     c = f * c_prev + i * g  # (3)
     h = o * tanh(c)  # (4)
     return i, f, g, o, c, h

@@ -1,7 +1,7 @@
 """What both launchers share: the flags, the launch shape of each mode, and the tensor's device."""
 
 import os
-from contextlib import nullcontext
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,10 @@ DOT = {
 
 # Turns that a wait for a step flag may take under FUSED_LSTM_DEBUG=1, some seconds; without it a wait has no bound.
 TURNS = 10_000_000 if os.environ.get("FUSED_LSTM_DEBUG") == "1" else 0
+
+
+# The interpreter keeps the program's position in globals: two threads cannot be in it at once.
+_INTERPRETER = threading.RLock()
 
 
 class Packing(NamedTuple):
@@ -85,7 +89,7 @@ def launch(
         # Only as many batch groups as can be resident together; the others follow in further launches.
         groups_at_once = max(1, plan.resident // unit_blocks)
     turns = [(step, step + 1) for step in range(T)] if plan.mode == "step" else [(0, T)]
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with torch.cuda.device(device) if device.type == "cuda" else _INTERPRETER:
         for group in range(0, batch_groups, groups_at_once):
             programs = (unit_blocks, min(groups_at_once, batch_groups - group))
             for turn in turns:

@@ -34,24 +34,36 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# Threads. Triton's interpreter keeps the program's position and its patches of triton.language in globals, so two
-# threads cannot be in it at once, whatever kernel they run: there the plain path stands in.
+# Threads
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["one module", "two modules"])
-def test_two_threads_at_once(shared, no_interpreter):
-    first = LSTM(5, 8, num_layers=2)
-    modules = (first, first if shared else LSTM(5, 8))
-    inputs = (torch.randn(6, 3, 5), torch.randn(4, 2, 5))
-    expected = [run(module, x, None) for module, x in zip(modules, inputs, strict=True)]
-    together = threading.Barrier(2)
+def assert_threads_agree(modules, inputs, calls):
+    """Two threads at once, each with its module and input, see what one thread alone sees."""
 
     def work(k):
         together.wait()
-        return all(same(run(modules[k], inputs[k], None), expected[k]) for _ in range(50))
+        return [run(modules[k], inputs[k], None) for _ in range(calls)]
 
+    def alone(k):
+        return run(modules[k], inputs[k], None)
+
+    together = threading.Barrier(2)
+    with ThreadPoolExecutor(1) as pool:
+        expected = list(pool.map(alone, range(2)))
     with ThreadPoolExecutor(2) as pool:
-        assert all(pool.map(work, range(2)))
+        results = list(pool.map(work, range(2)))
+    assert all(same(result, expected[k]) for k in range(2) for result in results[k])
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one module", "two modules"])
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+def test_two_threads_at_once(shared, path, request):
+    if path == "torch":
+        request.getfixturevalue("no_interpreter")
+    first = LSTM(5, 8, num_layers=2)
+    modules = (first, first if shared else LSTM(5, 8))
+    inputs = (torch.randn(6, 3, 5), torch.randn(4, 2, 5))
+    assert_threads_agree(modules, inputs, calls=5 if path == "kernels" else 50)
 
 
 def test_kernels_run_outside_the_main_thread():

@@ -1,5 +1,7 @@
 """The module's link: LSTM through the kernels against nn.LSTM, outputs and every gradient, by the one rule."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -77,12 +79,13 @@ def test_float32_follows_cudnn_own_switch(H, allow_tf32, monkeypatch):
     assert_parity(module, torch.randn(9, 33, I, device="cuda"), states(module, 33))
 
 
+OPTIONS = [{"num_layers": 3}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 1}]
+SIZES = list(product([1, 2, 5, 9], [0, 1, 3, 17], [1, 20, 64, 100, 130]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("H", [1, 20, 64, 100, 130])
-@pytest.mark.parametrize("B", [0, 1, 3, 17])
-@pytest.mark.parametrize("T", [1, 2, 5, 9])
-@pytest.mark.parametrize("options", [{"num_layers": 3}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 1}])
+@pytest.mark.parametrize("T,B,H,options", [(*sizes, OPTIONS[k % 3]) for k, sizes in enumerate(SIZES)])
 def test_lstm_over_all_sizes(T, B, H, options, dtype, device):
     if options.get("proj_size", 0) >= H:
         options = {}
