@@ -19,19 +19,27 @@ test-slow: $(VENV)/ready
 bench: $(VENV)/ready
 	$(RUN) -m bench.run
 
-# On the machine's own Python, which has torch, triton, pytest and pytest-benchmark, and without a network: parity first,
-# then the sweep in what is left of 8 minutes. Each has a limit: a kernel that hangs must not take the other along.
-# DRY=1: every part on tiny shapes in Triton's interpreter, without a GPU. RESULTS=folder: instead of bench/results.
+# On the machine's own Python, which has torch, triton, pytest and pytest-benchmark, and without a network, in under 9
+# minutes: parity, the terms of the design, tiles around the plans' own, and the sweep against nn.LSTM. Each has a limit:
+# a kernel that hangs must not take the others along. What is measured stays, and the same command goes on.
+# PART=name: only that part, with all the time. DRY=1: every part on tiny sizes in Triton's interpreter, without a GPU.
+# RESULTS=folder: instead of bench/results.
+PART     := parity micro tune sweep
+UNTIL     = $(if $(word 2,$(PART)),$(1),525)
+MEASURE   = $(if $(DRY),--dry) $(if $(RESULTS),--results $(RESULTS)) --until $$(($(START) + $(call UNTIL,$(1))))
 gpu: START := $(shell date +%s)
 gpu gpu-check: export PIP_BREAK_SYSTEM_PACKAGES := 1
 gpu gpu-check: INSTALL := -m pip install -q --disable-pip-version-check --no-deps -e .
 gpu:
 	$(PYTHON) $(INSTALL) --no-build-isolation || $(PYTHON) $(INSTALL)
-	@status=0; \
-	timeout -k 10 240 $(PYTHON) -m pytest tests $(if $(DRY),--collect-only -qq,-m "gpu and not slow" -q) || status=$$?; \
-	$(PYTHON) -m bench.run $(if $(DRY),--dry,--device cuda) $(if $(RESULTS),--results $(RESULTS)) \
-		--until $$(($(START) + 455)) || status=$$?; \
-	exit $$status
+	@status=0; for part in $(PART); do echo "== $$part"; case $$part in \
+		parity) timeout -k 10 $(call UNTIL,210) $(PYTHON) -m pytest -q \
+			$(if $(DRY),tests/test_recurrence.py,tests -m "gpu and not slow") ;; \
+		micro) $(PYTHON) -m bench.lab exchange broadcast launch matrix $(call MEASURE,270) ;; \
+		tune) $(PYTHON) -m bench.lab tune $(call MEASURE,340) ;; \
+		sweep) $(PYTHON) -m bench.run $(if $(DRY),,--device cuda) $(call MEASURE,525) ;; \
+		*) echo "no part $$part; there are parity, micro, tune and sweep"; false ;; \
+	esac || status=$$?; done; exit $$status
 
 # On a CUDA machine: every parity test on the device, real concurrency, and NVIDIA's checkers on small grid-mode runs.
 # Each has a limit; a grid that hangs reports who waits for whom.

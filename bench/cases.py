@@ -7,17 +7,19 @@ import torch
 
 # fp32 and tf32 differ in cuDNN's switch alone; see measure.precision().
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODES = ("forward", "forward+backward")
+MODES = ("forward", "forward+backward", "one step")
 
 
 @dataclass(frozen=True)
 class Case:
     """One workload.
 
-    mode: "forward" (inference, no autograd) or "forward+backward" (gradients of the input and of every parameter).
+    mode: "forward" (inference, no autograd), "forward+backward" (gradients of the input and of every parameter) or
+        "one step" (inference in T calls of one step each, the state handed from call to call).
     T, B, I, H: steps, batch rows, input features, hidden units.
     dtype: a key of DTYPES.
     layers, directions: as num_layers of torch.nn.LSTM, and 2 for bidirectional.
+    packed: the rows are T to T / 8 steps long, evenly spread and unsorted, in a PackedSequence.
     """
 
     mode: str
@@ -28,6 +30,7 @@ class Case:
     dtype: str
     layers: int = 1
     directions: int = 1
+    packed: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -41,36 +44,47 @@ class Case:
         parts += [f"I{self.I}"] if self.I != self.H else []
         parts += [f"L{self.layers}"] if self.layers > 1 else []
         parts += [f"D{self.directions}"] if self.directions > 1 else []
+        parts += ["packed"] if self.packed else []
         return " ".join(parts)
+
+
+BOTH = ("forward", "forward+backward")
 
 
 def _square(T: int, H: int, B: int, dtype: str, mode: str) -> Case:
     return Case(mode=mode, T=T, B=B, I=H, H=H, dtype=dtype)
 
 
-_SHAPES = [
-    (512, 16),
-    (1024, 16),
-    (256, 16),
-    (512, 1),
-    (512, 64),
-    (1024, 64),
-    (256, 64),
-    (1024, 1),
-    (256, 1),
-    (128, 16),
-    (128, 64),
-    (128, 1),
+_MAIN = ("bf16", "tf32")
+_ALL = (*_MAIN, "fp16", "fp32")
+GPU = [
+    *(_square(512, H, B, *rest) for (H, B), *rest in product([(512, 16), (1024, 16), (256, 16)], _ALL, BOTH)),
+    *(Case(mode, T=512, B=64, I=512, H=512, dtype=dtype, packed=True) for dtype, mode in product(_MAIN, BOTH)),
+    *(
+        Case(mode, T=512, B=16, I=512, H=512, dtype=dtype, layers=2, directions=directions)
+        for dtype, directions, mode in product(_MAIN, [1, 2], BOTH)
+    ),
+    *(_square(64, H, B, dtype, "one step") for H, B, dtype in product([512, 1024], [1, 16], _MAIN)),
+    *(
+        _square(512, H, B, *rest)
+        for (H, B), *rest in product(
+            [(512, 1), (512, 64), (1024, 64), (256, 64), (1024, 1), (256, 1), (128, 16), (128, 64), (128, 1)],
+            _ALL,
+            BOTH,
+        )
+    ),
+    *(Case(mode, T=2048, B=16, I=80, H=650, dtype=dtype) for dtype, mode in product(_MAIN, BOTH)),
 ]
-GPU = [_square(512, H, B, *rest) for (H, B), *rest in product(_SHAPES, ("bf16", "tf32", "fp16", "fp32"), MODES)]
 
 CPU = [
-    *(_square(128, H, B, "fp32", mode) for (H, B), mode in product([(256, 16), (256, 1), (64, 16)], MODES)),
-    *(Case(mode, T=64, B=8, I=64, H=128, dtype="fp32", layers=2, directions=2) for mode in MODES),
+    *(_square(128, H, B, "fp32", mode) for (H, B), mode in product([(256, 16), (256, 1), (64, 16)], BOTH)),
+    *(_square(128, H, B, "fp32", "one step") for H, B in [(256, 1), (256, 16)]),
+    *(Case(mode, T=64, B=8, I=64, H=128, dtype="fp32", layers=2, directions=2) for mode in BOTH),
+    *(Case(mode, T=128, B=16, I=256, H=256, dtype="fp32", packed=True) for mode in BOTH),
 ]
 
 # Small enough for Triton's interpreter.
 DRY = [
-    Case(mode, T=3, B=B, I=5, H=H, dtype=dtype)
-    for (B, H), dtype, mode in product([(2, 7), (1, 20)], ("bf16", "tf32", "fp16", "fp32"), MODES)
+    *(Case(mode, T=3, B=2, I=5, H=7, dtype=dtype) for dtype, mode in product(_ALL, MODES)),
+    *(Case(mode, T=3, B=2, I=5, H=20, dtype="fp32", layers=2, directions=2, packed=True) for mode in BOTH),
 ]

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from tests import parity
 
+from . import store
 from .cases import Case
 from .providers import BASELINE, PROVIDERS
 from .timing import Call, alternate
@@ -44,14 +46,18 @@ def precision(dtype: str) -> Iterator[None]:
         switch(before)
 
 
-def build(case: Case, device: torch.device) -> tuple[nn.LSTM, Tensor, tuple[Tensor, Tensor]]:
-    """Returns nn.LSTM with the case's weights, the input x (T, B, I) and hx = (h0, c0), the same at every call."""
+def build(case: Case, device: torch.device) -> tuple[nn.LSTM, Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+    """Returns nn.LSTM with the case's weights, the input x (T, B, I), packed if the case is, and hx = (h0, c0), the
+    same at every call."""
     torch.manual_seed(0)
     lstm = nn.LSTM(case.I, case.H, case.layers, bidirectional=case.directions == 2)
     # In training mode cuDNN would write in the forward what only a backward reads.
-    lstm = lstm.to(device, case.torch_dtype).train(case.mode != "forward")
+    lstm = lstm.to(device, case.torch_dtype).train(case.mode == "forward+backward")
     states = (case.layers * case.directions, case.B, case.H)
     x, h0, c0 = (torch.randn(size).to(device, case.torch_dtype) for size in ((case.T, case.B, case.I), states, states))
+    if case.packed:
+        lengths = torch.linspace(case.T, max(1, case.T // 8), case.B).long()[torch.randperm(case.B)]
+        return lstm, pack_padded_sequence(x, lengths, enforce_sorted=False), (h0, c0)
     return lstm, x, (h0, c0)
 
 
@@ -67,6 +73,26 @@ def gold(case: Case) -> dict[str, Tensor]:
     return _gold(replace(case, mode="forward+backward", dtype=dtype))
 
 
+class OneByOne(nn.Module):
+    """A module called on one step after the other, as a server or an agent does that has only the past."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        outputs = []
+        for k in range(len(x)):
+            y, hx = self.module(x[k : k + 1], hx)
+            outputs.append(y)
+        return torch.cat(outputs), hx
+
+
+def called(case: Case, module: nn.Module) -> nn.Module:
+    """The module as the case's mode calls it."""
+    return OneByOne(module) if case.mode == "one step" else module
+
+
 def check(case: Case, provider: str, device: torch.device) -> None:
     """Holds a provider to the parity rule on the first steps of a case.
 
@@ -75,10 +101,10 @@ def check(case: Case, provider: str, device: torch.device) -> None:
     """
     case = replace(case, T=min(case.T, CHECKED_STEPS))
     lstm, x, hx = build(case, device)
-    backward = case.mode != "forward"
+    backward = case.mode == "forward+backward"
     with torch.set_grad_enabled(backward):
         theirs = parity.run(lstm, x, hx, backward=backward)
-        ours = parity.run(PROVIDERS[provider](lstm), x, hx, backward=backward)
+        ours = parity.run(called(case, PROVIDERS[provider].build(lstm)), x, hx, backward=backward)
     try:
         assert ours.keys() == theirs.keys(), f"results {sorted(ours)}, nn.LSTM's are {sorted(theirs)}"
         for name in theirs:
@@ -87,22 +113,39 @@ def check(case: Case, provider: str, device: torch.device) -> None:
         raise Refused(str(broken)) from None
 
 
-def step(case: Case, module: nn.Module, x: Tensor, hx: tuple[Tensor, Tensor]) -> Call:
-    """Returns the call to time: module(x, hx), and in "forward+backward" the gradients of x and of every parameter."""
-    if case.mode == "forward":
+def step(case: Case, module: nn.Module, x: Tensor | PackedSequence, hx: tuple[Tensor, Tensor]) -> Call:
+    """Returns the call to time, as the case's mode has it."""
+    if case.mode != "forward+backward":
         return torch.no_grad()(lambda: module(x, hx))
-    dy = torch.randn(case.T, case.B, case.directions * case.H).to(x)
-    leaves = [x.detach().requires_grad_(), *module.parameters()]
-    return lambda: torch.autograd.grad(module(leaves[0], hx)[0], leaves, dy)
+    leaf = (x.data if case.packed else x).detach().requires_grad_()
+    leaves = [leaf, *module.parameters()]
+    dy = torch.randn((*leaf.shape[:-1], case.directions * case.H)).to(leaf)
+
+    def both() -> tuple[Tensor, ...]:
+        y, _ = module(x._replace(data=leaf) if case.packed else leaf, hx)
+        return torch.autograd.grad(y.data if case.packed else y, leaves, dy)
+
+    return both
+
+
+def peak_memory(call: Call, device: torch.device) -> int | None:
+    """The bytes that a call takes beyond what was allocated before it; None on a device that does not count."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def steps(case: Case, provider: str, device: torch.device) -> tuple[dict[str, Call], dict[str, Any] | None]:
     """Returns the calls of the provider and of nn.LSTM on the same weights and inputs, by name, and the provider's
     Plan as a dict, None if it has none."""
     lstm, x, hx = build(case, device)
-    module = PROVIDERS[provider](lstm)
+    module = PROVIDERS[provider].build(lstm)
     plan = asdict(module.plan(x)) if hasattr(module, "plan") else None
-    return {provider: step(case, module, x, hx), BASELINE: step(case, lstm, x, hx)}, plan
+    calls = {provider: module, BASELINE: lstm}
+    return {name: step(case, called(case, module), x, hx) for name, module in calls.items()}, plan
 
 
 def row(
@@ -111,7 +154,8 @@ def row(
     """Returns one row of a results file.
 
     status is "ok", or "refused" (broke the parity rule) or "failed", then with the reason in why. A row that is ok
-    holds plan, and ms and baseline_ms: the Times of the provider and of nn.LSTM, in milliseconds, timed side by side.
+    holds plan; ms and baseline_ms, the Times of the provider and of nn.LSTM in milliseconds, timed side by side; memory
+    and baseline_memory, their peaks in bytes (None on a CPU); and clock, the GPU's in MHz after the last round.
     """
     key = {"case": asdict(case), "provider": provider, "baseline": BASELINE, "environment": environment}
     return key | {"status": status, "why": why} | measured
@@ -126,9 +170,12 @@ def measure(
             check(case, provider, device)
             calls, plan = steps(case, provider, device)
             times = alternate(calls, device, seconds)
+            clock = store.clock() if device.type == "cuda" else None
+            memory, baseline_memory = (peak_memory(calls[name], device) for name in (provider, BASELINE))
     except Refused as broken:
         return row(case, provider, environment, "refused", str(broken))
     except Exception as error:
         return row(case, provider, environment, "failed", f"{type(error).__name__}: {error}"[:2000])
     ms, baseline_ms = asdict(times[provider]), asdict(times[BASELINE])
-    return row(case, provider, environment, "ok", plan=plan, ms=ms, baseline_ms=baseline_ms)
+    measured = {"plan": plan, "ms": ms, "baseline_ms": baseline_ms, "clock": clock}
+    return row(case, provider, environment, "ok", memory=memory, baseline_memory=baseline_memory, **measured)

@@ -1,13 +1,32 @@
 """What is measured: each provider turns an nn.LSTM into a module with the same weights and the same call."""
 
 import copy
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fused_lstm
 
+from .cases import Case
+
 BASELINE = "nn.LSTM"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """build: makes a module of an nn.LSTM, called as module(x, hx) -> y, (hn, cn), with nn.LSTM's parameter names.
+    runs: whether it can run a case at all. package: what must be installed for it."""
+
+    build: Callable[[nn.LSTM], nn.Module]
+    runs: Callable[[Case], bool] = lambda case: True
+    package: str | None = None
+
+    def installed(self) -> bool:
+        return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
 def fused(lstm: nn.LSTM) -> nn.Module:
@@ -19,6 +38,96 @@ def fused(lstm: nn.LSTM) -> nn.Module:
     return module
 
 
-# The module is called as module(x, hx) -> y, (hn, cn) and names its parameters as nn.LSTM does, which lets
-# tests.parity run it.
-PROVIDERS: dict[str, Callable[[nn.LSTM], nn.Module]] = {"fused_lstm": fused}
+class Stack(nn.Module):
+    """Layers and directions over a recurrence of one layer, which each subclass has its own of; dense input."""
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__()
+        self.layers, self.directions = lstm.num_layers, 2 if lstm.bidirectional else 1
+        for name, parameter in lstm.named_parameters():
+            self.register_parameter(name, nn.Parameter(parameter.detach().clone()))
+
+    def layer(self, x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (T, B, I), h0 and c0 (B, H) and weight_ih, weight_hh, bias_ih, bias_hh to y (T, B, H), hn and cn (B, H)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        ends = []
+        for layer in range(self.layers):
+            outputs = []
+            for direction in range(self.directions):
+                suffix = f"_l{layer}" + "_reverse" * direction
+                weights = [getattr(self, f"{kind}_{of}{suffix}") for kind in ("weight", "bias") for of in ("ih", "hh")]
+                k = len(ends)
+                y, *end = self.layer(x.flip(0) if direction else x, hx[0][k], hx[1][k], *weights)
+                outputs.append(y.flip(0) if direction else y)
+                ends.append(end)
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        hn, cn = (torch.stack(states) for states in zip(*ends, strict=True))
+        return x, (hn, cn)
+
+
+def cell(input_gates: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, g, o = (input_gates + h @ weight_hh.t()).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+class CompiledCell(Stack):
+    """What one writes who wants another cell: a Python loop over a cell that torch.compile has fused."""
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__(lstm)
+        torch.compiler.reset()  # or it stops compiling after a few shapes, without a word
+        self.cell = torch.compile(cell, fullgraph=True, dynamic=False)
+
+    def layer(self, x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh):
+        h, c, y = h0, c0, []
+        for input_gates in F.linear(x, weight_ih, bias_ih + bias_hh):
+            h, c = self.cell(input_gates, h, c, weight_hh)
+            y.append(h)
+        return torch.stack(y), h, c
+
+
+class TorchRL(Stack):
+    """The Triton kernels behind LSTMModule(recurrent_backend="triton"): batch first, a reset value for each step."""
+
+    def layer(self, x, h0, c0, *weights):
+        from torchrl.modules.tensordict_module._rnn_triton import lstm_triton
+
+        x = x.transpose(0, 1).contiguous()
+        h_reset, c_reset = (s[:, None].expand(-1, x.shape[1], -1).contiguous() for s in (h0, c0))
+        never = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
+        y, _, hn, cn = lstm_triton(x, h_reset, c_reset, *weights, never, input_precision="tf32" if tf32 else "ieee")
+        return y.transpose(0, 1), hn, cn
+
+
+class FlashRNN(Stack):
+    """FlashRNN with one head, which is a plain LSTM; its fused CUDA kernels take the product of the input ready."""
+
+    backend = "cuda_fused"
+
+    def layer(self, x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh):
+        from flashrnn import flashrnn
+
+        B, H = h0.shape
+        input_gates = F.linear(x, weight_ih).transpose(0, 1).reshape(B, -1, 4, 1, H)
+        weight = weight_hh.view(4, 1, H, H)
+        bias = (bias_ih + bias_hh).view(4, 1, H)
+        state = torch.stack([h0, c0])[:, :, None, None]
+        dtype = str(x.dtype).removeprefix("torch.")
+        y, end = flashrnn(input_gates, weight, bias, state, "lstm", backend=self.backend, dtype=dtype)
+        return y[0, :, :, 0].transpose(0, 1), end[0, :, 0, 0], end[1, :, 0, 0]
+
+
+def _one_layer(case: Case) -> bool:
+    return not case.packed and case.layers == case.directions == 1
+
+
+PROVIDERS = {
+    "fused_lstm": Provider(fused),
+    "compiled cell": Provider(CompiledCell, runs=lambda case: not case.packed),
+    "TorchRL": Provider(TorchRL, lambda case: _one_layer(case) and case.torch_dtype == torch.float32, "torchrl"),
+    "FlashRNN": Provider(FlashRNN, lambda case: _one_layer(case) and case.dtype != "tf32", "flashrnn"),
+}

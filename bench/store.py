@@ -30,13 +30,35 @@ def _source() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
+def _smi(field: str) -> str | None:
+    """One field of nvidia-smi for the first GPU."""
+    output = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits")
+    return output.splitlines()[0] if output else None
+
+
+def clock() -> float | None:
+    """The multiprocessors' clock of the first GPU at this moment, in MHz; None without nvidia-smi."""
+    mhz = _smi("clocks.sm")
+    return float(mhz) if mhz and mhz.isdigit() else None
+
+
+def _processor() -> str:
+    """The CPU's model, and how many threads torch uses on it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a time depends on: device name, driver, versions, git commit (None without git), hash of the source."""
+    """What a time depends on: device, driver, highest clocks (MHz), power limit (W), versions, git commit (None without
+    git), hash of the source."""
     cuda = device.type == "cuda"
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu {platform.machine()}",
-        "driver": driver.splitlines()[0] if driver else None,
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "driver": _smi("driver_version") if cuda else None,
+        "clock": _smi("clocks.max.sm") if cuda else None,
+        "memory_clock": _smi("clocks.max.mem") if cuda else None,
+        "power": _smi("power.limit") if cuda else None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "torch": torch.__version__,
@@ -47,9 +69,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def file_for(folder: Path, environment: dict[str, Any]) -> Path:
-    """Returns the device's own file in a folder of results."""
-    return folder / (re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-") + ".jsonl")
+def folder_for(results: Path, environment: dict[str, Any]) -> Path:
+    """Returns the device's own folder in a folder of results: sweep.jsonl, lab.jsonl and what is made from them."""
+    return results / re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
 
 
 def append(path: Path, row: Row) -> None:

@@ -1,11 +1,11 @@
-"""The CPU path against nn.LSTM, in pytest-benchmark; `make bench` prints the ratios."""
+"""The CPU path against nn.LSTM's, in pytest-benchmark; `make bench` makes the table and the plot of its rows."""
 
 from dataclasses import asdict
 
 import pytest
 import torch
 
-from . import measure, store, timing
+from . import measure, run, store, timing
 from .cases import CPU
 from .providers import BASELINE
 
@@ -13,14 +13,18 @@ DEVICE = torch.device("cpu")
 WARMUP, ROUNDS = 2, 30
 
 
-@pytest.mark.parametrize("case", CPU, ids=lambda case: f"{case.mode} {case.shape} B{case.B}")
-def test_fused_lstm(benchmark, case):
-    measure.check(case, "fused_lstm", DEVICE)
-    calls, plan = measure.steps(case, "fused_lstm", DEVICE)
+def name(value):
+    return value if isinstance(value, str) else f"{value.mode} {value.shape} B{value.B}"
+
+
+@pytest.mark.parametrize("case, provider", run.work(CPU), ids=name)
+def test_provider(benchmark, case, provider):
+    measure.check(case, provider, DEVICE)
+    calls, plan = measure.steps(case, provider, DEVICE)
     baseline = []
-    # One round of nn.LSTM before each of ours: what drifts on the machine hits both alike.
+    # One round of nn.LSTM before each of the provider: what drifts on the machine hits both alike.
     benchmark.pedantic(
-        calls["fused_lstm"],
+        calls[provider],
         setup=lambda: baseline.append(timing.host(calls[BASELINE])),
         rounds=ROUNDS,
         warmup_rounds=WARMUP,
@@ -28,10 +32,13 @@ def test_fused_lstm(benchmark, case):
     if benchmark.enabled:
         benchmark.extra_info["row"] = measure.row(
             case,
-            "fused_lstm",
+            provider,
             store.environment(DEVICE),
             "ok",
             plan=plan,
             ms=asdict(timing.summary([1e3 * seconds for seconds in benchmark.stats.stats.data])),
             baseline_ms=asdict(timing.summary(baseline[-ROUNDS:])),
+            memory=None,
+            baseline_memory=None,
+            clock=None,
         )

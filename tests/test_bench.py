@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import cases, measure, run, store, timing
-from bench.providers import PROVIDERS, fused
-from bench.table import table
+from bench import cases, measure, report, run, store, timing, worker
+from bench.model import TERMS, floor
+from bench.providers import PROVIDERS, Provider, fused
 
 CPU = torch.device("cpu")
-FORWARD, BOTH = (case for case in cases.DRY if case.dtype == "fp32" and case.B == 2)
+FORWARD, BOTH, ONE_STEP, *PACKED = (case for case in cases.DRY if case.dtype == "fp32")
 HERE = {"device": "a device", "torch": "1.0", "source": "abc"}
 
 
@@ -78,7 +78,7 @@ def test_another_environment_is_measured_anew_and_can_be_forgotten(path):
 
 
 def test_what_breaks_parity_gets_no_time(path, monkeypatch):
-    monkeypatch.setitem(PROVIDERS, "wrong", wrong_weights)
+    monkeypatch.setitem(PROVIDERS, "wrong", Provider(wrong_weights))
     sweep(path, "wrong")
     for row in store.read(path):
         assert row["status"] == "refused"
@@ -87,7 +87,7 @@ def test_what_breaks_parity_gets_no_time(path, monkeypatch):
 
 
 def test_a_failure_is_a_row_and_the_sweep_goes_on(path, monkeypatch):
-    monkeypatch.setitem(PROVIDERS, "broken", no_build)
+    monkeypatch.setitem(PROVIDERS, "broken", Provider(no_build))
     assert sweep(path, "broken", "fused_lstm") == 0
     rows = store.read(path)
     assert [row["status"] for row in rows] == ["failed", "ok", "failed", "ok"]
@@ -117,7 +117,7 @@ def test_a_worker_that_hangs_or_dies_costs_one_row(path, program, why):
 
 
 def test_a_worker_past_the_deadline_leaves_no_row(path, monkeypatch):
-    monkeypatch.setattr(run, "GRACE", 0.1)
+    monkeypatch.setattr(worker, "GRACE", 0.1)
     supervise(path, "import time; time.sleep(60)", until=0.2)
     assert not store.read(path)
 
@@ -128,18 +128,69 @@ def test_a_worker_that_cannot_run_ends_the_sweep(path):
     assert not store.read(path)
 
 
-def test_the_table_needs_the_file_alone(path, monkeypatch, capsys):
-    monkeypatch.setitem(PROVIDERS, "wrong", wrong_weights)
+def test_the_table_and_the_plot_need_the_file_alone(path, monkeypatch):
+    monkeypatch.setitem(PROVIDERS, "wrong", Provider(wrong_weights))
+    path = path.with_name("sweep.jsonl")
+    sweep(path, "fused_lstm", "wrong", environment={"device": "an older one"})
     sweep(path, "fused_lstm", "wrong")
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["bench.run", "--table", str(path)])
-    assert run.main() == 0
-    printed = capsys.readouterr().out
-    assert printed.rstrip("\n") == table(store.read(path))
+    printed = report.write(path.parent)
+    assert (path.parent / "table.md").read_text() == printed + "\n"
     assert "device a device, torch 1.0, source abc" in printed
     assert printed.count("| fp32 |") == 4
     assert printed.count("| refused |") == 2
     assert "- wrong fp32 forward T3 H7 I5 B2: " in printed
+    drawn = (path.parent / "plot.svg").read_bytes()
+    report.write(path.parent)
+    assert (path.parent / "plot.svg").read_bytes() == drawn
+
+
+def test_the_table_of_a_known_device_gives_the_share_of_the_floor():
+    environment = {"device": "NVIDIA H100 80GB HBM3"}
+    case = cases.Case("forward", T=100, B=16, I=512, H=512, dtype="bf16")
+    times = {"median": 0.4, "q20": 0.38, "q80": 0.5, "rounds": 9}
+    row = {"plan": {"mode": "grid"}, "ms": times, "baseline_ms": times | {"median": 1.2}, "memory": 2**20}
+    row = measure.row(case, "fused_lstm", environment, "ok", **row, baseline_memory=2**21)
+    share = report.share_of_floor(row, {})
+    assert floor("H100", "bf16", "grid", 512, 16).us / 4 < share < 0.5
+    assert report.share_of_floor(row, {"exchange_us": 1.8}) > share + 0.2
+    cells = report.table([row], {}).splitlines()[-1].split(" | ")
+    assert cells[2:] == [
+        *("T100 H512 B16", "fused_lstm", "3.00 (2.40-3.16)", "4.00", "12.00", "1", "2", "grid"),
+        f"{share:.0%} |",
+    ]
+    assert report.share_of_floor(row | {"environment": {"device": "another"}}, {}) is None
+
+
+def test_the_floor_names_its_term():
+    assert floor("H100", "bf16", "grid", 256, 1).binds == "exchange"
+    assert floor("H100", "bf16", "grid", 2048, 1).binds == "weights"
+    assert floor("H100", "bf16", "step", 64, 1).binds == "launch"
+    for name, terms in TERMS.items():
+        for mode in ("local", "grid", "step"):
+            passes = [floor(name, "bf16", mode, 512, B, backward) for backward in (False, True) for B in (1, 64, 1024)]
+            times = [bound.us for bound in passes]
+            assert times[:3] == sorted(times[:3]) and all(f <= b for f, b in zip(times[:3], times[3:], strict=True))
+        faster = terms.measured({"matrix_bf16_flop_per_us_per_sm": 1.0, "exchange_us": 0.1})
+        assert (faster.matrix["bf16"], faster.exchange, faster.l2) == (1.0, 0.1, terms.l2)
+
+
+@pytest.mark.parametrize("case", [FORWARD, BOTH, ONE_STEP, *PACKED], ids=lambda case: f"{case.mode} {case.shape}")
+def test_every_mode_and_form_is_checked_and_timed(path, case):
+    measured = measure.measure(case, "fused_lstm", CPU, HERE, seconds=0.0)
+    assert measured["status"] == "ok", measured["why"]
+
+
+def test_a_loop_over_a_compiled_cell_is_nn_lstm_too():
+    case = cases.Case("forward+backward", T=3, B=2, I=5, H=4, dtype="fp32", layers=2, directions=2)
+    measure.check(case, "compiled cell", CPU)
+
+
+def test_a_provider_stands_only_where_it_is_installed_and_runs(monkeypatch):
+    monkeypatch.setitem(PROVIDERS, "absent", Provider(no_build, package="no_such_package"))
+    monkeypatch.setitem(PROVIDERS, "dense", Provider(no_build, runs=lambda case: not case.packed))
+    listed = run.work([FORWARD, PACKED[0]])
+    assert (FORWARD, "dense") in listed and (PACKED[0], "dense") not in listed
+    assert not [name for _, name in listed if name == "absent"]
 
 
 @pytest.mark.parametrize("dtype, tf32", [("tf32", True), ("fp32", False), ("bf16", False)])
@@ -171,5 +222,6 @@ def test_rows_on_a_cuda_device(path):
 def test_the_dry_run_runs_to_the_end(tmp_path):
     command = [sys.executable, "-m", "bench.run", "--dry", "--results", tmp_path]
     assert subprocess.run(command, cwd=store.ROOT).returncode == 0
-    (path,) = tmp_path.iterdir()
-    assert len(store.read(path)) == len(cases.DRY)
+    (folder,) = tmp_path.iterdir()
+    assert len(store.read(folder / "sweep.jsonl")) == len(run.work(cases.DRY))
+    assert (folder / "table.md").exists() and (folder / "plot.svg").exists()
