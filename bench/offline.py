@@ -1,17 +1,29 @@
 """What machine code says without a GPU: compiles the kernels for a compute capability and reads their resources.
 
-`python -m bench.offline` compiles what the plans choose over a grid of sizes and prints a JSON line for each kernel.
+`python -m bench.offline` compiles one kernel for each group of sizes that the plans treat alike, over H 1 to 2048 and
+B 1 to 1024, and writes bench/results/offline: a JSON Lines file for the installed Triton and a table over all of them.
+With `--H` or `--groups` it prints the rows of chosen sizes or groups instead. Exit status 1: a kernel was not compiled,
+spills or does not fit.
+
+H is a constant of the kernels, so one size stands for a group, the largest of the most demanding. Where no 16-byte load
+divides a row, multiples of 4, of 2 and odd sizes share a group: an odd H has the narrowest loads, and so the most
+addresses to hold. Elsewhere an H that the chunk does not divide has masks to hold.
 """
 
 import argparse
+import ast
+import hashlib
 import json
 import re
 import subprocess
+import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,25 +31,46 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from fused_lstm.kernels.backward import backward_kernel
-from fused_lstm.kernels.forward import forward_kernel
-from fused_lstm.kernels.launch import specialization
-from fused_lstm.kernels.plan import A100, H100, Plan, choose_kernel
+from fused_lstm.kernels import backward, cell, forward, launch, sync
+from fused_lstm.kernels.plan import A100, B200, H100, Plan, choose_kernel
 
-DEVICES = {"A100": A100, "H100": H100}
-NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results" / "offline"
+Row = dict[str, Any]
+
+DEVICES = {"A100": A100, "H100": H100, "B200": B200}
+# A torch dtype, and whether its products are in full precision.
+DTYPES = {
+    "bf16": (torch.bfloat16, False),
+    "fp16": (torch.float16, False),
+    "tf32": (torch.float32, False),
+    "fp32": (torch.float32, True),
+}
+KERNELS = {"forward": forward.forward_kernel, "backward": backward.backward_kernel}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TENSOR_MEMORY = 512  # columns that a multiprocessor with tcgen05 has
 IN_ACCUMULATOR = {"c_state", "c", "c0", "dc_state"}
 INTEGERS = {"T": "i32", "B": "i32", "row_begin": "i32", "step_begin": "i32", "step_end": "i32"}
 INTEGER_POINTERS = {"flags": "*i32", "report": "*i32", "lengths": "*i64", "offsets": "*i64"}
 
+# What makes two rows of one Triton the same compile, and what names a group in the table.
+COMPILE = ("device", "dtype", "kernel", "mode", "precision", "tiles", "H")
+GROUP = (*COMPILE, "aligned", "H_range", "B_range")
+
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes."""
+    """What one compiled kernel takes. In the time loop: of the step form's inner loop, one turn."""
 
     registers: int  # a thread
     shared: int  # bytes a program
-    spills: int  # loads and stores of spilled registers inside the time loop
+    tensor: int  # columns of tensor memory a program, which tcgen05 sums in
+    spills: int  # loads and stores of spilled registers in the time loop
+    matrix: dict[str, int]  # matrix instructions in the time loop: HMMA, HGMMA (wgmma), UTCHMMA (tcgen05)
+    barriers: int  # in the time loop
+    instructions: int  # in the time loop
+    loaded: int  # bytes of global memory, by all threads of a program in the time loop if no mask hides any
+    stored: int
     resident: int  # tiles laid out in shared memory before the time loop
     loads: int  # tiles loaded in the time loop
     acquires: int  # of a flag, with a barrier between it and the loads that it allows
@@ -46,7 +79,7 @@ class Resources:
 
 
 def compile_kernel(
-    kernel: Any,
+    name: str,
     plan: Plan,
     H: int,
     dtype: torch.dtype,
@@ -56,11 +89,11 @@ def compile_kernel(
     packed: bool = False,
     save: bool = True,
 ) -> CompiledKernel:
-    """Compiles a recurrence kernel as its launcher would, for a capability such as (9, 0), without a GPU."""
-    tiles = plan.forward if kernel is forward_kernel else plan.backward
-    constants, options = specialization(plan, tiles, H, dtype)
+    """Compiles a kernel of KERNELS as its launcher would, for a capability such as (9, 0), without a GPU."""
+    kernel: Any = KERNELS[name]
+    constants, options = launch.specialization(plan, getattr(plan, name), H, dtype)
     constants |= {"REVERSE": reverse, "PACKED": packed}
-    if kernel is forward_kernel:
+    if name == "forward":
         constants["SAVE"] = save
         if not save:
             constants |= {"c": None, "gates": None}
@@ -70,16 +103,15 @@ def compile_kernel(
         constants["flags"] = None
     if not constants["TURNS"]:
         constants["report"] = None
-    accumulator = "*fp64" if dtype == torch.float64 else "*fp32"
     signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in INTEGERS:
-            signature[name] = INTEGERS[name]
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in INTEGERS:
+            signature[argument] = INTEGERS[argument]
         else:
-            default = accumulator if name in IN_ACCUMULATOR else "*" + NAMES[dtype]
-            signature[name] = INTEGER_POINTERS.get(name, default)
+            default = "*fp32" if argument in IN_ACCUMULATOR else POINTERS[dtype]
+            signature[argument] = INTEGER_POINTERS.get(argument, default)
             # torch allocates at least this aligned, and the launcher tells the compiler so.
             attributes[(index,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
@@ -97,10 +129,18 @@ def resources(kernel: CompiledKernel) -> Resources:
     ptx = kernel.asm["ptx"]
     # Neighbours among the barriers and the accesses to global memory.
     pairs = list(pairwise(re.findall(r"\b(?:bar\.sync|(?:ld|st|atom|red)\.\S*global\S*)", ptx)))
+    opcodes = Counter(instruction.partition(".")[0] for instruction in instructions)
+    threads = 32 * kernel.metadata.num_warps
     return Resources(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         shared=kernel.metadata.shared,
-        spills=sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in instructions),
+        tensor=kernel.metadata.tmem_size,
+        spills=opcodes["STL"] + opcodes["LDL"],
+        matrix={opcode: opcodes[opcode] for opcode in sorted(opcodes) if re.fullmatch(r"HG?MMA|UTC\w*MMA", opcode)},
+        barriers=opcodes["BAR"],
+        instructions=len(instructions),
+        loaded=threads * sum(width(access) for access in instructions if re.match(r"LDG", access)),
+        stored=threads * sum(width(access) for access in instructions if access.startswith("STG")),
         resident=before.count("ttg.local_alloc"),
         loads=loop.count("tt.load"),
         acquires=sum(".acquire" in first and second == "bar.sync" for first, second in pairs),
@@ -115,54 +155,264 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def time_loop(sass: str) -> list[str]:
-    """The instructions of the longest loop in a disassembly; none where the kernel has no loop."""
-    lines = [line for line in sass.splitlines() if line.startswith(".L") or "/*" in line]
-    labels = {line.rstrip(":"): at for at, line in enumerate(lines) if line.startswith(".L")}
-    longest: list[str] = []
-    for at, line in enumerate(lines):
-        jump = re.search(r"\bBRA[^`]*`\((\.L\w+)\)", line)
-        if jump and labels.get(jump[1], at) < at and at - labels[jump[1]] > len(longest):
-            longest = lines[labels[jump[1]] : at + 1]
-    return longest
+    """The instructions of the largest loop in a disassembly, such as "LDG.E.128"; none where the kernel has no loop."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    jumps: list[tuple[int, str]] = []
+    before: list[set[int]] = [set()]  # by instruction, those that it can follow
+    for line in sass.splitlines():
+        at = len(instructions)
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = at
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([\w.]+)\s*(.*)", line):
+            predicate, instruction, operands = found.groups()
+            instructions.append(instruction)
+            if jump := re.search(r"`\((\.L\w+)\)", operands):
+                jumps.append((at, jump[1]))
+            # A uniform predicate is an operand, before the label.
+            always = not predicate and (instruction == "EXIT" or (instruction.startswith("BRA") and operands[0] == "`"))
+            before.append(set() if always else {at})
+    jumps = [(at, target) for at, target in jumps if target in labels]
+    for at, target in jumps:
+        before[labels[target]].add(at)
+    largest: set[int] = set()
+    for at, target in jumps:
+        begin = labels[target]
+        if begin > at:
+            continue
+        # All from which the jump back is reached without its target. Parts may stand anywhere: blocks are moved out of
+        # the way. If the kernel's begin is among them, the jump only returns from such a block.
+        loop, todo = {begin}, [at]
+        while todo:
+            member = todo.pop()
+            if member not in loop:
+                loop.add(member)
+                todo += before[member]
+        if 0 not in loop and len(loop) > len(largest):
+            largest = loop
+    return [instructions[at] for at in sorted(largest)]
 
 
-def rows(
-    device: str, dtypes: list[torch.dtype], sizes: list[int], batches: list[int], ieee: bool, **flags: bool
-) -> Iterator[dict[str, Any]]:
-    """Compiles each distinct kernel that the plans choose for a device over a grid of sizes; one row for each."""
-    seen = set()
-    for dtype, H, B, kernel in product(dtypes, sizes, batches, (forward_kernel, backward_kernel)):
-        plan = choose_kernel(dtype, B, H, DEVICES[device], ieee)
-        tiles = plan.forward if kernel is forward_kernel else plan.backward
-        if (dtype, H, kernel, plan.mode, tiles) in seen:
+def width(access: str) -> int:
+    """Bytes that one thread moves in an instruction such as "LDG.E.128"."""
+    bits = re.search(r"\.[USF]?(8|16|64|128|256)\b", access)
+    return int(bits[1]) // 8 if bits else 4
+
+
+def choices(device: str, dtype: str, H: int, first: int, last: int) -> Iterator[tuple[Plan, int, int]]:
+    """The plans for batches first to last, each with its range of them; none comes back after another."""
+    choose = choose_kernel.__wrapped__  # its cache would keep every plan
+    torch_dtype, ieee = DTYPES[dtype]
+    low, high = (choose(torch_dtype, B, H, DEVICES[device], ieee) for B in (first, last))
+    if low == high:
+        yield low, first, last
+    elif last - first == 1:
+        yield low, first, first
+        yield high, last, last
+    else:
+        middle = (first + last) // 2
+        yield from choices(device, dtype, H, first, middle)
+        yield from choices(device, dtype, H, middle, last)
+
+
+def groups(
+    devices: Iterable[str] = DEVICES,
+    dtypes: Iterable[str] = DTYPES,
+    sizes: Iterable[int] = range(1, 2049),
+    batches: Iterable[tuple[int, int]] = ((1, 1024),),
+) -> list[Row]:
+    """What plan.py chooses over sizes H and ranges of batches B: a row for each kernel that differs in more than H.
+
+    H is the size that stands for the group and B its smallest batch; H_range and B_range are all that the group has.
+    """
+    found: dict[tuple[Any, ...], list[tuple[int, int, int]]] = {}
+    for device, dtype, H, batch_range in product(devices, dtypes, sizes, batches):
+        aligned = H * DTYPES[dtype][0].itemsize % 16 == 0
+        for plan, first, last in choices(device, dtype, H, *batch_range):
+            for kernel in KERNELS:
+                same = (device, dtype, kernel, plan.mode, plan.precision, getattr(plan, kernel), aligned)
+                found.setdefault(same, []).append((H, first, last))
+    rows = []
+    for (device, dtype, kernel, mode, precision, tiles, aligned), members in found.items():
+        sizes, firsts, lasts = zip(*members, strict=True)
+        H = max(sizes, key=lambda H: (H % tiles.chunk > 0 if aligned else H % 2, H))
+        rows.append(
+            {
+                "device": device,
+                "dtype": dtype,
+                "kernel": kernel,
+                "mode": mode,
+                "precision": precision,
+                "tiles": asdict(tiles),
+                "aligned": aligned,
+                "H": H,
+                "B": min(first for size, first, _ in members if size == H),
+                "H_range": [min(sizes), max(sizes)],
+                "B_range": [min(firsts), max(lasts)],
+            }
+        )
+    return rows
+
+
+def compiled(group: Row, **flags: bool) -> Row:
+    """A group's row with what its compiled kernel takes, or with the error of its compilation."""
+    dtype, ieee = DTYPES[group["dtype"]]
+    device = DEVICES[group["device"]]
+    plan = choose_kernel(dtype, group["B"], group["H"], device, ieee)
+    try:
+        kernel = compile_kernel(group["kernel"], plan, group["H"], dtype, device.capability, **flags)
+        found = asdict(resources(kernel))
+    except Exception:  # the other rows are still worth having
+        return group | {"error": traceback.format_exc(limit=0)}
+    options = {"stages": kernel.metadata.num_stages, "cooperative": kernel.metadata.launch_cooperative_grid}
+    return group | {"options": options, "resources": found}
+
+
+def fails(row: Row) -> bool:
+    """Whether a row's kernel was not compiled, spills in the time loop or does not fit on chip."""
+    if "error" in row:
+        return True
+    found = row["resources"]
+    return found["spills"] > 0 or found["shared"] > DEVICES[row["device"]].shared or found["tensor"] > TENSOR_MEMORY
+
+
+def predicted(row: Row) -> Row:
+    """The model's floor of one step of a row's H and B, in microseconds, and the term that sets it."""
+    from .model import floor  # here, because printing rows needs no model
+
+    bound = floor(row["device"], row["dtype"], row["mode"], row["H"], row["B"], row["kernel"] == "backward")
+    return {"us": round(bound.us, 2), "binds": bound.binds}
+
+
+def source() -> str:
+    """A hash of the code that is compiled, without its comments and layout; the plans are in the rows."""
+    files = [Path(module.__file__ or "") for module in (backward, cell, forward, launch, sync)]
+    nodes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    kernels = [node for node in functions if node.decorator_list or node.name == "specialization"]
+    return hashlib.sha256("".join(map(ast.unparse, kernels)).encode()).hexdigest()[:12]
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = sorted(json.dumps(row, separators=(",", ":")) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def key(row: Row, fields: Iterable[str]) -> str:
+    return json.dumps([row[field] for field in fields])
+
+
+def tabulate(results: Path, fresh: bool) -> list[Row]:
+    """Brings the installed Triton's file and the table up to date; returns the file's rows."""
+    path = results / f"triton-{triton.__version__}.jsonl"
+    version = {"source": source()}
+    # A row that failed is compiled again: the failure may have been the machine's.
+    old = [row for row in read(path) if not fresh and row["source"] == version["source"] and not fails(row)]
+    known = {key(row, COMPILE): row for row in old}
+    wanted = {key(group, COMPILE): group for group in groups()}
+    for at, (name, group) in enumerate(wanted.items(), 1):
+        if name in known:
+            known[name] |= group | predicted(group)
             continue
-        seen.add((dtype, H, kernel, plan.mode, tiles))
-        row = {"device": device, "dtype": NAMES[dtype], "precision": plan.precision, "H": H, "B": B}
-        row |= {"kernel": kernel.__name__, "mode": plan.mode, "tiles": asdict(tiles), **flags}
-        try:
-            compiled = compile_kernel(kernel, plan, H, dtype, DEVICES[device].capability, **flags)
-        except Exception:  # the other rows are still worth having
-            yield row | {"error": traceback.format_exc(limit=0)}
-            continue
-        options = {"stages": compiled.metadata.num_stages, "cooperative": compiled.metadata.launch_cooperative_grid}
-        yield row | {"options": options, "resources": asdict(resources(compiled))}
+        known[name] = compiled(group) | predicted(group) | version
+        write(path, known.values())  # each at once: a run that is cut short goes on here
+        print(f"{at}/{len(wanted)} {name} {known[name].get('resources') or known[name]['error']}", flush=True)
+    rows = [known[name] for name in wanted]
+    write(path, rows)
+    (results / "README.md").write_text(table(results), encoding="utf-8")
+    return rows
+
+
+def table(results: Path) -> str:
+    """The Markdown table of all files of a folder, made from these alone."""
+    files = {path.stem.removeprefix("triton-"): read(path) for path in sorted(results.glob("triton-*.jsonl"))}
+    rows: dict[str, dict[str, Row]] = {}
+    for version, found in files.items():
+        for row in found:
+            rows.setdefault(key(row, GROUP), {})[version] = row
+    count = sum(len(found) for found in files.values())
+    failures = sum(fails(row) for found in files.values() for row in found)
+    lines = [
+        "# The planned kernels, compiled without a GPU",
+        "",
+        "Compile-time facts of machine code, and a model's predictions: **no GPU gave any number here.** Made by",
+        f"`python -m bench.offline` with Triton {', '.join(files)}: {count} kernels, of which {failures} spill",
+        "registers in the time loop, exceed the device's shared or tensor memory or do not compile.",
+        "",
+        "A line is a group of sizes that `kernels/plan.py` treats alike, with the figures of one H: the largest that",
+        "the chunk does not divide or, where no 16-byte load divides a row (marked `*`), the largest odd one. Where",
+        f"Tritons differ, their figures stand in the order {' / '.join(files)}. Tiles: batch rows and units of a",
+        "program, chunk of the product, warps. In the time loop, for one step of one program (the step form's inner",
+        "loop counted once): matrix instructions (HMMA; HGMMA is wgmma, UTCHMMA tcgen05), barriers, instructions, KiB",
+        "of global memory that are loaded and stored if no mask hides any. Model: the floor of a step at this H and",
+        "its smallest B in the group, by `bench/model.py`, and the term that sets it.",
+    ]
+    head = "dtype | pass | form | tiles | H | of H | of B | registers | spills | shared KiB | matrix | barriers"
+    head += " | instructions | loads KiB | stores KiB | model µs | binds"
+    for device in DEVICES:
+        lines += ["", f"## {device}", "", f"| {head} |", "| --- " * (head.count("|") + 1) + "|"]
+        lines += [f"| {' | '.join(cells(row))} |" for row in rows.values() if first(row)["device"] == device]
+    return "\n".join(lines) + "\n"
+
+
+def first(versions: dict[str, Row]) -> Row:
+    return next(iter(versions.values()))
+
+
+def cells(versions: dict[str, Row]) -> Iterator[str]:
+    """The cells of a line of the table, from the rows of one group by Triton's version."""
+    row = first(versions)
+    tiles, found = row["tiles"], [version.get("resources") for version in versions.values()]
+    yield from (row["dtype"], row["kernel"], row["mode"])
+    yield ", ".join(str(tiles[name]) for name in ("batch", "units", "chunk", "warps"))
+    yield f"{row['H']}{'' if row['aligned'] else '*'}"
+    yield from (f"{low}-{high}" for low, high in (row["H_range"], row["B_range"]))
+    for name in ("registers", "spills", "shared", "matrix", "barriers", "instructions", "loaded", "stored"):
+        figures = [figure(name, each[name]) if each else "error" for each in found]
+        yield figures[0] if len(set(figures)) == 1 else " / ".join(figures)
+    yield from (f"{row['us']:.2f}", row["binds"])
+
+
+def figure(name: str, value: Any) -> str:
+    if name in ("shared", "loaded", "stored"):
+        return f"{value / 1024:.4g}"
+    return " + ".join(f"{count} {opcode}" for opcode, count in value.items()) if name == "matrix" else str(value)
 
 
 def main() -> None:
-    dtypes = {name: dtype for dtype, name in NAMES.items()}
-    parser = argparse.ArgumentParser(description="Compile the planned kernels without a GPU, a JSON line for each.")
-    parser.add_argument("--device", choices=DEVICES, default="H100")
-    parser.add_argument("--dtype", choices=dtypes, nargs="+", default=["bf16", "fp32"])
-    parser.add_argument("--H", type=int, nargs="+", default=[20, 256, 512, 1024, 2048])
-    parser.add_argument("--B", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--ieee", action="store_true", help="float32 products in full precision")
-    parser.add_argument("--reverse", action="store_true")
-    parser.add_argument("--packed", action="store_true")
-    parser.add_argument("--inference", action="store_true", help="save nothing for backward")
+    parser = argparse.ArgumentParser(description="Compile the planned kernels without a GPU.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the files that are brought up to date")
+    parser.add_argument("--fresh", action="store_true", help="compile again what is in the file")
+    printed = parser.add_argument_group("print JSON lines instead, without a file")
+    printed.add_argument("--groups", type=int, nargs="+", help="of these places in groups()")
+    printed.add_argument("--H", type=int, nargs="+", help="of the kernels that are chosen for these sizes")
+    printed.add_argument("--B", type=int, nargs="+", default=[1, 64])
+    printed.add_argument("--device", choices=DEVICES, nargs="+", default=["H100"])
+    printed.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
+    printed.add_argument("--reverse", action="store_true")
+    printed.add_argument("--packed", action="store_true")
+    printed.add_argument("--inference", action="store_true", help="save nothing for backward")
     args = parser.parse_args()
+    if args.groups is None and args.H is None:
+        sys.exit(any(fails(row) for row in tabulate(args.results, args.fresh)))
+    if args.H is None:
+        every = groups()
+        chosen = [every[place] for place in args.groups]
+    else:  # each size a group of its own
+        batches = [(B, B) for B in args.B]
+        chosen = [group for H in args.H for group in groups(args.device, args.dtype, [H], batches)]
     flags = {"reverse": args.reverse, "packed": args.packed, "save": not args.inference}
-    for row in rows(args.device, [dtypes[name] for name in args.dtype], args.H, args.B, args.ieee, **flags):
+    failed = False
+    for group in chosen:
+        row = compiled(group, **flags) | flags
+        failed |= fails(row)
         print(json.dumps(row), flush=True)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class Device:
 
 A100 = Device(108, 163 * 1024, (8, 0))
 H100 = Device(132, 227 * 1024, (9, 0))
+B200 = Device(148, 227 * 1024, (10, 0))
 
 
 def interpreted() -> bool:
@@ -126,31 +127,50 @@ def choose_kernel(dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool
         size = 8 if ieee else 4
     chunk = 128 if size == 2 else 64 if size == 4 else 32
 
-    # Rows that no wide load divides keep registers for their many addresses: smaller tiles there, or more warps.
-    wide = H % 8 == 0
+    # Rows that no wide load divides keep registers for their many addresses: smaller tiles there.
+    wide = H * dtype.itemsize % 16 == 0
+
+    # tcgen05 would split W_hh in two TF32 numbers again at every step; with sixteen warps a product is mma.sync's.
+    split = device.capability[0] == 10 and size == 8
 
     # Local: all of W_hh on one multiprocessor, with a fifth of its memory left to the layout conversions of a step.
     padded = max(16, triton.next_power_of_2(H))
-    if 4 * padded * padded * size <= 0.8 * device.shared and (padded <= 64 or H % 4 == 0):
-        warps = 2 if padded == 16 else 4 if padded <= 64 and padded * size < 512 else 8
+    if padded <= (32 if split else 64 if H % 4 else 128) and 4 * padded * padded * size <= 0.8 * device.shared:
+        # At 64 units eight warps spill in TF32 (Triton 3.7, A100), four in 16 bit (Triton 3.7, B200).
+        warps = min(8, padded // 8) if (padded, size) != (64, 4) else 4
         tiles = Tiles(batch=16, units=padded, chunk=padded, warps=warps)
-        return Plan("local", tiles, tiles, 0, precision, f"W_hh of H {H} in {name(dtype)} fits on one multiprocessor")
+        forward = replace(tiles, warps=16) if split and padded > 16 else tiles
+        why = f"W_hh of H {H} in {name(dtype)} fits on one multiprocessor"
+        return Plan("local", forward, tiles, 0, precision, why)
 
     # Grid: a slice of W_hh on each of the multiprocessors. Full precision takes 16 units or spills registers.
     columns = triton.cdiv(H, chunk) * chunk
     for units in (16, 8) if size < 8 else (16,):
         programs = triton.cdiv(H, units)
         if programs <= device.multiprocessors and 4 * units * columns * size <= 0.8 * device.shared:
-            # The smallest batch tile with which all groups run at once; a larger one takes shorter chunks, because
-            # the loads of all chunks are in flight together and each keeps registers.
+            # The smallest batch tile with which all groups run at once.
             small = programs * triton.cdiv(B, 16) <= device.multiprocessors or size == 8 or not wide
+            # The loads of a step are all in flight together and keep registers: eight warps share them. wgmma's 64 rows
+            # are the work of four, each with twice the loads, so that a larger batch tile takes shorter chunks there.
+            wgmma = device.capability[0] == 9 and units == 16
+            # Over the longest rows that a B200 spreads, eight warps spill one register (Triton 3.7).
+            longest = device.capability[0] == 10 and units == 8 and not small
+            four = wide and (wgmma or longest)
+            shorter = not wide or split or (four and not small)
             forward = Tiles(
                 batch=16 if small else 32,
                 units=units,
-                chunk=chunk if small and wide else chunk // 2,
-                warps=4 if wide else 8,
+                chunk=chunk // 2 if shorter else min(64, chunk),
+                warps=16 if split else 4 if four else 8,
             )
-            backward = Tiles(batch=32, units=units, chunk=chunk, warps=4 if size == 2 and wide else 8)
+            backward = Tiles(
+                batch=32,
+                units=units,
+                chunk=2 * chunk if wide else chunk,
+                # Four warps repeat nothing of a product, but only of float32 do they hold narrow loads without spills,
+                # and in full precision only of the shorter rows that fit an A100.
+                warps=4 if not wide and (size == 4 or (size == 8 and device.capability[0] == 8)) else 8,
+            )
             why = f"W_hh of H {H} in {name(dtype)} is spread over {programs} multiprocessors, {units} units on each"
             return Plan("grid", forward, backward, device.multiprocessors, precision, why)
 
