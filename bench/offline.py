@@ -7,7 +7,8 @@ spills or does not fit.
 
 H is a constant of the kernels, so one size stands for a group, the largest of the most demanding. Where no 16-byte load
 divides a row, multiples of 4, of 2 and odd sizes share a group: an odd H has the narrowest loads, and so the most
-addresses to hold. Elsewhere an H that the chunk does not divide has masks to hold.
+addresses to hold. Elsewhere an H that the chunk does not divide has masks to hold. In the grid form the largest H
+stands beside it, because the compiler aims at another number of registers where there are no masks.
 """
 
 import argparse
@@ -49,9 +50,9 @@ DTYPES = {
 KERNELS = {"forward": forward.forward_kernel, "backward": backward.backward_kernel}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TENSOR_MEMORY = 512  # columns that a multiprocessor with tcgen05 has
-IN_ACCUMULATOR = {"c_state", "c", "c0", "dc_state"}
+IN_ACCUMULATOR = {"c_state", "c", "c0", "dc_state", "c_reset", "dc_reset"}
 INTEGERS = {"T": "i32", "B": "i32", "row_begin": "i32", "step_begin": "i32", "step_end": "i32"}
-INTEGER_POINTERS = {"flags": "*i32", "report": "*i32", "lengths": "*i64", "offsets": "*i64"}
+INTEGER_POINTERS = {"flags": "*i32", "report": "*i32", "lengths": "*i64", "offsets": "*i64", "starts": "*i1"}
 
 # What makes two rows of one Triton the same compile, and what names a group in the table.
 COMPILE = ("device", "dtype", "kernel", "mode", "precision", "tiles", "H")
@@ -87,22 +88,26 @@ def compile_kernel(
     *,
     reverse: bool = False,
     packed: bool = False,
+    lengths: bool = False,
+    reset: bool = False,
     save: bool = True,
 ) -> CompiledKernel:
     """Compiles a kernel of KERNELS as its launcher would, for a capability such as (9, 0), without a GPU."""
     kernel: Any = KERNELS[name]
     constants, options = launch.specialization(plan, getattr(plan, name), H, dtype)
-    constants |= {"REVERSE": reverse, "PACKED": packed}
-    if name == "forward":
-        constants["SAVE"] = save
-        if not save:
-            constants |= {"c": None, "gates": None}
-    if not packed:
-        constants |= {"lengths": None, "offsets": None}
-    if plan.mode != "grid":
-        constants["flags"] = None
-    if not constants["TURNS"]:
-        constants["report"] = None
+    constants |= {"REVERSE": reverse, "LENGTHS": packed or lengths, "PACKED": packed, "RESET": reset}
+    constants |= {"SAVE": save} if name == "forward" else {"DC_STEPS": False}
+    taken = {
+        ("c", "gates"): save or name == "backward",
+        ("lengths",): packed or lengths,
+        ("offsets",): packed,
+        ("starts", "c_reset", "dc_reset"): reset,
+        ("dc_steps",): False,
+        ("flags",): plan.mode == "grid",
+        ("report",): constants["TURNS"] > 0,
+    }
+    absent = [name for names, is_taken in taken.items() if not is_taken for name in names]
+    constants |= {name: None for name in absent if name in kernel.arg_names}
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -235,8 +240,10 @@ def groups(
     rows = []
     for (device, dtype, kernel, mode, precision, tiles, aligned), members in found.items():
         sizes, firsts, lasts = zip(*members, strict=True)
-        H = max(sizes, key=lambda H: (H % tiles.chunk > 0 if aligned else H % 2, H))
-        rows.append(
+        chosen = {max(sizes, key=lambda H: (H % tiles.chunk > 0 if aligned else H % 2, H))}
+        if mode == "grid":
+            chosen.add(max(sizes))
+        rows += [
             {
                 "device": device,
                 "dtype": dtype,
@@ -250,7 +257,8 @@ def groups(
                 "H_range": [min(sizes), max(sizes)],
                 "B_range": [min(firsts), max(lasts)],
             }
-        )
+            for H in sorted(chosen)
+        ]
     return rows
 
 
@@ -345,12 +353,13 @@ def table(results: Path) -> str:
         "registers in the time loop, exceed the device's shared or tensor memory or do not compile.",
         "",
         "A line is a group of sizes that `kernels/plan.py` treats alike, with the figures of one H: the largest that",
-        "the chunk does not divide or, where no 16-byte load divides a row (marked `*`), the largest odd one. Where",
-        f"Tritons differ, their figures stand in the order {' / '.join(files)}. Tiles: batch rows and units of a",
-        "program, chunk of the product, warps. In the time loop, for one step of one program (the step form's inner",
-        "loop counted once): matrix instructions (HMMA; HGMMA is wgmma, UTCHMMA tcgen05), barriers, instructions, KiB",
-        "of global memory that are loaded and stored if no mask hides any. Model: the floor of a step at this H and",
-        "its smallest B in the group, by `bench/model.py`, and the term that sets it.",
+        "the chunk does not divide or, where no 16-byte load divides a row (marked `*`), the largest odd one; in the",
+        "grid form a second line has the largest of all. Where Tritons differ, their figures stand in the order",
+        f"{' / '.join(files)}. Tiles: batch rows and units of a program, chunk of the product, warps. In the time",
+        "loop, for one step of one program (the step form's inner loop counted once): matrix instructions (HMMA;",
+        "HGMMA is wgmma, UTCHMMA tcgen05), barriers, instructions, KiB of global memory that are loaded and stored if",
+        "no mask hides any. Model: the floor of a step at this H and its smallest B in the group, by `bench/model.py`,",
+        "and the term that sets it.",
     ]
     head = "dtype | pass | form | tiles | H | of H | of B | registers | spills | shared KiB | matrix | barriers"
     head += " | instructions | loads KiB | stores KiB | model µs | binds"
@@ -396,6 +405,8 @@ def main() -> None:
     printed.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
     printed.add_argument("--reverse", action="store_true")
     printed.add_argument("--packed", action="store_true")
+    printed.add_argument("--lengths", action="store_true")
+    printed.add_argument("--reset", action="store_true")
     printed.add_argument("--inference", action="store_true", help="save nothing for backward")
     args = parser.parse_args()
     if args.groups is None and args.H is None:
@@ -406,7 +417,8 @@ def main() -> None:
     else:  # each size a group of its own
         batches = [(B, B) for B in args.B]
         chosen = [group for H in args.H for group in groups(args.device, args.dtype, [H], batches)]
-    flags = {"reverse": args.reverse, "packed": args.packed, "save": not args.inference}
+    flags = {name: getattr(args, name) for name in ("reverse", "packed", "lengths", "reset")}
+    flags["save"] = not args.inference
     failed = False
     for group in chosen:
         row = compiled(group, **flags) | flags

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import operators
-from .kernels.launch import Packing
+from .kernels.launch import DENSE, Layout, accumulator
 
 Rows = slice | Tensor
 
@@ -18,21 +18,29 @@ Rows = slice | Tensor
 class Sequence:
     """Where the steps of one direction lie among the rows of the flattened (rows, features) sequence.
 
-    start, end: the rows of each batch row's first and last step in the direction's order.
+    start, end: the rows of each batch row's first and last step in the direction's order; of a row without steps, some
+        row of its own that no kernel touches.
     current, previous: the rows of all other steps, and those of the step before each.
+    layout: the same for the kernels.
+    reset_to_hx: at layout.starts the state becomes hx; otherwise zero.
     """
 
     start: Rows
     end: Rows
     current: Rows
     previous: Rows
-    reverse: bool
-    packing: Packing | None
+    reverse: bool = False
+    layout: Layout = DENSE
+    reset_to_hx: bool = False
 
     @staticmethod
-    def dense(T: int, B: int) -> "Sequence":
+    def dense(T: int, B: int, layout: Layout = DENSE, reset_to_hx: bool = False) -> "Sequence":
+        """layout: with lengths (B,) and starts (T, B), if any."""
         rows = T * B
-        return Sequence(slice(B), slice(rows - B, rows), slice(B, rows), slice(rows - B), False, None)
+        end: Rows = slice(rows - B, rows)
+        if layout.lengths is not None:
+            end = (layout.lengths - 1).clamp(min=0) * B + torch.arange(B, device=layout.lengths.device)
+        return Sequence(slice(B), end, slice(B, rows), slice(rows - B), False, layout, reset_to_hx)
 
     @staticmethod
     def packed(batch_sizes: Tensor, device: torch.device) -> "Sequence":
@@ -45,11 +53,30 @@ class Sequence:
         last = offsets[lengths - 1] + torch.arange(B)
         earlier = torch.arange(B, int(batch_sizes.sum())) - batch_sizes[:-1].repeat_interleave(batch_sizes[1:])
         lengths, offsets, last, earlier = (index.to(device) for index in (lengths, offsets, last, earlier))
-        return Sequence(slice(B), last, slice(B, None), earlier, False, Packing(lengths, offsets))
+        return Sequence(slice(B), last, slice(B, None), earlier, layout=Layout(lengths, offsets))
 
     def reversed(self) -> "Sequence":
-        """The other direction over the same rows."""
-        return Sequence(self.end, self.start, self.previous, self.current, not self.reverse, self.packing)
+        """The other direction over the same rows: what is cut before a step in one is cut after it in the other."""
+        starts = self.layout.starts
+        if starts is not None:
+            starts = torch.cat([starts[1:], torch.zeros_like(starts[:1])])
+            if self.layout.lengths is not None:
+                following = torch.arange(1, len(starts) + 1, device=starts.device)[:, None]
+                starts &= following < self.layout.lengths
+        return replace(
+            self,
+            start=self.end,
+            end=self.start,
+            current=self.previous,
+            previous=self.current,
+            reverse=not self.reverse,
+            layout=self.layout._replace(starts=starts),
+        )
+
+    def without_steps(self) -> Tensor | None:
+        """(B, 1) bool, the batch rows of no step at all; None where there are none."""
+        padded = self.layout.lengths is not None and self.layout.offsets is None
+        return (self.layout.lengths == 0)[:, None] if padded else None
 
 
 @contextmanager
@@ -95,13 +122,15 @@ class LSTMFunction(torch.autograd.Function):
     """One layer and direction.
 
     Inputs: x (T, B, I) or (rows, I) packed; h0 (B, Hout); c0 (B, H); weight_ih (4H, I); weight_hh (4H, Hout);
-    bias_ih, bias_hh (4H) or None; weight_hr (P, H) or None; sequence; save: keep what backward needs; ieee: float32
-    products in full precision.
-    Outputs: y like x with Hout features; hn (B, Hout); cn (B, H); and, kept for backward only, h, c and gates.
+    bias_ih, bias_hh (4H) or None; weight_hr (P, H) or None; sequence; save: keep what backward needs; states: also
+    return the cells of all steps; ieee: float32 products in full precision.
+    Outputs: y like x with Hout features; hn (B, Hout); cn (B, H); the cells like x with H features, None without
+    states; and, kept for backward only, h, c and gates.
 
     A projection W_hr needs no kernel of its own: with y_t = W_hr h_t, the recurrent term W_hh y_{t-1} equals
     (W_hh W_hr) h_{t-1}. So the kernels run on h with the product of both weights, only the first step takes
-    W_hh h0, and projecting h is one product parallel over time.
+    W_hh h0, and projecting h is one product parallel over time. A reset takes the same way: the kernels go on from
+    h = 0, and where the state becomes hx, W_hh h0 is in input_gates.
     """
 
     generate_vmap_rule = True
@@ -118,36 +147,48 @@ class LSTMFunction(torch.autograd.Function):
         weight_hr: Tensor | None,
         sequence: Sequence,
         save: bool,
+        states: bool,
         ieee: bool,
     ) -> tuple[Tensor | None, ...]:
         lead = x.shape[:-1]
         bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
         with matmul_precision(x, ieee):
             input_gates = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight_ih, bias)
-            recurrent, start = weight_hh, h0
+            recurrent, start, layout, c_reset = weight_hh, h0, sequence.layout, None
+            if layout.starts is not None:
+                starts = layout.starts.reshape(-1, 1)
+                c_reset = (c0 if sequence.reset_to_hx else torch.zeros_like(c0)).to(accumulator(c0.dtype)).contiguous()
             if weight_hr is not None:
-                input_gates[sequence.start] += h0 @ weight_hh.T
+                first = h0 @ weight_hh.T
+                input_gates[sequence.start] += first if c_reset is None else first * ~starts[sequence.start]
                 recurrent, start = weight_hh @ weight_hr, torch.zeros_like(c0)
+            if c_reset is not None and sequence.reset_to_hx:
+                gates_of_h0 = (h0 @ weight_hh.T).expand(*lead, -1).reshape(input_gates.shape)
+                input_gates.addcmul_(starts.to(x.dtype), gates_of_h0)
             h, cn, c, gates = operators.forward(
                 input_gates.view(*lead, input_gates.shape[-1]),
                 recurrent,
                 start,
                 c0,
-                *(sequence.packing or (None, None)),
+                c_reset,
+                *layout,
                 sequence.reverse,
-                save,
+                save or states,
                 ieee,
             )
             y = h if weight_hr is None else h @ weight_hr.T
         hn = y.view(-1, y.shape[-1])[sequence.end]
-        if isinstance(sequence.end, slice):
+        if (without_steps := sequence.without_steps()) is not None:
+            hn = torch.where(without_steps, h0, hn)
+        elif isinstance(sequence.end, slice):
             hn = hn.clone()  # shares no memory with y
-        return y, hn, cn.to(c0.dtype), None if weight_hr is None else h, c, gates
+        cells = c.to(x.dtype, copy=True) if states else None
+        return y, hn, cn.to(c0.dtype), cells, None if weight_hr is None else h, c, gates
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.sequence, save, ctx.ieee = inputs
-        y, _, _, h, c, gates = output
+        *tensors, ctx.sequence, save, _, ctx.ieee = inputs
+        y, _, _, _, h, c, gates = output
         ctx.mark_non_differentiable(*(t for t in (h, c, gates) if t is not None))
         ctx.set_materialize_grads(False)
         if save:
@@ -157,20 +198,23 @@ class LSTMFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, *_: None
+        ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dcells: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            grads = LSTMFunction.gradients(ctx, dy, dhn, dcn)
+            grads = LSTMFunction.gradients(ctx, dy, dhn, dcn, dcells)
         if torch.is_grad_enabled():  # someone wants to differentiate once more
             y = ctx.saved_tensors[6]
-            grads = FirstDerivative.apply(4, y, dy, dhn, dcn, *grads)
-        return *grads, None, None, None
+            grads = FirstDerivative.apply(5, y, dy, dhn, dcn, dcells, *grads)
+        return *grads, None, None, None, None
 
     @staticmethod
-    def gradients(ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None) -> tuple[Tensor | None, ...]:
+    def gradients(
+        ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dcells: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """The gradient of each tensor that forward() takes, None where none is needed."""
         x, h0, c0, weight_ih, weight_hh, weight_hr, y, h, c, gates = ctx.saved_tensors
         sequence, ieee, needs = ctx.sequence, ctx.ieee, ctx.needs_input_grad
+        layout = sequence.layout
         dy = torch.zeros_like(y) if dy is None else dy
         dhn = torch.zeros_like(h0) if dhn is None else dhn
         dcn = torch.zeros_like(c0) if dcn is None else dcn
@@ -179,15 +223,20 @@ class LSTMFunction(torch.autograd.Function):
             dh, dh_end, recurrent = dy, dhn, weight_hh
             if weight_hr is not None:
                 dh, dh_end, recurrent = dy @ weight_hr, dhn @ weight_hr, weight_hh @ weight_hr
-            dgates, dc0 = operators.backward(
+            c_first, c_reset = c0.to(c.dtype).contiguous(), None
+            if layout.starts is not None:
+                c_reset = c_first if sequence.reset_to_hx else torch.zeros_like(c_first)
+            dgates, dc0, dc_reset = operators.backward(
                 dh,
                 dh_end,
                 dcn,
                 recurrent,
-                c0.to(c.dtype),
+                c_first,
                 c,
                 gates,
-                *(sequence.packing or (None, None)),
+                dcells,
+                c_reset,
+                *layout,
                 sequence.reverse,
                 ieee,
             )
@@ -195,20 +244,30 @@ class LSTMFunction(torch.autograd.Function):
             # From here on everything is parallel over time; the numbers are those of kernels/README.md.
             dgates, y = dgates.view(-1, dgates.shape[-1]), y.view(-1, y.shape[-1])
             start, end, current, previous = sequence.start, sequence.end, sequence.current, sequence.previous
+            # What went into the gates from h0, (B, 4H), and from the step before.
+            from_h0, from_h = dgates[start], dgates[current]
+            if layout.starts is not None:
+                starts = layout.starts.reshape(-1, 1)
+                from_h0, from_h = from_h0 * ~starts[start], from_h * ~starts[current]
+                if sequence.reset_to_hx:
+                    from_h0 = from_h0 + (dgates * starts).view(-1, *from_h0.shape).sum(0)
+                    dc0 = dc0 + dc_reset
             if needs[0]:
                 dx = (dgates @ weight_ih).view(x.shape)  # (9)
             if needs[1]:
-                dh0 = dgates[start] @ weight_hh  # (10)
+                dh0 = from_h0 @ weight_hh  # (10)
+                if (without_steps := sequence.without_steps()) is not None:
+                    dh0 = torch.where(without_steps, dhn, dh0)
             if needs[3]:
                 dweight_ih = dgates.T @ x.reshape(-1, x.shape[-1])  # (11)
             if needs[4]:
-                dweight_hh = torch.addmm(dgates[start].T @ h0, dgates[current].T, y[previous])  # (12)
+                dweight_hh = torch.addmm(from_h0.T @ h0, from_h.T, y[previous])  # (12)
             if ctx.bias and (needs[5] or needs[6]):
                 dbias = dgates.sum(0)  # (13)
             if needs[7]:
                 h = h.view(-1, h.shape[-1])
                 ends = torch.addmm(dhn.T @ h[end], dy.reshape(-1, dy.shape[-1]).T, h)
-                dweight_hr = torch.addmm(ends, (dgates[current] @ weight_hh).T, h[previous])  # (14)
+                dweight_hr = torch.addmm(ends, (from_h @ weight_hh).T, h[previous])  # (14)
         return (
             dx,
             dh0,

@@ -1,10 +1,25 @@
 """lstm(): layers x directions x dropout around the recurrence of one layer and direction, and its input checks."""
 
+from collections.abc import Sequence as Iterable
+from typing import Any, NamedTuple
+
 import torch
 from torch import _VF, Tensor
 
+from . import composed, operators, segments
 from .autograd import LSTMFunction, Sequence
-from .kernels.plan import Plan, choose, why_torch
+from .kernels.launch import DEBUG, DENSE, Layout
+from .kernels.plan import Plan, choose, choose_one_step, why_torch
+
+
+class States(NamedTuple):
+    """The states of all steps, a tensor for each layer.
+
+    y: (T, B, D*Hout) of each layer, before dropout; c: (T, B, D*H), its cells. In the form of the input otherwise.
+    """
+
+    y: tuple[Tensor, ...]
+    c: tuple[Tensor, ...]
 
 
 def lstm(
@@ -19,7 +34,11 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    lengths: Tensor | Iterable[int] | None = None,
+    reset: Tensor | None = None,
+    reset_to: str = "zero",
+    return_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, States | None]:
     """Runs a stack of LSTM layers, in the form that its plan chooses.
 
     Args:
@@ -29,48 +48,145 @@ def lstm(
             of a projection; shapes as in torch.nn.LSTM.
         bias, num_layers, dropout, training, bidirectional: as in torch.nn.LSTM.
         batch_sizes: (T,) int64 on the CPU, as in a PackedSequence.
+        lengths: (B,) integers, steps of each row of padded input, in any order and also 0: past them y is zero, hn and
+            cn are the states at each row's own last step, and the other direction begins there.
+        reset: (T, B) bool, (B, T) with batch_first: the steps before which the state is reset, in every layer; the
+            other direction is cut at the same place.
+        reset_to: the state after a reset, "zero" or "hx".
+        return_states: also return the states of all steps.
 
     Returns:
-        y: as input with D*Hout features; hn, cn: as hx.
+        y: as input with D*Hout features; hn, cn: as hx; the States, None without return_states.
 
     Raises:
         RuntimeError: tensors of different devices, dtypes or sizes, or T = 0; with the texts of torch.nn.LSTM.
+        ValueError: lengths, reset or reset_to that do not fit the input. Lengths on a CUDA device out of 0 to T are
+            found under FUSED_LSTM_DEBUG=1, because a look at them would wait for the device; otherwise clamped.
     """
-    if why_torch(autocast_dtype(input), input.device) is not None:
-        return torch_lstm(
-            input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, batch_sizes
-        )
+    layout, to_hx = layout_of(input, batch_first, batch_sizes, lengths, reset, reset_to), reset_to == "hx"
+    directions = 2 if bidirectional else 1
+    on_torch = why_torch(autocast_dtype(input), input.device) is not None
+    if on_torch and not return_states:
+        options = {"weights": weights, "bias": bias, "num_layers": num_layers, "dropout": dropout}
+        options |= {"training": training, "bidirectional": bidirectional}
+        return *by_torch(input, hx, batch_first, batch_sizes, layout, to_hx, options), None
     input, hx, weights = autocast(input, hx, weights)
     check(input, hx, weights, 1 if batch_first else 0)
 
     x = input.transpose(0, 1) if batch_first else input
-    directions = 2 if bidirectional else 1
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights))
+    per_cell = len(weights) // (num_layers * directions)
+    drops = training and dropout > 0 and num_layers > 1
+    plain = batch_sizes is None and layout is DENSE and directions == 1 and per_cell % 2 == 0
+    if plain and x.shape[0] == 1 and not (save or drops or return_states):
+        hn, cn = operators.one_step(x[0], *hx, weights, bias, full_precision())
+        return hn[-1:].transpose(0, 1).clone() if batch_first else hn[-1:].clone(), hn, cn, None
     if batch_sizes is None:
-        sequence = Sequence.dense(x.shape[0], x.shape[1])
+        sequence = Sequence.dense(x.shape[0], x.shape[1], layout, to_hx)
     else:
         sequence = Sequence.packed(batch_sizes, x.device)
-    sequences = [sequence, sequence.reversed()][:directions]
+    sequences = [sequence, sequence.reversed()] if bidirectional else [sequence]
     ieee = full_precision()
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights))
 
-    per_cell = len(weights) // (num_layers * directions)
-    hn, cn = [], []
+    ends: list[tuple[Tensor, Tensor]] = []
+    states = States((), ())
     for layer in range(num_layers):
-        outputs = []
+        outputs: list[Tensor] = []
+        cells: list[Tensor] = []
         for direction, sequence in enumerate(sequences):
             cell = layer * directions + direction
             parameters = named(weights[cell * per_cell : (cell + 1) * per_cell], bias)
-            y, h, c, *_ = LSTMFunction.apply(x, hx[0][cell], hx[1][cell], *parameters, sequence, save, ieee)
+            tensors = (x, hx[0][cell], hx[1][cell], *parameters)
+            if on_torch:
+                y, h, c, c_steps = composed.layer(*tensors, sequence)
+            else:
+                y, h, c, c_steps, *_ = LSTMFunction.apply(*tensors, sequence, save, return_states, ieee)
             outputs.append(y)
-            hn.append(h)
-            cn.append(c)
+            cells.append(c_steps)
+            ends.append((h, c))
         x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
+        if return_states:
+            states = States((*states.y, x), (*states.c, cells[0] if directions == 1 else torch.cat(cells, dim=-1)))
         if dropout and training and layer < num_layers - 1:
             x = torch.dropout(x, dropout, True)
-    return x.transpose(0, 1) if batch_first else x, torch.stack(hn), torch.stack(cn)
+    if batch_first:
+        x, states = x.transpose(0, 1), States(*(tuple(t.transpose(0, 1) for t in tensors) for tensors in states))
+    hn, cn = (torch.stack(tensors) for tensors in zip(*ends, strict=True))
+    return x, hn, cn, states if return_states else None
 
 
-def named(weights: list[Tensor], bias: bool) -> tuple[Tensor | None, ...]:
+def lstm_cell(
+    input: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor], *, bias: bool = True
+) -> tuple[Tensor, Tensor]:
+    """One step of one layer on the kernels.
+
+    Args:
+        input: (B, I). hx: (h0, c0), both (B, H). weights, bias: as of one layer in lstm().
+
+    Returns:
+        h, c: (B, H).
+
+    Raises:
+        RuntimeError: as lstm().
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)):
+        _, hn, cn, _ = lstm(input[None], (hx[0][None], hx[1][None]), weights, bias=bias)
+    else:
+        input, hx, weights = autocast(input, hx, weights)
+        check(input, hx, weights, 0)
+        hn, cn = operators.one_step(input, hx[0][None], hx[1][None], weights, bias, full_precision())
+    return hn[0], cn[0]
+
+
+def layout_of(
+    input: Tensor,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | Iterable[int] | None,
+    reset: Tensor | None,
+    reset_to: str,
+) -> Layout:
+    """The layout of padded input, checked; empty without lengths and reset.
+
+    Raises:
+        ValueError: as lstm().
+    """
+    if reset_to not in ("zero", "hx"):
+        raise ValueError(f'reset_to must be "zero" or "hx", got {reset_to!r}')
+    if lengths is None and reset is None:
+        return DENSE
+    if batch_sizes is not None:
+        raise ValueError("lengths and reset take padded input: a PackedSequence has its lengths in itself")
+    B, T = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
+    if lengths is not None:
+        if not isinstance(lengths, Tensor):
+            if not all(isinstance(length, int) for length in lengths):
+                raise ValueError(f"lengths must be integers, got {lengths}")
+            lengths = torch.tensor(lengths, dtype=torch.int64)
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+            raise ValueError(f"lengths must be integers, got {lengths.dtype}")
+        if lengths.shape != (B,):
+            raise ValueError(f"lengths must have shape ({B},), one for each row, got {tuple(lengths.shape)}")
+        if lengths.device not in (input.device, torch.device("cpu")):
+            raise ValueError(f"lengths must be on {input.device} as the input or on the CPU, got {lengths.device}")
+        if (lengths.device.type == "cpu" or DEBUG) and B > 0 and not torch.compiler.is_compiling():
+            least, most = int(lengths.min()), int(lengths.max())
+            if least < 0 or most > T:
+                raise ValueError(f"lengths must be from 0 to T = {T}, got {least} to {most}")
+        lengths = lengths.to(input.device, torch.int64, non_blocking=True).clamp(0, T)
+    if reset is not None:
+        shape = (B, T) if batch_first else (T, B)
+        if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+            raise ValueError(f"reset must be a bool tensor, got {getattr(reset, 'dtype', type(reset).__name__)}")
+        if reset.shape != shape:
+            raise ValueError(f"reset must have shape {shape}, one for each step and row, got {tuple(reset.shape)}")
+        if reset.device != input.device:
+            raise ValueError(f"reset must be on {input.device} as the input, got {reset.device}")
+        reset = (reset.T if batch_first else reset).contiguous()
+    return Layout(lengths, None, reset)
+
+
+def named(weights: list[Tensor], bias: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The weights of one layer and direction as weight_ih, weight_hh, bias_ih, bias_hh, weight_hr."""
     weight_ih, weight_hh, *rest = weights
     bias_ih, bias_hh = rest[:2] if bias else (None, None)
@@ -83,14 +199,44 @@ def plan_for(input: Tensor, B: int, H: int) -> Plan:
     return choose(autocast_dtype(input), B, H, input.device, full_precision())
 
 
+def plan_for_one_step(input: Tensor) -> Plan:
+    """The plan of a call with one step and without gradients."""
+    return choose_one_step(autocast_dtype(input), input.device, full_precision())
+
+
 @torch.compiler.assume_constant_result
 def full_precision() -> bool:
     """Whether float32 products are not to be TF32: cuDNN's own switch says so, which is the one nn.LSTM follows."""
     return torch.backends.cudnn.rnn.fp32_precision != "tf32"  # type: ignore[attr-defined]
 
 
+def by_torch(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+    layout: Layout,
+    to_hx: bool,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stack on torch's own LSTM; options: what torch_lstm() takes after hx."""
+    if layout is DENSE:
+        return torch_lstm(input, batch_sizes, hx, **options, batch_first=batch_first)
+    x = input.transpose(0, 1) if batch_first else input
+    check(x, hx, options["weights"], 0)
+    sequence = Sequence.dense(x.shape[0], x.shape[1], layout, to_hx)
+    directions = 2 if options["bidirectional"] else 1
+
+    def packed(data: Tensor, sizes: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return torch_lstm(data, sizes, hx, **options)
+
+    y, hn, cn = segments.run(packed, x, hx, sequence, directions)
+    return y.transpose(0, 1) if batch_first else y, hn, cn
+
+
 def torch_lstm(
     input: Tensor,
+    batch_sizes: Tensor | None,
     hx: tuple[Tensor, Tensor],
     weights: list[Tensor],
     bias: bool,
@@ -98,8 +244,7 @@ def torch_lstm(
     dropout: float,
     training: bool,
     bidirectional: bool,
-    batch_first: bool,
-    batch_sizes: Tensor | None,
+    batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's own LSTM."""
     if input.is_cuda and not training and torch.is_grad_enabled():

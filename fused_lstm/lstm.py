@@ -1,12 +1,13 @@
-"""LSTM: the conventions of torch.nn.LSTM (batch_first, unbatched and packed input, hx) around functional.lstm()."""
+"""LSTM and LSTMCell: torch.nn's conventions (batch_first, unbatched and packed input, hx) around functional.py."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import lstm, plan_for
+from .functional import States, lstm, lstm_cell, plan_for, plan_for_one_step
 from .kernels.plan import Plan
 
 
@@ -66,57 +67,97 @@ class LSTM(nn.RNNBase):
     permute_hidden: Any = nn.LSTM.permute_hidden
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        """Runs the sequence.
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor | None, Tensor | None] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+        reset_to: str = "zero",
+        return_states: bool = False,
+    ) -> tuple[Any, ...]:
+        """Runs the sequence. Without the keywords the call is nn.LSTM's.
 
         Args:
             input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
-            hx: (h0, c0) of shapes (L*D, B, Hout) and (L*D, B, H), without B for unbatched input; zeros if None.
+            hx: (h0, c0) of shapes (L*D, B, Hout) and (L*D, B, H), without B for unbatched input; a B of 1 is broadcast;
+                zeros for what is None.
+            lengths: (B,) integers, the steps of each row of padded input, in any order and also 0: past them y is zero,
+                hn and cn are the states at each row's own last step, and the reverse direction begins there. What the
+                padding holds must be finite.
+            reset: (T, B) bool, (B, T) with batch_first, (T,) unbatched: the steps before which the state is reset, in
+                every layer, and with it the gradient cut; the reverse direction is cut at the same place.
+            reset_to: the state after a reset, "zero" or "hx".
+            return_states: also return the States of all steps and layers.
 
         Returns:
             y, (hn, cn): y in the form of the input with D*Hout features; hn and cn in the shapes of h0 and c0.
+            y, (hn, cn), states: with return_states.
 
         Raises:
             ValueError, RuntimeError, IndexError: as torch.nn.LSTM, with its texts.
+            ValueError: lengths, reset or reset_to that do not fit the input. Lengths on a CUDA device out of 0 to T are
+                found under FUSED_LSTM_DEBUG=1, because a look at them would wait for the device; otherwise clamped.
         """
+        options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "return_states": return_states}
         self._update_flat_weights()
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
-            y, hidden = self._run(data, batch_sizes, self._states(data, hx, int(batch_sizes[0])), sorted_indices)
-            packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
-            return packed, self.permute_hidden(hidden, unsorted_indices)
+            states_in = self._states(data, hx, int(batch_sizes[0]))
+            y, hidden, *states = self._run(data, batch_sizes, states_in, sorted_indices, options)
+
+            def packed(y: Tensor) -> PackedSequence:
+                return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+
+            states = [States(*(tuple(map(packed, tensors)) for tensors in given)) for given in states]  # type: ignore
+            return packed(y), self.permute_hidden(hidden, unsorted_indices), *states
 
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batch_dim = 0 if self.batch_first else 1
         batched = input.dim() == 3
-        if hx is not None and not (hx[0].dim() == hx[1].dim() == input.dim()):
-            raise RuntimeError(
-                f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx and cx should also be "
-                f"{input.dim()}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            )
-        if batched:
-            return self._run(input, None, self._states(input, hx, input.size(batch_dim)))
         if hx is not None:
-            hx = tuple(state.unsqueeze(1) for state in hx)  # type: ignore[assignment]
-        y, (hn, cn) = self._run(input.unsqueeze(batch_dim), None, self._states(input, hx, 1))
-        return y.squeeze(batch_dim), (hn.squeeze(1), cn.squeeze(1))
+            dims = [input.dim() if state is None else state.dim() for state in (hx[0], hx[1])]
+            if dims != [input.dim()] * 2:
+                raise RuntimeError(
+                    f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx and cx should also be "
+                    f"{input.dim()}-D but got ({dims[0]}-D, {dims[1]}-D) tensors"
+                )
+        if batched:
+            return self._run(input, None, self._states(input, hx, input.size(batch_dim)), None, options)
+        if lengths is not None:
+            raise ValueError("lengths takes batched input")
+        if hx is not None:
+            hx = tuple(None if state is None else state.unsqueeze(1) for state in hx)  # type: ignore[assignment]
+        if isinstance(reset, Tensor) and reset.dim() == 1:
+            options["reset"] = reset.unsqueeze(batch_dim)
+        y, (hn, cn), *states = self._run(input.unsqueeze(batch_dim), None, self._states(input, hx, 1), None, options)
+        states = [States(*(tuple(t.squeeze(batch_dim) for t in tensors) for tensors in given)) for given in states]
+        return y.squeeze(batch_dim), (hn.squeeze(1), cn.squeeze(1)), *states
 
-    def _states(self, data: Tensor, hx: tuple[Tensor, Tensor] | None, B: int) -> tuple[Tensor, Tensor]:
-        if hx is None:
-            count = self.num_layers * (2 if self.bidirectional else 1)
-            h0 = data.new_zeros(count, B, self.proj_size or self.hidden_size)
-            return h0, data.new_zeros(count, B, self.hidden_size)
-        if len(hx) != 2:
+    def _states(self, data: Tensor, hx: tuple[Tensor | None, Tensor | None] | None, B: int) -> tuple[Tensor, Tensor]:
+        if hx is not None and len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states")
-        return hx[0], hx[1]
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        states = []
+        for state, size in zip(hx or (None, None), (self.proj_size or self.hidden_size, self.hidden_size), strict=True):
+            if state is None:
+                state = data.new_zeros(count, B, size)
+            elif state.dim() == 3 and state.shape[1] == 1:
+                state = state.expand(-1, B, -1)
+            states.append(state)
+        return states[0], states[1]
 
     def _run(
-        self, data: Tensor, batch_sizes: Tensor | None, hx: tuple[Tensor, Tensor], permutation: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self,
+        data: Tensor,
+        batch_sizes: Tensor | None,
+        hx: tuple[Tensor, Tensor],
+        permutation: Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[Any, ...]:
         self.check_forward_args(data, hx, batch_sizes)
-        y, hn, cn = lstm(
+        y, hn, cn, states = lstm(
             data,
             self.permute_hidden(hx, permutation),
             self._flat_weights,  # type: ignore[arg-type]
@@ -127,8 +168,9 @@ class LSTM(nn.RNNBase):
             bidirectional=self.bidirectional,
             batch_first=self.batch_first and batch_sizes is None,
             batch_sizes=batch_sizes,
+            **options,
         )
-        return y, (hn, cn)
+        return (y, (hn, cn)) if states is None else (y, (hn, cn), states)
 
     def plan(self, input: Tensor | PackedSequence) -> Plan:
         """Returns the Plan that forward(input) would take, with its reason in words."""
@@ -139,8 +181,62 @@ class LSTM(nn.RNNBase):
         return plan_for(data, B, self.hidden_size)
 
 
+class LSTMCell(nn.LSTMCell):
+    """A drop-in for torch.nn.LSTMCell on the same kernels; without gradients one launch, which writes h and c alone.
+
+    Arguments, parameters, state_dict and errors are those of torch.nn.LSTMCell
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html).
+    """
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Runs one step.
+
+        Args:
+            input: (B, I), or (I,).
+            hx: (h0, c0), both (B, H), or (H,); zeros if None.
+
+        Returns:
+            h, c: as h0 and c0.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn.LSTMCell, with its texts.
+        """
+        if self.plan(input).mode == "torch":
+            return super().forward(input, hx)
+        for name, tensor in (("input", input), *((f"hx[{k}]", state) for k, state in enumerate(hx or ()))):
+            if tensor.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
+        batched = input.dim() == 2
+        x = input if batched else input[None]
+        if hx is None:
+            zeros = x.new_zeros(len(x), self.hidden_size)
+            hx = (zeros, zeros)
+        elif len(hx) != 2:
+            raise RuntimeError("lstm_cell expects two hidden states")
+        elif not batched:
+            hx = (hx[0][None], hx[1][None])
+        if x.shape[1] != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
+        for k, state in enumerate(hx):
+            if len(state) != len(x):
+                raise RuntimeError(f"Input batch size {len(x)} doesn't match hidden{k} batch size {len(state)}")
+            if state.dim() != 2 or state.shape[1] != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
+                )
+        weights = [
+            weight for weight in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh) if weight is not None
+        ]
+        h, c = lstm_cell(x, hx, weights, bias=bool(self.bias))
+        return (h, c) if batched else (h[0], c[0])
+
+    def plan(self, input: Tensor) -> Plan:
+        """Returns the Plan that forward(input) takes without gradients."""
+        return plan_for_one_step(input)
+
+
 def swap(model: nn.Module, back: bool = False) -> int:
-    """Turns every nn.LSTM inside `model` (and `model` itself) into fused_lstm.LSTM, in place.
+    """Turns every nn.LSTM and nn.LSTMCell inside `model` (and `model` itself) into fused_lstm's, in place.
 
     The module objects stay the same and only change their class, so parameters, hooks, training mode, device,
     parametrizations and every reference to them (optimizers, tied modules) are kept. A user's own subclass of
@@ -148,21 +244,22 @@ def swap(model: nn.Module, back: bool = False) -> int:
 
     Args:
         model: any module.
-        back: turn fused_lstm.LSTM into nn.LSTM instead.
+        back: turn fused_lstm's into torch's instead.
 
     Returns:
         How many modules were turned.
     """
-    old, new = (LSTM, nn.LSTM) if back else (nn.LSTM, LSTM)
+    pairs = [(LSTM, nn.LSTM), (LSTMCell, nn.LSTMCell)] if back else [(nn.LSTM, LSTM), (nn.LSTMCell, LSTMCell)]
     count = 0
     for module in model.modules():
         cls = type(module)
-        if cls is old:
-            module.__class__ = new
-        elif parametrize.is_parametrized(module) and cls.__bases__ == (old,):
-            # torch gives a parametrized module a class of its own: rebuild it over the new base.
-            module.__class__ = type(cls.__name__.replace(old.__name__, new.__name__), (new,), dict(cls.__dict__))
-        else:
-            continue
-        count += 1
+        for old, new in pairs:
+            if cls is old:
+                module.__class__ = new
+            elif parametrize.is_parametrized(module) and cls.__bases__ == (old,):
+                # torch gives a parametrized module a class of its own: rebuild it over the new base.
+                module.__class__ = type(cls.__name__.replace(old.__name__, new.__name__), (new,), dict(cls.__dict__))
+            else:
+                continue
+            count += 1
     return count

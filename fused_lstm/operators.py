@@ -1,4 +1,5 @@
-"""The launchers as torch operators, fused_lstm::forward and ::backward: what torch.compile and torch.func see."""
+"""The launchers as torch operators, fused_lstm::forward, ::backward and ::one_step: what torch.compile and torch.func
+see."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from .kernels import backward as backward_kernel
 from .kernels import forward as forward_kernel
-from .kernels.launch import Packing, accumulator
-from .kernels.plan import choose
+from .kernels import one_step as one_step_kernel
+from .kernels.launch import Layout, accumulator
+from .kernels.plan import choose, choose_one_step
 
 
 @torch.library.custom_op("fused_lstm::forward", mutates_args=())
@@ -18,8 +20,10 @@ def forward(
     weight_hh: Tensor,
     h0: Tensor,
     c0: Tensor,
+    c_reset: Tensor | None,
     lengths: Tensor | None,
     offsets: Tensor | None,
+    starts: Tensor | None,
     reverse: bool,
     save: bool,
     ieee: bool,
@@ -28,8 +32,9 @@ def forward(
     _check(c0, weight_hh, input_gates)
     plan = choose(h0.dtype, *h0.shape, h0.device, ieee)
     tensors = (tensor.contiguous() for tensor in (input_gates, weight_hh, h0, c0))
+    layout = Layout(lengths, offsets, None if starts is None else starts.contiguous())
     y, cn, c, gates = forward_kernel.forward(
-        *tensors, plan=plan, reverse=reverse, packing=_packing(lengths, offsets), save=save
+        *tensors, plan=plan, reverse=reverse, layout=layout, c_reset=c_reset, save=save
     )
     return y, cn, cn.new_empty(0) if c is None else c, y.new_empty(0) if gates is None else gates
 
@@ -40,8 +45,10 @@ def _(
     weight_hh: Tensor,
     h0: Tensor,
     c0: Tensor,
+    c_reset: Tensor | None,
     lengths: Tensor | None,
     offsets: Tensor | None,
+    starts: Tensor | None,
     reverse: bool,
     save: bool,
     ieee: bool,
@@ -62,16 +69,24 @@ def backward(
     c0: Tensor,
     c: Tensor,
     gates: Tensor,
+    dc_steps: Tensor | None,
+    c_reset: Tensor | None,
     lengths: Tensor | None,
     offsets: Tensor | None,
+    starts: Tensor | None,
     reverse: bool,
     ieee: bool,
-) -> tuple[Tensor, Tensor]:
-    """kernels.backward.backward under the plan for its sizes."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """kernels.backward.backward under the plan for its sizes; dc_reset is empty without starts."""
     _check(c0, weight_hh, gates)
     plan = choose(dy.dtype, *c0.shape, dy.device, ieee)
     tensors = (tensor.contiguous() for tensor in (dy, dhn, dcn, weight_hh, c0, c, gates))
-    return backward_kernel.backward(*tensors, plan=plan, reverse=reverse, packing=_packing(lengths, offsets))
+    layout = Layout(lengths, offsets, None if starts is None else starts.contiguous())
+    dc_steps = None if dc_steps is None else dc_steps.contiguous()
+    dgates, dc0, dc_reset = backward_kernel.backward(
+        *tensors, plan=plan, reverse=reverse, layout=layout, c_reset=c_reset, dc_steps=dc_steps
+    )
+    return dgates, dc0, dc0.new_empty(0) if dc_reset is None else dc_reset
 
 
 @backward.register_fake
@@ -83,12 +98,37 @@ def _(
     c0: Tensor,
     c: Tensor,
     gates: Tensor,
+    dc_steps: Tensor | None,
+    c_reset: Tensor | None,
     lengths: Tensor | None,
     offsets: Tensor | None,
+    starts: Tensor | None,
     reverse: bool,
     ieee: bool,
-) -> tuple[Tensor, Tensor]:
-    return gates.new_empty(gates.shape), c0.new_empty(c0.shape)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gates.new_empty(gates.shape), c0.new_empty(c0.shape), c0.new_empty(0 if c_reset is None else c0.shape)
+
+
+@torch.library.custom_op("fused_lstm::one_step", mutates_args=())
+def one_step(x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], bias: bool, ieee: bool) -> tuple[Tensor, Tensor]:
+    """kernels.one_step.one_step; weights: those of all layers in nn.LSTM's order."""
+    each = 4 if bias else 2
+    layers = []
+    for layer in range(h0.shape[0]):
+        own = weights[each * layer : each * (layer + 1)]
+        inputs = x.shape[-1] if layer == 0 else h0.shape[-1]
+        _check(c0, own[1], own[0].T)
+        if own[0].shape[1] != inputs or c0.shape != h0.shape or x.shape[0] != h0.shape[1]:
+            raise RuntimeError(f"{tuple(own[0].shape)} takes {own[0].shape[1]} features, got {inputs}")
+        tensors = [weight.contiguous() for weight in own]
+        layers.append((*tensors, None, None)[:4])
+    plan = choose_one_step(x.dtype, x.device, ieee)
+    return one_step_kernel.one_step(x.contiguous(), h0.contiguous(), c0.contiguous(), layers, plan=plan)
+
+
+@one_step.register_fake
+def _(x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], bias: bool, ieee: bool) -> tuple[Tensor, Tensor]:
+    return h0.new_empty(h0.shape), c0.new_empty(c0.shape)
 
 
 def _check(c0: Tensor, weight_hh: Tensor, gates: Tensor) -> None:
@@ -101,16 +141,17 @@ def _check(c0: Tensor, weight_hh: Tensor, gates: Tensor) -> None:
         )
 
 
-def _packing(lengths: Tensor | None, offsets: Tensor | None) -> Packing | None:
-    return None if lengths is None or offsets is None else Packing(lengths, offsets)
-
-
 def _one_by_one(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
     """The rule of torch.vmap that runs an operator once for each element of the mapped dimension."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def select(arg: Any, dim: Any, k: int) -> Any:
+            if isinstance(arg, list):
+                return [select(*both, k) for both in zip(arg, dim or [None] * len(arg), strict=True)]
+            return arg if dim is None else arg.select(dim, k)
+
         def element(k: int) -> list[Any]:
-            return [arg if dim is None else arg.select(dim, k) for arg, dim in zip(args, in_dims, strict=True)]
+            return [select(arg, dim, k) for arg, dim in zip(args, in_dims, strict=True)]
 
         results = zip(*(operator(*element(k)) for k in range(info.batch_size)), strict=True)
         stacked = tuple(torch.stack(result) for result in results)
@@ -121,3 +162,4 @@ def _one_by_one(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tu
 
 forward.register_vmap(_one_by_one(forward))
 backward.register_vmap(_one_by_one(backward))
+one_step.register_vmap(_one_by_one(one_step))

@@ -10,19 +10,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .kernels.launch import Packing
+from .kernels.launch import DENSE, Layout
 
 
-def steps(input: Tensor, B: int, reverse: bool, packing: Packing | None) -> Iterator[tuple[slice, int]]:
-    """Yields, in the direction's order, the rows of each step in the flattened sequence and how many there are."""
-    if packing is None:
-        begins, counts = [t * B for t in range(input.shape[0])], [B] * input.shape[0]
-    else:
-        begins = packing.offsets.tolist()
-        counts = [int((packing.lengths > t).sum()) for t in range(len(begins))]
-    order = zip(begins, counts, strict=True)
-    for begin, n in reversed(list(order)) if reverse else order:
-        yield slice(begin, begin + n), n
+def steps(input: Tensor, B: int, reverse: bool, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields, in the direction's order, each step's rows in the flattened sequence and the batch rows that they are."""
+    T = input.shape[0] if layout.offsets is None else len(layout.offsets)
+    batch = torch.arange(B, device=input.device)
+    for t in reversed(range(T)) if reverse else range(T):
+        active = batch if layout.lengths is None else batch[layout.lengths > t]
+        yield active + (t * B if layout.offsets is None else layout.offsets[t]), active
 
 
 def forward(
@@ -32,21 +29,25 @@ def forward(
     c0: Tensor,
     *,
     reverse: bool = False,
-    packing: Packing | None = None,
+    layout: Layout = DENSE,
+    c_reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns y, cn, c and gates; shapes as in fused_lstm.kernels.forward.forward."""
     B, H = h0.shape
     h, c = h0.clone(), c0.clone()
     flat = input_gates.reshape(-1, 4 * H)
-    y, cells, gates = flat.new_empty(len(flat), H), flat.new_empty(len(flat), H), torch.empty_like(flat)
-    # A step touches the first n batch rows: all of them, or in a packed sequence those that are long enough.
-    for rows, n in steps(input_gates, B, reverse, packing):
-        a = flat[rows] + h[:n] @ weight_hh.T  # (1)
+    y, cells, gates = flat.new_zeros(len(flat), H), flat.new_zeros(len(flat), H), torch.zeros_like(flat)
+    for rows, active in steps(input_gates, B, reverse, layout):
+        h_prev, c_prev = h[active], c[active]
+        if layout.starts is not None and c_reset is not None:
+            start = layout.starts.reshape(-1)[rows, None]
+            h_prev, c_prev = h_prev.masked_fill(start, 0), c_prev.where(~start, c_reset[active])
+        a = flat[rows] + h_prev @ weight_hh.T  # (1)
         i, f, g, o = a.chunk(4, dim=1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()  # (2)
-        c[:n] = f * c[:n] + i * g  # (3)
-        h[:n] = o * c[:n].tanh()  # (4)
-        y[rows], cells[rows], gates[rows] = h[:n], c[:n], torch.cat([i, f, g, o], dim=1)
+        c[active] = f * c_prev + i * g  # (3)
+        h[active] = o * c[active].tanh()  # (4)
+        y[rows], cells[rows], gates[rows] = h[active], c[active], torch.cat([i, f, g, o], dim=1)
     shape = input_gates.shape[:-1]
     return y.reshape(*shape, H), c, cells.reshape(*shape, H), gates.reshape(input_gates.shape)
 
@@ -61,30 +62,40 @@ def backward(
     gates: Tensor,
     *,
     reverse: bool = False,
-    packing: Packing | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Returns dgates and dc0; shapes as in fused_lstm.kernels.backward.backward."""
+    layout: Layout = DENSE,
+    c_reset: Tensor | None = None,
+    dc_steps: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns dgates, dc0 and dc_reset; shapes as in fused_lstm.kernels.backward.backward."""
     B, H = c0.shape
-    dh, dc = dhn.clone(), dcn.clone()
+    dh, dc, dc_reset = dhn.clone(), dcn.clone(), None if c_reset is None else torch.zeros_like(c0)
     flat_dy, flat_c, flat_gates = dy.reshape(-1, H), c.reshape(-1, H), gates.reshape(-1, 4 * H)
-    dgates = torch.empty_like(flat_gates)
-    order = list(steps(dy, B, reverse, packing))
+    dgates = torch.zeros_like(flat_gates)
+    order = list(steps(dy, B, reverse, layout))
     for k in reversed(range(len(order))):
-        rows, n = order[k]
-        # c_{t-1}: the rows that the step before also had, and c0 for those that begin here.
-        c_prev = c0[:n].clone()
+        rows, active = order[k]
+        # c_{t-1}: of the rows that the step before also had, and c0 for those that begin here.
+        c_before = c0.clone()
         if k > 0:
-            rows_prev, n_prev = order[k - 1]
-            c_prev[:n_prev] = flat_c[rows_prev][:n]
+            rows_prev, active_prev = order[k - 1]
+            c_before[active_prev] = flat_c[rows_prev]
+        c_prev, start = c_before[active], torch.zeros(len(rows), 1, dtype=torch.bool, device=dy.device)
+        if layout.starts is not None and c_reset is not None:
+            start = layout.starts.reshape(-1)[rows, None]
+            c_prev = c_prev.where(~start, c_reset[active])
         i, f, g, o = flat_gates[rows].chunk(4, dim=1)
         tanh_c = flat_c[rows].tanh()
-        dh_t = flat_dy[rows] + dh[:n]  # (5)
-        dc_t = dc[:n] + dh_t * o * (1 - tanh_c**2)  # (6)
+        dh_t = flat_dy[rows] + dh[active]  # (5)
+        dc_t = dc[active] + dh_t * o * (1 - tanh_c**2)  # (6)
+        if dc_steps is not None:
+            dc_t = dc_t + dc_steps.reshape(-1, H)[rows]
         di = dc_t * g * i * (1 - i)  # (7)
         df = dc_t * c_prev * f * (1 - f)
         dg = dc_t * i * (1 - g**2)
         do = dh_t * tanh_c * o * (1 - o)
         dgates[rows] = torch.cat([di, df, dg, do], dim=1)
-        dc[:n] = dc_t * f  # (8)
-        dh[:n] = dgates[rows] @ weight_hh  # (5), for the step before
-    return dgates.reshape(gates.shape), dc
+        if dc_reset is not None:
+            dc_reset[active] += (dc_t * f).masked_fill(~start, 0)
+        dc[active] = (dc_t * f).masked_fill(start, 0)  # (8)
+        dh[active] = (dgates[rows] @ weight_hh).masked_fill(start, 0)  # (5), for the step before
+    return dgates.reshape(gates.shape), dc, dc_reset

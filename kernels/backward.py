@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cell import cell_backward, dot
-from .launch import Packing, launch
+from .launch import DENSE, Layout, launch
 from .plan import Plan
 from .sync import publish, wait
 
@@ -39,9 +39,13 @@ def backward_kernel(
     c0,  # (B, H) in
     c,  # (rows, H) in: saved by forward
     gates,  # (rows, 4H) in: saved by forward
+    dc_steps,  # (rows, H) in: gradient of c of every step, beside its part in h; only if DC_STEPS
     dc_state,  # (B, H) in: gradient of the cell from the steps after; out: from step_end on, dc0 in the end
-    lengths,  # (B,) in: steps of each batch row; only if PACKED
+    c_reset,  # (B, H) in: the cell from which a reset row goes on; only if RESET
+    dc_reset,  # (B, H) in/out: its gradient, summed over the resets; only if RESET
+    lengths,  # (B,) in: steps of each batch row; only if LENGTHS
     offsets,  # (T,) in: first row of each step; only if PACKED
+    starts,  # (rows,) in: the steps before which a row is reset; only if RESET
     dgates,  # (rows, 4H) out: w.r.t. the pre-activations; also the buffer through which programs exchange it
     flags,  # (batch groups, T) in/out: step flags, zero at launch; only if GRID
     report,  # (4,) out: who waited in vain; only if TURNS
@@ -55,7 +59,10 @@ def backward_kernel(
     GRID: tl.constexpr,  # programs hand dgates to each other through flags; neither: one launch a step
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
     REVERSE: tl.constexpr,  # the direction ran from the last step to the first, so this pass runs from the first
-    PACKED: tl.constexpr,  # rows of a PackedSequence: each batch row has its own length
+    LENGTHS: tl.constexpr,  # each batch row has its own length
+    PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
+    RESET: tl.constexpr,  # rows are reset within the sequence
+    DC_STEPS: tl.constexpr,  # the cells of all steps have a gradient of their own
     DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
     BLOCK_B: tl.constexpr,  # batch rows of a program
@@ -80,7 +87,7 @@ def backward_kernel(
         for k in tl.static_range(4 * CHUNKS):
             weights = weights + (load_weight(weight_hh, units, k, H, BLOCK_K),)
 
-    if PACKED:
+    if LENGTHS:
         length = tl.load(lengths + rows, mask=real_rows, other=0)
         last = tl.max(length) - 1
         step_end = tl.minimum(step_end, last + 1)
@@ -89,26 +96,35 @@ def backward_kernel(
     dc = tl.load(dc_state + state, mask=mask, other=0.0)
     if LOCAL:
         dh_next = tl.zeros((BLOCK_H, BLOCK_B), ACC)  # dgates_{t+1} W_hh
+    if RESET:
+        dc_reset_tile = tl.load(dc_reset + state, mask=mask, other=0.0)
 
     for step in range(step_begin, step_end):
         # t_next comes after t in the direction's own order and was done in the previous turn; t_prev comes next here.
         t = step if REVERSE else last - step
         t_next = t - 1 if REVERSE else t + 1
         t_prev = t + 1 if REVERSE else t - 1
-        if PACKED:
+        has_next = real_rows & (step > 0)
+        has_prev = real_rows & (step < last)
+        if LENGTHS:
             active_rows = real_rows & (t < length)
             active = mask & active_rows[None, :]
+            has_next = has_next & (t_next < length)
+            has_prev = has_prev & (t_prev < length)
+        if PACKED:
             row = tl.load(offsets + t) + rows
             row_next = tl.load(offsets + t_next, mask=step > 0, other=0) + rows
             row_prev = tl.load(offsets + t_prev, mask=step < last, other=0) + rows
-            has_next = (t_next < length) & (step > 0)
-            has_prev = (t_prev < length) & (step < last)
         else:
             row = t.to(tl.int64) * B + rows
             row_next = t_next.to(tl.int64) * B + rows
             row_prev = t_prev.to(tl.int64) * B + rows
-            has_next = real_rows & (step > 0)
-            has_prev = real_rows & (step < last)
+        c_rows = tl.where(has_prev, c + row_prev * H, c0 + rows * H)
+        linked_next = active_rows & has_next
+        if RESET:
+            start = tl.load(starts + row, mask=active_rows, other=0) != 0
+            c_rows = tl.where(start, c_reset + rows * H, c_rows)
+            linked_next = linked_next & (tl.load(starts + row_next, mask=has_next, other=0) == 0)
 
         # All that does not wait for dgates of t_next is loaded before the flag is awaited.
         gate = row[None, :] * (4 * H) + units[:, None]
@@ -118,10 +134,12 @@ def backward_kernel(
         g = tl.load(gates + gate + 2 * H, mask=active, other=0.0).to(ACC)
         o = tl.load(gates + gate + 3 * H, mask=active, other=0.0).to(ACC)
         c_t = tl.load(c + hidden, mask=active, other=0.0)
-        c_rows = tl.where(has_prev, c + row_prev * H, c0 + rows * H)
         c_prev = tl.load(c_rows[None, :] + units[:, None], mask=active, other=0.0)
         dh = tl.load(dy + hidden, mask=active, other=0.0).to(ACC)  # (5)
         dh += tl.load(dhn + state, mask=active & (~has_next)[None, :], other=0.0).to(ACC)
+
+        if DC_STEPS:
+            dc += tl.load(dc_steps + hidden, mask=active, other=0.0).to(ACC)
 
         dgates_rows = dgates + row_next * (4 * H)
         if LOCAL:
@@ -130,15 +148,18 @@ def backward_kernel(
             if step > 0:
                 wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0), step, report, TURNS)
             for k in tl.static_range(4 * CHUNKS):
-                dgates_next = load_dgates(dgates_rows, active_rows & has_next, k, H, BLOCK_K)
+                dgates_next = load_dgates(dgates_rows, linked_next, k, H, BLOCK_K)
                 dh = dot(weights[k], dgates_next, dh, DOT, PRECISION)
         else:
             for k in tl.range(4 * CHUNKS, num_stages=3):
                 weight = load_weight(weight_hh, units, k, H, BLOCK_K)
-                dgates_next = load_dgates(dgates_rows, active_rows & has_next, k, H, BLOCK_K)
+                dgates_next = load_dgates(dgates_rows, linked_next, k, H, BLOCK_K)
                 dh = dot(weight, dgates_next, dh, DOT, PRECISION)
 
         di, df, dg, do, dc_prev = cell_backward(i, f, g, o, c_prev, c_t, dh, dc)
+        if RESET:
+            dc_reset_tile += tl.where(start[None, :], dc_prev, 0.0)
+            dc_prev = tl.where(start[None, :], 0.0, dc_prev)
         dc = tl.where(active, dc_prev, dc)
         di = di.to(dgates.dtype.element_ty)
         df = df.to(dgates.dtype.element_ty)
@@ -152,14 +173,19 @@ def backward_kernel(
             publish(flags + batch_group.to(tl.int64) * T + step)
         if LOCAL:
             # The product for the step before, at once: one tile to carry instead of four. Rows that have not begun in
-            # this pass have none.
+            # this pass have none, and none goes past a reset.
+            linked = active
+            if RESET:
+                linked = active & ~start[None, :]
             zero = tl.zeros((BLOCK_H, BLOCK_B), ACC)
-            dh_next = dot(weights[0], tl.where(active, di, 0.0), zero, DOT, PRECISION)
-            dh_next = dot(weights[1], tl.where(active, df, 0.0), dh_next, DOT, PRECISION)
-            dh_next = dot(weights[2], tl.where(active, dg, 0.0), dh_next, DOT, PRECISION)
-            dh_next = dot(weights[3], tl.where(active, do, 0.0), dh_next, DOT, PRECISION)
+            dh_next = dot(weights[0], tl.where(linked, di, 0.0), zero, DOT, PRECISION)
+            dh_next = dot(weights[1], tl.where(linked, df, 0.0), dh_next, DOT, PRECISION)
+            dh_next = dot(weights[2], tl.where(linked, dg, 0.0), dh_next, DOT, PRECISION)
+            dh_next = dot(weights[3], tl.where(linked, do, 0.0), dh_next, DOT, PRECISION)
 
     tl.store(dc_state + state, dc, mask=mask)
+    if RESET:
+        tl.store(dc_reset + state, dc_reset_tile, mask=mask)
 
 
 def backward(
@@ -173,8 +199,10 @@ def backward(
     *,
     plan: Plan,
     reverse: bool = False,
-    packing: Packing | None = None,
-) -> tuple[Tensor, Tensor]:
+    layout: Layout = DENSE,
+    c_reset: Tensor | None = None,
+    dc_steps: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs the recurrence of one layer and direction backwards.
 
     Args:
@@ -183,20 +211,24 @@ def backward(
         weight_hh: (4H, H).
         c0: (B, H) in the accumulator's dtype.
         c, gates: as saved by forward().
-        plan, reverse, packing: as given to forward().
+        plan, reverse, layout, c_reset: as given to forward().
+        dc_steps: as c, the gradient of the cells of all steps; None: they have none.
 
     Returns:
-        dgates: as gates, the gradient w.r.t. the pre-activations.
+        dgates: as gates, the gradient w.r.t. the pre-activations; zero past a row's length.
         dc0: (B, H) in the accumulator's dtype.
+        dc_reset: the same of c_reset; None without resets.
     """
     B, H = c0.shape
-    T = dy.shape[0] if packing is None else packing.offsets.shape[0]
-    dgates = torch.empty_like(gates)
+    T = dy.shape[0] if layout.offsets is None else layout.offsets.shape[0]
+    padded = layout.lengths is not None and layout.offsets is None
+    dgates = torch.zeros_like(gates) if padded else torch.empty_like(gates)
     dc0 = dcn.to(c0.dtype, copy=True)
+    dc_reset = None if c_reset is None else torch.zeros_like(c0)
     if B > 0:
         launch(
             backward_kernel,
-            (dy, dhn, weight_hh, c0, c, gates, dc0, *(packing or (None, None)), dgates),
+            (dy, dhn, weight_hh, c0, c, gates, dc_steps, dc0, c_reset, dc_reset, *layout, dgates),
             plan,
             plan.backward,
             T,
@@ -204,6 +236,9 @@ def backward(
             H,
             dy.dtype,
             REVERSE=reverse,
-            PACKED=packing is not None,
+            LENGTHS=layout.lengths is not None,
+            PACKED=layout.offsets is not None,
+            RESET=layout.starts is not None,
+            DC_STEPS=dc_steps is not None,
         )
-    return dgates, dc0
+    return dgates, dc0, dc_reset

@@ -6,27 +6,27 @@ import triton.language as tl
 from torch import Tensor
 
 from .cell import cell_forward, dot, split_gates
-from .launch import Packing, accumulator, launch
+from .launch import DENSE, Layout, accumulator, launch
 from .plan import Plan
 from .sync import publish, wait
 
 
 @triton.jit
-def load_weight(weight_hh, k, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """K-chunk k of this program's rows of W_hh, the four gates of a unit side by side: (4 * BLOCK_H, BLOCK_K)."""
+def load_weight(weight, k, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Chunk k of this program's rows of a weight (4H, K), a unit's four gates side by side: (4 * BLOCK_H, BLOCK_K)."""
     gate_rows = tl.arange(0, 4 * BLOCK_H)
     units = tl.program_id(0) * BLOCK_H + gate_rows // 4
     rows = ((gate_rows % 4) * H + units).to(tl.int64)
-    k_units = k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (units < H)[:, None] & (k_units < H)[None, :]
-    return tl.load(weight_hh + rows[:, None] * H + k_units[None, :], mask=mask, other=0.0)
+    columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (units < H)[:, None] & (columns < K)[None, :]
+    return tl.load(weight + rows[:, None] * K + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def load_h(h_rows, active_rows, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """K-chunk k of h_{t-1}, whose row pointers are given: (BLOCK_K, batch rows)."""
-    k_units = k * BLOCK_K + tl.arange(0, BLOCK_K)
-    return tl.load(h_rows[None, :] + k_units[:, None], mask=(k_units < H)[:, None] & active_rows[None, :], other=0.0)
+def load_columns(rows, active_rows, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Chunk k of rows of K columns, such as h_{t-1}, whose pointers are given: (BLOCK_K, batch rows)."""
+    columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
+    return tl.load(rows[None, :] + columns[:, None], mask=(columns < K)[:, None] & active_rows[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["T", "B", "row_begin", "step_begin", "step_end"])
@@ -35,8 +35,10 @@ def forward_kernel(
     weight_hh,  # (4H, H) in
     h0,  # (B, H) in
     c_state,  # (B, H) in: the cell before step_begin; out: the cell after step_end
-    lengths,  # (B,) in: steps of each batch row; only if PACKED
+    c_reset,  # (B, H) in: the cell from which a reset row goes on, its h being 0; only if RESET
+    lengths,  # (B,) in: steps of each batch row; only if LENGTHS
     offsets,  # (T,) in: first row of each step; only if PACKED
+    starts,  # (rows,) in: the steps before which a row is reset; only if RESET
     y,  # (rows, H) out: h of every step; also the buffer through which programs exchange it
     c,  # (rows, H) out: c of every step; only if SAVE
     gates,  # (rows, 4H) out: activated gates; only if SAVE
@@ -52,7 +54,9 @@ def forward_kernel(
     GRID: tl.constexpr,  # programs hand h to each other through flags; neither: one launch a step
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
     REVERSE: tl.constexpr,  # the direction runs from the last step to the first
-    PACKED: tl.constexpr,  # rows of a PackedSequence: each batch row has its own length
+    LENGTHS: tl.constexpr,  # each batch row has its own length
+    PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
+    RESET: tl.constexpr,  # rows are reset within the sequence
     SAVE: tl.constexpr,  # keep c and gates for backward
     DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
@@ -76,9 +80,9 @@ def forward_kernel(
         # W_hh stays on chip for all steps.
         weights = ()
         for k in tl.static_range(CHUNKS):
-            weights = weights + (load_weight(weight_hh, k, H, BLOCK_H, BLOCK_K),)
+            weights = weights + (load_weight(weight_hh, k, H, H, BLOCK_H, BLOCK_K),)
 
-    if PACKED:
+    if LENGTHS:
         length = tl.load(lengths + rows, mask=real_rows, other=0)
         last = tl.max(length) - 1
         step_end = tl.minimum(step_end, last + 1)
@@ -87,21 +91,32 @@ def forward_kernel(
     c_tile = tl.load(c_state + state, mask=mask, other=0.0)
     if LOCAL:
         h_tile = tl.load(h0 + state, mask=mask, other=0.0)
+    if RESET:
+        c_reset_tile = tl.load(c_reset + state, mask=mask, other=0.0)
 
     for step in range(step_begin, step_end):
         # Where the step's rows lie, and where the previous step of this direction left h (h0 for a row's first).
         t = last - step if REVERSE else step
         t_prev = t + 1 if REVERSE else t - 1
-        if PACKED:
+        has_prev = step > 0
+        if LENGTHS:
             active_rows = real_rows & (t < length)
             active = mask & active_rows[None, :]
+            has_prev = has_prev & (t_prev < length)
+        if PACKED:
             row = tl.load(offsets + t) + rows
             row_prev = tl.load(offsets + t_prev, mask=step > 0, other=0) + rows
-            has_prev = (t_prev < length) & (step > 0)
         else:
             row = t.to(tl.int64) * B + rows
             row_prev = t_prev.to(tl.int64) * B + rows
-            has_prev = step > 0
+        h_rows = tl.where(has_prev, y + row_prev * H, h0 + rows * H)
+        linked_rows = active_rows
+        if RESET:
+            start = tl.load(starts + row, mask=active_rows, other=0) != 0
+            linked_rows = active_rows & ~start
+            c_tile = tl.where(start[None, :], c_reset_tile, c_tile)
+            if LOCAL:
+                h_tile = tl.where(start[None, :], 0.0, h_tile)
 
         # All that does not wait for h is loaded before the flag is awaited.
         gate = row[None, :] * (4 * H) + units[:, None]
@@ -110,7 +125,6 @@ def forward_kernel(
         pre_g = tl.load(input_gates + gate + 2 * H, mask=active, other=0.0).to(ACC)
         pre_o = tl.load(input_gates + gate + 3 * H, mask=active, other=0.0).to(ACC)
 
-        h_rows = tl.where(has_prev, y + row_prev * H, h0 + rows * H)
         recurrent = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)  # (1)
         if LOCAL:
             recurrent = dot(weights[0], h_tile, recurrent, DOT, PRECISION)
@@ -118,12 +132,12 @@ def forward_kernel(
             if step > 0:
                 wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0), step, report, TURNS)
             for k in tl.static_range(CHUNKS):
-                h = load_h(h_rows, active_rows, k, H, BLOCK_K)
+                h = load_columns(h_rows, linked_rows, k, H, BLOCK_K)
                 recurrent = dot(weights[k], h, recurrent, DOT, PRECISION)
         else:
             for k in tl.range(CHUNKS, num_stages=3):
-                weight = load_weight(weight_hh, k, H, BLOCK_H, BLOCK_K)
-                h = load_h(h_rows, active_rows, k, H, BLOCK_K)
+                weight = load_weight(weight_hh, k, H, H, BLOCK_H, BLOCK_K)
+                h = load_columns(h_rows, linked_rows, k, H, BLOCK_K)
                 recurrent = dot(weight, h, recurrent, DOT, PRECISION)
         rec_i, rec_f, rec_g, rec_o = split_gates(recurrent, BLOCK_H, BLOCK_B)
 
@@ -155,7 +169,8 @@ def forward(
     *,
     plan: Plan,
     reverse: bool = False,
-    packing: Packing | None = None,
+    layout: Layout = DENSE,
+    c_reset: Tensor | None = None,
     save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs the recurrence of one layer and direction.
@@ -166,24 +181,28 @@ def forward(
         h0, c0: (B, H), contiguous, of the dtype of input_gates.
         plan: mode and tiles.
         reverse: run from the last step to the first.
-        packing: lengths and offsets of a packed sequence, rows sorted as torch packs them.
+        layout: where the sequences lie.
+        c_reset: (B, H) in the accumulator's dtype, with layout.starts: the cell from which a reset row goes on. Its h
+            is 0: the product of another one belongs to input_gates.
         save: also return what backward needs.
 
     Returns:
-        y: as input_gates with H features, h of every step.
+        y: as input_gates with H features, h of every step; zero past a row's length.
         cn: (B, H) in the accumulator's dtype (float32; float64 for float64), each row's last cell.
         c: as y in the accumulator's dtype, and gates, as input_gates, activated; None without save.
     """
     B, H = h0.shape
-    T = input_gates.shape[0] if packing is None else packing.offsets.shape[0]
-    y = input_gates.new_empty((*input_gates.shape[:-1], H))
-    c = torch.empty_like(y, dtype=accumulator(y.dtype)) if save else None
+    T = input_gates.shape[0] if layout.offsets is None else layout.offsets.shape[0]
+    padded = layout.lengths is not None and layout.offsets is None
+    new = input_gates.new_zeros if padded else input_gates.new_empty
+    y = new((*input_gates.shape[:-1], H))
+    c = new(y.shape, dtype=accumulator(y.dtype)) if save else None
     gates = torch.empty_like(input_gates) if save else None
     cn = c0.to(accumulator(c0.dtype), copy=True)
     if B > 0:
         launch(
             forward_kernel,
-            (input_gates, weight_hh, h0, cn, *(packing or (None, None)), y, c, gates),
+            (input_gates, weight_hh, h0, cn, c_reset, *layout, y, c, gates),
             plan,
             plan.forward,
             T,
@@ -191,7 +210,9 @@ def forward(
             H,
             h0.dtype,
             REVERSE=reverse,
-            PACKED=packing is not None,
+            LENGTHS=layout.lengths is not None,
+            PACKED=layout.offsets is not None,
+            RESET=layout.starts is not None,
             SAVE=save,
         )
     return y, cn, c, gates

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,21 +21,34 @@ DOT = {
 }
 
 # Turns that a wait for a step flag may take under FUSED_LSTM_DEBUG=1, some seconds; without it a wait has no bound.
-TURNS = 10_000_000 if os.environ.get("FUSED_LSTM_DEBUG") == "1" else 0
+DEBUG = os.environ.get("FUSED_LSTM_DEBUG") == "1"
+TURNS = 10_000_000 if DEBUG else 0
 
 
 # The interpreter keeps the program's position in globals: two threads cannot be in it at once.
 _INTERPRETER = threading.RLock()
 
 
-class Packing(NamedTuple):
-    """Where the rows of a packed sequence lie, sorted as torch packs them.
+class Layout(NamedTuple):
+    """Where sequences lie among the rows of a tensor and where they begin, in the order of their direction.
 
-    lengths: (B,) int64, steps of each batch row. offsets: (T,) int64, first packed row of each step.
+    lengths: (B,) int64, steps of each batch row; None: every row has all T.
+    offsets: (T,) int64, first row of each step of a packed sequence, whose rows are sorted as torch packs them; None: B
+        rows a step.
+    starts: (rows,) bool, the steps before which the state is set to the reset state; None: none.
     """
 
-    lengths: Tensor
-    offsets: Tensor
+    lengths: Tensor | None = None
+    offsets: Tensor | None = None
+    starts: Tensor | None = None
+
+
+DENSE = Layout()  # T steps of B rows
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Within it kernels are launched on a device, or one thread at a time has the interpreter."""
+    return torch.cuda.device(device) if device.type == "cuda" else _INTERPRETER
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -89,7 +103,7 @@ def launch(
         # Only as many batch groups as can be resident together; the others follow in further launches.
         groups_at_once = max(1, plan.resident // unit_blocks)
     turns = [(step, step + 1) for step in range(T)] if plan.mode == "step" else [(0, T)]
-    with torch.cuda.device(device) if device.type == "cuda" else _INTERPRETER:
+    with on_device(device):
         for group in range(0, batch_groups, groups_at_once):
             programs = (unit_blocks, min(groups_at_once, batch_groups - group))
             for turn in turns:

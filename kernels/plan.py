@@ -21,8 +21,9 @@ class Tiles:
 class Plan:
     """How one layer and direction runs.
 
-    mode: "local", "grid" or "step" (the three forms of the Triton kernels), or "torch" (torch's own LSTM).
-    forward, backward: the tiles of each pass; None in mode "torch".
+    mode: "local", "grid" or "step" (the three forms of the recurrence's kernels), "one step" (a kernel of its own for
+        one step of inference), or "torch" (torch's own LSTM).
+    forward, backward: the tiles of each pass; None in mode "torch", backward also in "one step".
     resident: programs that the device runs at once, one a multiprocessor; 0 where the mode does not depend on it.
     precision: of float32 products, "tf32", "tf32x3" (three TF32 products, as exact as float32) or "ieee".
     why: the reason, in words.
@@ -89,6 +90,20 @@ def choose(dtype: torch.dtype, B: int, H: int, device: torch.device, ieee: bool)
         # Programs run one after another in the interpreter: one that waits for another would wait for ever.
         return by_steps(plan, "the interpreter runs programs one after another")
     return plan
+
+
+def choose_one_step(dtype: torch.dtype, device: torch.device, ieee: bool) -> Plan:
+    """Returns the plan for one step of inference, the input's product included.
+
+    ieee: as in choose().
+    """
+    why = why_torch(dtype, device)
+    if why is not None:
+        return Plan("torch", None, None, 0, "ieee", why)
+    precision = "ieee" if dtype != torch.float32 or device.type == "cpu" else "tf32x3" if ieee else "tf32"
+    tiles = Tiles(batch=16, units=16, chunk=64, warps=4)
+    why = "one step without gradients: one launch a layer, which writes the new state alone"
+    return Plan("one step", tiles, None, 0, precision, why)
 
 
 def by_steps(plan: Plan, reason: str) -> Plan:

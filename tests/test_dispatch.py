@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_lstm import LSTM, reference
+from fused_lstm import LSTM, LSTMCell, reference
 from fused_lstm.functional import check
 from fused_lstm.kernels import forward, plan
 from fused_lstm.kernels.plan import A100, H100, choose, choose_kernel
@@ -157,3 +158,44 @@ def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(monkeypatch):
     monkeypatch.setattr(plan, "cuda_device", lambda device: H100)
     chosen = choose(torch.float16, 16, 512, cuda, ieee=False)
     assert chosen.mode == "step" and text in chosen.why
+
+
+# Streaming
+
+
+class Record(TorchDispatchMode):
+    """The operators of a call, and the new tensors that they leave."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.storages = [], {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        self.operators.append(str(function))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in before:
+                self.storages[tensor.untyped_storage().data_ptr()] = tensor
+        return result
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_a_streaming_call_allocates_its_outputs_alone(num_layers):
+    module, x = LSTM(5, 20, num_layers), torch.randn(1, 4, 5)
+    hx = torch.randn(num_layers, 4, 20), torch.randn(num_layers, 4, 20)
+    with torch.no_grad(), Record() as record:
+        y, (hn, cn) = module(x, hx)
+    assert {t.data_ptr() for t in record.storages.values()} == {t.data_ptr() for t in (y, hn, cn)}
+    assert record.operators.count("fused_lstm.one_step.default") == 1
+    assert not [name for name in record.operators if "local_scalar" in name or "nonzero" in name]  # no host sync
+
+
+def test_one_step_under_torch_compile_and_vmap():
+    cell = LSTMCell(5, 20)
+    x, hx = torch.randn(3, 5), (torch.randn(3, 20), torch.randn(3, 20))
+    with torch.no_grad():
+        expected = cell(x, hx)
+        torch.testing.assert_close(torch.compile(cell, fullgraph=True, backend="aot_eager")(x, hx), expected)
+        mapped = torch.vmap(lambda x, h, c: cell(x[None], (h[None], c[None])))(x, *hx)
+    torch.testing.assert_close(tuple(s[:, 0] for s in mapped), expected)

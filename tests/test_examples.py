@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-CHAR_LM = Path(__file__).parent.parent / "examples" / "char_lm.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CHAR_LM = EXAMPLES / "char_lm.py"
 
 
 def test_char_lm(tmp_path):
@@ -39,3 +40,17 @@ def test_char_lm_can_disagree(change, exact, agree):
     example = runpy.run_path(str(CHAR_LM))
     theirs = example["Run"](losses=[6.0, 3.0, 2.0], validation=2.5, speed=1.0)
     assert example["compare"](theirs, theirs._replace(**change), exact)[0] is agree
+
+
+RECIPES = {
+    "rollouts.py": ["--envs=3", "--steps=4", "--updates=2", "--hidden=8"],
+    "tagger.py": ["--batch=3", "--length=4", "--updates=2", "--hidden=8"],
+    "streaming.py": ["--steps=6", "--hidden=8"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name):
+    done = subprocess.run([sys.executable, EXAMPLES / name, *RECIPES[name]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("AGREE")

@@ -25,16 +25,24 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 ONE_ROW = "test_kernels.py::test_awkward_shapes[cpu-9-1-16]"
-PACKED = "test_kernels.py::test_packed[cpu-False-local]"
-REVERSE = "test_kernels.py::test_packed[cpu-True-local]"
-REVERSE_STEP = "test_kernels.py::test_packed[cpu-True-step]"
+PACKED = "test_kernels.py::test_layouts[cpu-packed-False-local]"
+REVERSE = "test_kernels.py::test_layouts[cpu-packed-True-local]"
+REVERSE_STEP = "test_kernels.py::test_layouts[cpu-packed-True-step]"
+PADDED = "test_kernels.py::test_layouts[cpu-lengths-False-local]"
+RESET = "test_kernels.py::test_layouts[cpu-reset-False-local]"
+RESET_STEP = "test_kernels.py::test_layouts[cpu-reset-False-step]"
+LOOP = "test_sequences.py::test_every_state_against_a_loop_over_nn_lstm"
+STATES = f"{LOOP}[cpu-lengths and reset to hx-two layers, both directions-dtype3]"
+BOTH = f"{LOOP}[cpu-lengths and reset-two layers, both directions-dtype3]"
+RESET_TO_ZERO = "test_sequences.py::test_resets_equal_cutting[cpu-zero-two layers, both directions-dtype3]"
+LENGTHS = "test_sequences.py::test_lengths_equal_packing[cpu-two layers, both directions-dtype3]"
 LAYERS = "test_parity.py::test_lstm[cpu-batch first-dtype3]"
 PROJECTION = "test_parity.py::test_lstm[cpu-projection-dtype3]"
 UNSORTED = "test_parity.py::test_packed[cpu-packed-dtype3]"
 FLOAT32_CELL = "test_recurrence.py::test_cell_is_float32_across_the_loop[cpu-fp16]"
 SMALL = "test_recurrence.py::test_small_activations_keep_their_relative_accuracy[cpu]"
 DROPOUT = "test_dispatch.py::test_dropout_draws_the_masks_of_nn_lstm"
-DERIVATIVE = "test_reference.py::test_backward_is_the_derivative_of_forward[False-False]"
+DERIVATIVE = "test_reference.py::test_backward_is_the_derivative_of_forward[dense-False]"
 COMPILED = "test_offline.py::test_variants[inference]"
 
 # By file: a fault, the text that it replaces, the text that it puts there, and a test that must then fail.
@@ -55,6 +63,10 @@ FAULTS = {
         ),
         "cell of rows that have ended": ("tl.where(active, c_next, c_tile)", "c_next", PACKED),
         "order of the reverse direction": ("t = last - step if REVERSE else step", "t = step", REVERSE),
+        "a reset that keeps h": ("linked_rows = active_rows & ~start", "linked_rows = active_rows", RESET_STEP),
+        "a reset that keeps h on chip": ("tl.where(start[None, :], 0.0, h_tile)", "h_tile", RESET),
+        "a reset that keeps c": ("tl.where(start[None, :], c_reset_tile, c_tile)", "c_tile", RESET),
+        "padding left as it was": ("new_zeros if padded else input_gates.new_empty", "new_empty", PADDED),
         "h of the wrong neighbour": ("t_prev = t + 1 if REVERSE else t - 1", "t_prev = t", REVERSE_STEP),
     },
     "kernels/backward.py": {
@@ -68,6 +80,13 @@ FAULTS = {
             ONE_ROW,
         ),
         "c0 taken from c": ("c0 + rows * H)", "c + row * H)", ONE_ROW),
+        "dgates across a reset": ("linked_next = linked_next & (", "linked_next = linked_next | (", RESET_STEP),
+        "dgates across a reset on chip": ("linked = active & ~start[None, :]", "linked = active", RESET),
+        "dc across a reset": ("dc_prev = tl.where(start[None, :], 0.0, dc_prev)", "dc_prev = dc_prev", RESET),
+        "dc_reset dropped": ("dc_reset_tile += tl.where(start[None, :], dc_prev, 0.0)", "dc_reset_tile += 0.0", RESET),
+        "cell from before a reset": ("tl.where(start, c_reset + rows * H, c_rows)", "c_rows", RESET),
+        "gradient of the cells dropped": ("dc += tl.load(dc_steps", "dc += 0 * tl.load(dc_steps", ONE_ROW),
+        "dgates of the padding left as they were": ("torch.zeros_like(gates) if padded else", "", PADDED),
         "dhn dropped": ("active & (~has_next)[None, :]", "active & False", ONE_ROW),
         "dhn of the longest rows only": ("active & (~has_next)[None, :]", "active & (step == 0)", PACKED),
     },
@@ -84,12 +103,33 @@ FAULTS = {
     },
     "fused_lstm/autograd.py": {
         "bias gradient without the first step": ("dgates.sum(0)", "dgates[current].sum(0)", LAYERS),
-        "W_hh gradient without h0": ("(dgates[start].T @ h0,", "(0 * dgates[start].T @ h0,", LAYERS),
-        "hn from the wrong end": ("Sequence(self.end, self.start,", "Sequence(self.end, self.end,", LAYERS),
+        "W_hh gradient without h0": ("(from_h0.T @ h0,", "(0 * from_h0.T @ h0,", LAYERS),
+        "W_hh gradient across a reset": ("from_h * ~starts[current]", "from_h", RESET_TO_ZERO),
+        "h0 taken where a reset is": ("from_h0 * ~starts[start]", "from_h0", RESET_TO_ZERO),
+        "h0 gradient without the resets": ("(dgates * starts).view", "(0 * dgates * starts).view", STATES),
+        "c0 gradient without the resets": ("dc0 = dc0 + dc_reset", "dc0 = dc0", STATES),
+        "h0 of the resets dropped": ("addcmul_(starts.to(x.dtype)", "addcmul_(0 * starts.to(x.dtype)", STATES),
+        "gradient of a row without steps": ("torch.where(without_steps, dhn, dh0)", "dh0", LENGTHS),
+        "end of a row without steps": ("torch.where(without_steps, h0, hn)", "hn", LENGTHS),
+        "cut one step late in the other direction": ("[starts[1:], torch.zeros_like(starts[:1])]", "[starts]", STATES),
+        "cut where the other direction begins": ("starts &= following <", "following <", BOTH),
+        "hn from the wrong end": ("end=self.start,", "end=self.end,", LAYERS),
         "W_hr gradient without the recurrence": (
-            "torch.addmm(ends, (dgates[current] @ weight_hh).T, h[previous])",
+            "torch.addmm(ends, (from_h @ weight_hh).T, h[previous])",
             "ends",
             PROJECTION,
+        ),
+    },
+    "fused_lstm/composed.py": {
+        "a reset that keeps h": ("torch.where(start, h_reset, h_prev)", "h_prev", STATES),
+        "a state of rows that have ended": ("h.index_copy(0, active, h_t)", "h_t.index_copy(0, active, h_t)", STATES),
+    },
+    "fused_lstm/segments.py": {
+        "hx where a reset is": ("first & ~reset_first", "first", RESET_TO_ZERO),
+        "ends of the other direction": (
+            "last.nonzero()[:, 0], first.nonzero()",
+            "last.nonzero()[:, 0], last.nonzero()",
+            RESET_TO_ZERO,
         ),
     },
     "fused_lstm/functional.py": {
@@ -104,6 +144,9 @@ FAULTS = {
     },
 }
 
+# Files that serve torch's path: their tests run on it.
+ON_TORCH = ("fused_lstm/composed.py", "fused_lstm/segments.py")
+
 
 @pytest.fixture
 def tree(tmp_path):
@@ -116,11 +159,12 @@ def tree(tmp_path):
     return tmp_path
 
 
-def outcome(tree, *tests):
-    """pytest's exit status and output over these tests of the copy, in the interpreter and a process of its own."""
+def outcome(tree, *tests, on_torch=False):
+    """pytest's exit status and output over these tests of the copy in a process of its own, in the interpreter or on
+    torch's path."""
     # Most of such a process's time is its start: no plugins.
     environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
-    environment |= {"PYTHONPATH": str(tree), "TRITON_INTERPRET": "1"}
+    environment |= {"PYTHONPATH": str(tree), "TRITON_INTERPRET": "0" if on_torch else "1"}
     command = [sys.executable, "-c", RUN, "-xq", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
     process = subprocess.run(command, cwd=tree, env=os.environ | environment, capture_output=True, text=True)
     return process.returncode, process.stdout + process.stderr
@@ -133,7 +177,7 @@ def test_fault_is_caught(file, fault, tree):
     text = path.read_text(encoding="utf-8")
     assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
     path.write_text(text.replace(old, new), encoding="utf-8")
-    status, output = outcome(tree, test)
+    status, output = outcome(tree, test, on_torch=file in ON_TORCH)
     assert status == pytest.ExitCode.TESTS_FAILED and re.search(r"\b1 failed\b", output), output
 
 

@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from fused_lstm import reference
-from fused_lstm.autograd import Sequence
 from fused_lstm.kernels.backward import backward
 from fused_lstm.kernels.forward import forward
 from fused_lstm.kernels.plan import Plan, Tiles, choose
 
+from .layouts import NAMES, layout_of
 from .parity import assert_close
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-LENGTHS = (5, 4, 4, 2, 1)
 
 
 def local(H):
@@ -28,31 +27,42 @@ def tensors(shapes, dtype, device):
     return [torch.randn(shape, dtype=torch.float64).to(device=device, dtype=dtype) for shape in shapes]
 
 
-def check(plan, dtype, T, B, H, device, reverse=False, batch_sizes=None):
+def check(plan, dtype, T, B, H, device, reverse=False, form="dense"):
     """Both passes of one recurrence, by the rule, with the reference in `dtype` as the other side's error."""
-    if batch_sizes is None:
-        packing, lead = None, (T, B)
-    else:
-        packing, lead = Sequence.packed(batch_sizes, torch.device(device)).packing, (int(batch_sizes.sum()),)
-    shapes = [(*lead, 4 * H), (4 * H, H), (B, H), (B, H), (*lead, H), (B, H), (B, H)]
-    input_gates, weight_hh, h0, c0, dy, dhn, dcn = tensors(shapes, dtype, device)
+    layout, lead = layout_of(form, T, B, device)
+    shapes = [(*lead, 4 * H), (4 * H, H), *[(B, H)] * 3, (*lead, H), *[(B, H)] * 2, (*lead, H)]
+    input_gates, weight_hh, h0, c0, c_reset, dy, dhn, dcn, dc_steps = tensors(shapes, dtype, device)
     weight_hh /= H**0.5
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    options = {"reverse": reverse, "packing": packing}
+    options = {"reverse": reverse, "layout": layout}
+    resets = {} if layout.starts is None else {"c_reset": c_reset}
+    # Every other form has no gradient of the cells of its own.
+    steps = {} if form in ("packed", "lengths") else {"dc_steps": dc_steps}
 
-    ours = forward(input_gates, weight_hh, h0, c0, plan=plan, **options)
-    theirs = reference.forward(input_gates, weight_hh, h0, c0, **options)
-    gold = reference.forward(*(v.double() for v in (input_gates, weight_hh, h0, c0)), **options)
-    for name, *results in zip(("y", "cn", "c", "gates"), ours, theirs, gold, strict=True):
-        assert_close(name, results[0].to(dtype), *(v.cpu() for v in results[1:]), dtype)
+    def run(function, plan, cast, *inputs, **more):
+        arguments = {name: cast(value) for name, value in (resets | more).items()}
+        return function(*map(cast, inputs), **arguments, **options, **({"plan": plan} if plan else {}))
 
-    _, _, c, gates = ours
-    saved = (c0.to(accumulator), c, gates)
-    ours = backward(dy, dhn, dcn, weight_hh, *saved, plan=plan, **options)
-    theirs = reference.backward(*(v.to(dtype) for v in (dy, dhn, dcn, weight_hh, *saved)), **options)
-    gold = reference.backward(*(v.double() for v in (dy, dhn, dcn, weight_hh, *saved)), **options)
-    for name, *results in zip(("dgates", "dc0"), ours, theirs, gold, strict=True):
-        assert_close(name, results[0].to(dtype), *(v.cpu() for v in results[1:]), dtype)
+    def compare(names, ours, theirs, gold):
+        for name, *results in zip(names, ours, theirs, gold, strict=True):
+            if results[0] is not None:
+                assert_close(name, results[0].to(dtype), *(v.cpu() for v in results[1:]), dtype)
+
+    inputs = (input_gates, weight_hh, h0, c0)
+    wide = {name: value.to(accumulator) for name, value in resets.items()}
+    ours = forward(*inputs, plan=plan, **wide, **options)
+    theirs = run(reference.forward, None, lambda v: v, *inputs)
+    gold = run(reference.forward, None, torch.Tensor.double, *inputs)
+    y, cn, c, gates = ours
+    inside = slice(None) if layout.lengths is None or form == "packed" else layout.lengths > torch.arange(T)[:, None]
+    written = (y, cn, c, gates[inside])
+    compare(("y", "cn", "c", "gates"), written, (*theirs[:3], theirs[3][inside]), (*gold[:3], gold[3][inside]))
+
+    inputs = (dy, dhn, dcn, weight_hh, c0.to(accumulator), c, gates)
+    ours = backward(*inputs, plan=plan, **wide, **steps, **options)
+    theirs = run(reference.backward, None, lambda v: v.to(dtype), *inputs, **steps)
+    gold = run(reference.backward, None, torch.Tensor.double, *inputs, **steps)
+    compare(("dgates", "dc0", "dc_reset"), ours, theirs, gold)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,9 +79,14 @@ def test_step_with_many_programs(dtype, reverse, device):
 
 @pytest.mark.parametrize("plan", [local(16), STEP], ids=["local", "step"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_packed(plan, reverse, device):
-    batch_sizes = torch.tensor([sum(length > t for length in LENGTHS) for t in range(max(LENGTHS))])
-    check(plan, torch.float32, None, len(LENGTHS), 16 if plan.mode == "local" else 20, device, reverse, batch_sizes)
+@pytest.mark.parametrize("form", NAMES[1:])
+def test_layouts(plan, reverse, form, device):
+    check(plan, torch.float32, 5, 5, 16 if plan.mode == "local" else 20, device, reverse, form)
+
+
+@pytest.mark.parametrize("form", ["lengths", "lengths and reset"])
+def test_a_tile_ends_with_its_longest_row(form, device):
+    check(local(16), torch.float32, 3, 33, 7, device, True, form)
 
 
 @pytest.mark.parametrize("T,B,H", [(1, 1, 1), (1, 17, 3), (9, 1, 16)])
@@ -82,11 +97,12 @@ def test_awkward_shapes(T, B, H, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("H", [130, 256, 512, 650, 1024])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_grid(dtype, H):
+@pytest.mark.parametrize("form", ["dense", "lengths and reset"])
+def test_grid(dtype, H, form):
     """The cooperative form; its CPU twins are test_step_with_many_programs and the compiled plans."""
     plan = choose(dtype, 33, H, torch.device("cuda"), ieee=True)
     assert plan.mode in ("grid", "step")
-    check(plan, dtype, 20, 33, H, "cuda")
+    check(plan, dtype, 20, 33, H, "cuda", form=form)
 
 
 def test_nothing_is_saved_on_request():

@@ -244,7 +244,8 @@ def test_addresses_past_2_31_elements(kernel, mode, packed, reverse, addresses):
     sizes = {"T": T, "B": B, "row_begin": 0, "step_begin": step, "step_end": step + 1}
     arguments = dict.fromkeys(kernel.arg_names)  # None for what only the grid form takes
     arguments |= tensors | {"lengths": lengths, "offsets": offsets} | sizes | constants
-    arguments |= {"REVERSE": reverse, "PACKED": packed} | ({} if backward else {"SAVE": True})
+    arguments |= {"REVERSE": reverse, "LENGTHS": packed, "PACKED": packed, "RESET": False}
+    arguments |= {"DC_STEPS": False} if backward else {"SAVE": True}
     kernel[(triton.cdiv(H, tiles.units), 1)](**arguments, **options)
     for kind, parts in (("load", loads), ("store", stores)):
         expected = set().union(*(elements(tensors[name], first, count) for name, first, count in parts))

@@ -4,47 +4,40 @@ import pytest
 import torch
 
 from fused_lstm import reference
-from fused_lstm.autograd import Sequence
 
+from .layouts import NAMES, layout_of
 from .parity import assert_close
 
 B, H = 3, 4
-BATCH_SIZES = torch.tensor([3, 3, 2, 1, 1])
 
 
 class Reference(torch.autograd.Function):
-    """reference.py's two halves joined, so that torch's gradcheck can hold one against the other."""
+    """The recurrence as a function of input_gates, c0 and c_reset; its other inputs have no gradient here."""
 
     @staticmethod
-    def forward(ctx, input_gates, weight_hh, h0, c0, options):
-        y, cn, c, gates = reference.forward(input_gates, weight_hh, h0, c0, **options)
-        ctx.save_for_backward(weight_hh, c0, c, gates)
+    def forward(ctx, input_gates, weight_hh, h0, c0, c_reset, options):
+        y, cn, c, gates = reference.forward(input_gates, weight_hh, h0, c0, c_reset=c_reset, **options)
+        ctx.save_for_backward(weight_hh, c0, c_reset, c, gates)
         ctx.options = options
-        return y, cn
+        return y, cn, c.clone()
 
     @staticmethod
-    def backward(ctx, dy, dcn):
-        weight_hh, c0, c, gates = ctx.saved_tensors
-        dhn = torch.zeros_like(c0)
-        dgates, dc0 = reference.backward(dy, dhn, dcn, weight_hh, c0, c, gates, **ctx.options)
-        return dgates, None, None, dc0, None
+    def backward(ctx, dy, dcn, dc_steps):
+        weight_hh, c0, c_reset, c, gates = ctx.saved_tensors
+        more = {"c_reset": c_reset, "dc_steps": dc_steps}
+        grads = reference.backward(dy, torch.zeros_like(c0), dcn, weight_hh, c0, c, gates, **more, **ctx.options)
+        return grads[0], None, None, grads[1], grads[2], None
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_backward_is_the_derivative_of_forward(reverse, packed):
-    packing = Sequence.packed(BATCH_SIZES, torch.device("cpu")).packing if packed else None
-    lead = (int(BATCH_SIZES.sum()),) if packed else (4, B)
-    shapes = [(*lead, 4 * H), (4 * H, H), (B, H), (B, H)]
-    input_gates, weight_hh, h0, c0 = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    inputs = (
-        input_gates.requires_grad_(),
-        weight_hh,
-        h0,
-        c0.requires_grad_(),
-        {"reverse": reverse, "packing": packing},
-    )
-    assert torch.autograd.gradcheck(Reference.apply, inputs)
+@pytest.mark.parametrize("form", NAMES)
+def test_backward_is_the_derivative_of_forward(reverse, form):
+    layout, lead = layout_of(form, 4, B)
+    shapes = [(*lead, 4 * H), (4 * H, H), (B, H), (B, H), (B, H)]
+    input_gates, weight_hh, h0, c0, c_reset = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    c_reset = None if layout.starts is None else c_reset.requires_grad_()
+    differentiable = (input_gates.requires_grad_(), weight_hh, h0, c0.requires_grad_(), c_reset)
+    assert torch.autograd.gradcheck(Reference.apply, (*differentiable, {"reverse": reverse, "layout": layout}))
 
 
 @pytest.mark.parametrize("reverse", [False, True])

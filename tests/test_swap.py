@@ -155,7 +155,7 @@ def test_the_optimizer_keeps_working(model):
 
 
 def test_counts_nothing_without_an_lstm():
-    assert swap(nn.Sequential(nn.Linear(2, 2), nn.GRU(2, 2), nn.RNN(2, 2), nn.LSTMCell(2, 2))) == 0
+    assert swap(nn.Sequential(nn.Linear(2, 2), nn.GRU(2, 2), nn.RNN(2, 2), nn.GRUCell(2, 2))) == 0
 
 
 def test_a_second_swap_does_nothing(model):
