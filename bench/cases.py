@@ -19,7 +19,9 @@ class Case:
     T, B, I, H: steps, batch rows, input features, hidden units.
     dtype: a key of DTYPES.
     layers, directions: as num_layers of torch.nn.LSTM, and 2 for bidirectional.
-    packed: the rows are T to T / 8 steps long, evenly spread and unsorted, in a PackedSequence.
+    form: "dense"; or with rows of T to T / 8 steps, evenly spread and unsorted, "packed" (a PackedSequence) or
+        "lengths" (padded: nn.LSTM packs and pads again); or "reset" (episodes of 50 steps on average end anywhere:
+        nn.LSTM goes step by step).
     """
 
     mode: str
@@ -30,7 +32,7 @@ class Case:
     dtype: str
     layers: int = 1
     directions: int = 1
-    packed: bool = False
+    form: str = "dense"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -44,7 +46,7 @@ class Case:
         parts += [f"I{self.I}"] if self.I != self.H else []
         parts += [f"L{self.layers}"] if self.layers > 1 else []
         parts += [f"D{self.directions}"] if self.directions > 1 else []
-        parts += ["packed"] if self.packed else []
+        parts += [self.form] if self.form != "dense" else []
         return " ".join(parts)
 
 
@@ -59,7 +61,10 @@ _MAIN = ("bf16", "tf32")
 _ALL = (*_MAIN, "fp16", "fp32")
 GPU = [
     *(_square(512, H, B, *rest) for (H, B), *rest in product([(512, 16), (1024, 16), (256, 16)], _ALL, BOTH)),
-    *(Case(mode, T=512, B=64, I=512, H=512, dtype=dtype, packed=True) for dtype, mode in product(_MAIN, BOTH)),
+    *(
+        Case(mode, T=512, B=64, I=512, H=512, dtype=dtype, form=form)
+        for form, dtype, mode in product(["packed", "lengths", "reset"], _MAIN, BOTH)
+    ),
     *(
         Case(mode, T=512, B=16, I=512, H=512, dtype=dtype, layers=2, directions=directions)
         for dtype, directions, mode in product(_MAIN, [1, 2], BOTH)
@@ -80,11 +85,15 @@ CPU = [
     *(_square(128, H, B, "fp32", mode) for (H, B), mode in product([(256, 16), (256, 1), (64, 16)], BOTH)),
     *(_square(128, H, B, "fp32", "one step") for H, B in [(256, 1), (256, 16)]),
     *(Case(mode, T=64, B=8, I=64, H=128, dtype="fp32", layers=2, directions=2) for mode in BOTH),
-    *(Case(mode, T=128, B=16, I=256, H=256, dtype="fp32", packed=True) for mode in BOTH),
+    *(
+        Case(mode, T=128, B=16, I=256, H=256, dtype="fp32", form=form)
+        for form, mode in product(["packed", "lengths", "reset"], BOTH)
+    ),
 ]
 
 # Small enough for Triton's interpreter.
 DRY = [
     *(Case(mode, T=3, B=2, I=5, H=7, dtype=dtype) for dtype, mode in product(_ALL, MODES)),
-    *(Case(mode, T=3, B=2, I=5, H=20, dtype="fp32", layers=2, directions=2, packed=True) for mode in BOTH),
+    *(Case(mode, T=3, B=2, I=5, H=20, dtype="fp32", layers=2, directions=2, form="packed") for mode in BOTH),
+    *(Case(mode, T=3, B=2, I=5, H=20, dtype="fp32", form=form) for form, mode in product(["lengths", "reset"], BOTH)),
 ]

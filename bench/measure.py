@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+import fused_lstm
 from tests import parity
 
 from . import store
@@ -55,42 +56,83 @@ def build(case: Case, device: torch.device) -> tuple[nn.LSTM, Tensor | PackedSeq
     lstm = lstm.to(device, case.torch_dtype).train(case.mode == "forward+backward")
     states = (case.layers * case.directions, case.B, case.H)
     x, h0, c0 = (torch.randn(size).to(device, case.torch_dtype) for size in ((case.T, case.B, case.I), states, states))
-    if case.packed:
-        lengths = torch.linspace(case.T, max(1, case.T // 8), case.B).long()[torch.randperm(case.B)]
-        return lstm, pack_padded_sequence(x, lengths, enforce_sorted=False), (h0, c0)
+    if case.form == "packed":
+        return lstm, pack_padded_sequence(x, lengths_of(case), enforce_sorted=False), (h0, c0)
     return lstm, x, (h0, c0)
+
+
+def lengths_of(case: Case) -> Tensor:
+    """(B,) int64 on the CPU, the same at every call."""
+    order = torch.randperm(case.B, generator=torch.Generator().manual_seed(0))
+    return torch.linspace(case.T, max(1, case.T // 8), case.B).long()[order]
+
+
+def resets_of(case: Case) -> Tensor:
+    """(T, B) bool on the CPU, the same at every call."""
+    return torch.rand(case.T, case.B, generator=torch.Generator().manual_seed(0)) < 1 / 50
 
 
 @lru_cache(maxsize=4)
 def _gold(case: Case) -> dict[str, Tensor]:
     lstm, x, hx = build(case, torch.device("cpu"))
-    return parity.run(parity.twin(lstm, torch.float64), x.double(), tuple(s.double() for s in hx))
+    return parity.run(called(case, parity.twin(lstm, torch.float64)), x.double(), tuple(s.double() for s in hx))
 
 
 def gold(case: Case) -> dict[str, Tensor]:
     """Every output and gradient of nn.LSTM in float64, computed once for each shape and torch dtype."""
     dtype = "fp32" if case.dtype == "tf32" else case.dtype
-    return _gold(replace(case, mode="forward+backward", dtype=dtype))
+    mode = case.mode if case.mode == "one step" else "forward+backward"
+    return _gold(replace(case, mode=mode, dtype=dtype))
 
 
-class OneByOne(nn.Module):
-    """A module called on one step after the other, as a server or an agent does that has only the past."""
+class Called(nn.Module):
+    """A module called in another way than on a whole sequence; each subclass says how."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, **keywords: Any) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.keywords = module, keywords
+
+
+class OneByOne(Called):
+    """On one step after the other, as a server or an agent does that has only the past; reset: (T, B) bool, if any."""
 
     def forward(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        outputs = []
+        outputs, reset = [], self.keywords.get("reset")
         for k in range(len(x)):
+            if reset is not None:
+                hx = tuple(torch.where(reset[k][:, None], 0, state) for state in hx)  # type: ignore[assignment]
             y, hx = self.module(x[k : k + 1], hx)
             outputs.append(y)
         return torch.cat(outputs), hx
 
 
+class Packing(Called):
+    """On padded rows, which are packed for it and padded again; lengths: (B,) int64 on the input's device."""
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        packed = pack_padded_sequence(x, self.keywords["lengths"].cpu(), enforce_sorted=False)
+        y, hx = self.module(packed, hx)
+        return pad_packed_sequence(y, total_length=len(x))[0], hx
+
+
+class Keywords(Called):
+    """With the keywords, which fused_lstm.LSTM takes."""
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return self.module(x, hx, **self.keywords)
+
+
 def called(case: Case, module: nn.Module) -> nn.Module:
-    """The module as the case's mode calls it."""
-    return OneByOne(module) if case.mode == "one step" else module
+    """The module as the case's mode and form have it called."""
+    device = next(module.parameters()).device
+    ours = isinstance(module, fused_lstm.LSTM)
+    if case.mode == "one step":
+        return OneByOne(module)
+    if case.form == "lengths":
+        return (Keywords if ours else Packing)(module, lengths=lengths_of(case).to(device))
+    if case.form == "reset":
+        return (Keywords if ours else OneByOne)(module, reset=resets_of(case).to(device))
+    return module
 
 
 def check(case: Case, provider: str, device: torch.device) -> None:
@@ -103,7 +145,7 @@ def check(case: Case, provider: str, device: torch.device) -> None:
     lstm, x, hx = build(case, device)
     backward = case.mode == "forward+backward"
     with torch.set_grad_enabled(backward):
-        theirs = parity.run(lstm, x, hx, backward=backward)
+        theirs = parity.run(called(case, lstm), x, hx, backward=backward)
         ours = parity.run(called(case, PROVIDERS[provider].build(lstm)), x, hx, backward=backward)
     try:
         assert ours.keys() == theirs.keys(), f"results {sorted(ours)}, nn.LSTM's are {sorted(theirs)}"
@@ -117,13 +159,13 @@ def step(case: Case, module: nn.Module, x: Tensor | PackedSequence, hx: tuple[Te
     """Returns the call to time, as the case's mode has it."""
     if case.mode != "forward+backward":
         return torch.no_grad()(lambda: module(x, hx))
-    leaf = (x.data if case.packed else x).detach().requires_grad_()
+    leaf = (x.data if isinstance(x, PackedSequence) else x).detach().requires_grad_()
     leaves = [leaf, *module.parameters()]
     dy = torch.randn((*leaf.shape[:-1], case.directions * case.H)).to(leaf)
 
     def both() -> tuple[Tensor, ...]:
-        y, _ = module(x._replace(data=leaf) if case.packed else leaf, hx)
-        return torch.autograd.grad(y.data if case.packed else y, leaves, dy)
+        y, _ = module(x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf, hx)
+        return torch.autograd.grad(y.data if isinstance(y, PackedSequence) else y, leaves, dy)
 
     return both
 

@@ -122,12 +122,12 @@ class FlashRNN(Stack):
 
 
 def _one_layer(case: Case) -> bool:
-    return not case.packed and case.layers == case.directions == 1
+    return case.form == "dense" and case.layers == case.directions == 1
 
 
 PROVIDERS = {
     "fused_lstm": Provider(fused),
-    "compiled cell": Provider(CompiledCell, runs=lambda case: not case.packed),
+    "compiled cell": Provider(CompiledCell, runs=lambda case: case.form == "dense"),
     "TorchRL": Provider(TorchRL, lambda case: _one_layer(case) and case.torch_dtype == torch.float32, "torchrl"),
     "FlashRNN": Provider(FlashRNN, lambda case: _one_layer(case) and case.dtype != "tf32", "flashrnn"),
 }

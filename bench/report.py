@@ -28,7 +28,13 @@ def share_of_floor(row: Row, measured: dict[str, float]) -> float | None:
     measured: terms that replace the model's own, as from bench.lab.terms().
     """
     case, device = Case(**row["case"]), terms_of(row["environment"]["device"])
-    if device is None or not row["plan"] or row["plan"]["mode"] == "torch" or case.packed or case.mode == "one step":
+    if (
+        device is None
+        or not row["plan"]
+        or row["plan"]["mode"] == "torch"
+        or case.form != "dense"
+        or case.mode == "one step"
+    ):
         return None
     device = device.measured(measured)
     passes = [False, True] if case.mode == "forward+backward" else [False]

@@ -14,7 +14,7 @@ from bench.model import TERMS, floor
 from bench.providers import PROVIDERS, Provider, fused
 
 CPU = torch.device("cpu")
-FORWARD, BOTH, ONE_STEP, *PACKED = (case for case in cases.DRY if case.dtype == "fp32")
+FORWARD, BOTH, ONE_STEP, *FORMS = (case for case in cases.DRY if case.dtype == "fp32")
 HERE = {"device": "a device", "torch": "1.0", "source": "abc"}
 
 
@@ -174,7 +174,7 @@ def test_the_floor_names_its_term():
         assert (faster.matrix["bf16"], faster.exchange, faster.l2) == (1.0, 0.1, terms.l2)
 
 
-@pytest.mark.parametrize("case", [FORWARD, BOTH, ONE_STEP, *PACKED], ids=lambda case: f"{case.mode} {case.shape}")
+@pytest.mark.parametrize("case", [FORWARD, BOTH, ONE_STEP, *FORMS], ids=lambda case: f"{case.mode} {case.shape}")
 def test_every_mode_and_form_is_checked_and_timed(path, case):
     measured = measure.measure(case, "fused_lstm", CPU, HERE, seconds=0.0)
     assert measured["status"] == "ok", measured["why"]
@@ -187,9 +187,9 @@ def test_a_loop_over_a_compiled_cell_is_nn_lstm_too():
 
 def test_a_provider_stands_only_where_it_is_installed_and_runs(monkeypatch):
     monkeypatch.setitem(PROVIDERS, "absent", Provider(no_build, package="no_such_package"))
-    monkeypatch.setitem(PROVIDERS, "dense", Provider(no_build, runs=lambda case: not case.packed))
-    listed = run.work([FORWARD, PACKED[0]])
-    assert (FORWARD, "dense") in listed and (PACKED[0], "dense") not in listed
+    monkeypatch.setitem(PROVIDERS, "dense", Provider(no_build, runs=lambda case: case.form == "dense"))
+    listed = run.work([FORWARD, FORMS[0]])
+    assert (FORWARD, "dense") in listed and (FORMS[0], "dense") not in listed
     assert not [name for _, name in listed if name == "absent"]
 
 
