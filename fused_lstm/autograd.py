@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operators
+from . import composed, operators
 from .kernels.launch import DENSE, Layout, accumulator
 
 Rows = slice | Tensor
@@ -96,26 +96,52 @@ def matmul_precision(like: Tensor, ieee: bool) -> Iterator[None]:
         matmul.fp32_precision = saved
 
 
-class FirstDerivative(torch.autograd.Function):
-    """Passes gradients on; whoever differentiates them gets an error.
+class Gradients(torch.autograd.Function):
+    """The gradients that the kernels have computed, to be differentiated once more.
 
-    Takes `count` tensors on which the gradients depend, then the gradients. torch's once_differentiable knows only the
-    cotangents: below a loss like y.sum() they are constant, and the second derivative would silently be zero.
+    Takes the sequence; x, h0, c0 and the five weights; the cotangents of y, hn, cn and the cells; then the gradients of
+    the eight, which it passes on. The derivative is that of the layer composed of torch operations: slow, but needed by
+    few. Were it a node of the layer itself, whoever asks for create_graph, as torch.func.grad always does, would pay.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return tuple(None if grad is None else grad.view_as(grad) for grad in tensors[count:])
+    def forward(sequence: Sequence, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return tuple(None if grad is None else grad.view_as(grad) for grad in tensors[12:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        pass
+        ctx.sequence, *tensors = inputs
+        ctx.save_for_backward(*tensors[:12])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> None:  # type: ignore[override]
-        raise RuntimeError("the second derivative of fused_lstm's kernels is not implemented")
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        present = [k for k, tensor in enumerate(ctx.saved_tensors) if tensor is not None]
+        asked = [k for k, cotangent in enumerate(cotangents) if cotangent is not None]
+        if not asked:
+            return (None,) * 21
+
+        def first(*tensors: Tensor) -> tuple[Tensor, ...]:
+            """The gradients that were asked for, as the composed layer has them."""
+            whole: list[Any] = [None] * 12
+            for k, tensor in zip(present, tensors, strict=True):
+                whole[k] = tensor
+
+            def layer(*given: Tensor) -> tuple[Tensor, ...]:
+                arguments = whole[:8]
+                for k, tensor in zip(asked, given, strict=True):
+                    arguments[k] = tensor
+                return composed.layer(*arguments, ctx.sequence)  # type: ignore[call-arg]
+
+            outputs, pull = torch.func.vjp(layer, *(whole[k] for k in asked))[:2]
+            pairs = zip(whole[8:], outputs, strict=True)
+            return pull(tuple(torch.zeros_like(output) if by is None else by for by, output in pairs))
+
+        pull = torch.func.vjp(first, *(ctx.saved_tensors[k] for k in present))[1]
+        second = dict(zip(present, pull(tuple(cotangents[k] for k in asked)), strict=True))
+        return None, *(second.get(k) for k in range(12)), *[None] * 8
 
 
 class LSTMFunction(torch.autograd.Function):
@@ -192,9 +218,7 @@ class LSTMFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*(t for t in (h, c, gates) if t is not None))
         ctx.set_materialize_grads(False)
         if save:
-            x, h0, c0, weight_ih, weight_hh, bias_ih, _, weight_hr = tensors
-            ctx.bias = bias_ih is not None
-            ctx.save_for_backward(x, h0, c0, weight_ih, weight_hh, weight_hr, y, h, c, gates)
+            ctx.save_for_backward(*tensors, y, h, c, gates)
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -203,8 +227,7 @@ class LSTMFunction(torch.autograd.Function):
         with torch.no_grad():
             grads = LSTMFunction.gradients(ctx, dy, dhn, dcn, dcells)
         if torch.is_grad_enabled():  # someone wants to differentiate once more
-            y = ctx.saved_tensors[6]
-            grads = FirstDerivative.apply(5, y, dy, dhn, dcn, dcells, *grads)
+            grads = Gradients.apply(ctx.sequence, *ctx.saved_tensors[:8], dy, dhn, dcn, dcells, *grads)
         return *grads, None, None, None, None
 
     @staticmethod
@@ -212,7 +235,7 @@ class LSTMFunction(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dcells: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """The gradient of each tensor that forward() takes, None where none is needed."""
-        x, h0, c0, weight_ih, weight_hh, weight_hr, y, h, c, gates = ctx.saved_tensors
+        x, h0, c0, weight_ih, weight_hh, bias, _, weight_hr, y, h, c, gates = ctx.saved_tensors
         sequence, ieee, needs = ctx.sequence, ctx.ieee, ctx.needs_input_grad
         layout = sequence.layout
         dy = torch.zeros_like(y) if dy is None else dy
@@ -262,7 +285,7 @@ class LSTMFunction(torch.autograd.Function):
                 dweight_ih = dgates.T @ x.reshape(-1, x.shape[-1])  # (11)
             if needs[4]:
                 dweight_hh = torch.addmm(from_h0.T @ h0, from_h.T, y[previous])  # (12)
-            if ctx.bias and (needs[5] or needs[6]):
+            if bias is not None and (needs[5] or needs[6]):
                 dbias = dgates.sum(0)  # (13)
             if needs[7]:
                 h = h.view(-1, h.shape[-1])

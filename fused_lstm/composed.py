@@ -3,12 +3,16 @@
 It runs everywhere, in every dtype, and can be differentiated as often as one likes; it is slow.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .autograd import Sequence
 from .reference import steps
+
+if TYPE_CHECKING:
+    from .autograd import Sequence
 
 
 def layer(
@@ -20,7 +24,7 @@ def layer(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
-    sequence: Sequence,
+    sequence: "Sequence",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Takes what LSTMFunction takes; returns y, hn, cn and the cells of all steps, like x with H features."""
     input_gates = linear(x.reshape(-1, x.shape[-1]), weight_ih, bias_ih) + (0 if bias_hh is None else bias_hh)

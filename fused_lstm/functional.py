@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import _VF, Tensor
+from torch.autograd import forward_ad
 
 from . import composed, operators, segments
 from .autograd import LSTMFunction, Sequence
@@ -73,12 +74,16 @@ def lstm(
     input, hx, weights = autocast(input, hx, weights)
     check(input, hx, weights, 1 if batch_first else 0)
 
+    # Forward mode has no kernels: its derivatives are those of the layer composed of torch operations.
+    forward_mode = not torch.compiler.is_compiling() and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in (input, *hx, *weights)
+    )
     x = input.transpose(0, 1) if batch_first else input
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights))
     per_cell = len(weights) // (num_layers * directions)
     drops = training and dropout > 0 and num_layers > 1
     plain = batch_sizes is None and layout is DENSE and directions == 1 and per_cell % 2 == 0
-    if plain and x.shape[0] == 1 and not (save or drops or return_states):
+    if plain and x.shape[0] == 1 and not (save or drops or return_states or forward_mode):
         hn, cn = operators.one_step(x[0], *hx, weights, bias, full_precision())
         return hn[-1:].transpose(0, 1).clone() if batch_first else hn[-1:].clone(), hn, cn, None
     if batch_sizes is None:
@@ -97,7 +102,7 @@ def lstm(
             cell = layer * directions + direction
             parameters = named(weights[cell * per_cell : (cell + 1) * per_cell], bias)
             tensors = (x, hx[0][cell], hx[1][cell], *parameters)
-            if on_torch:
+            if on_torch or forward_mode:
                 y, h, c, c_steps = composed.layer(*tensors, sequence)
             else:
                 y, h, c, c_steps, *_ = LSTMFunction.apply(*tensors, sequence, save, return_states, ieee)

@@ -143,7 +143,7 @@ class LSTM(nn.RNNBase):
         for state, size in zip(hx or (None, None), (self.proj_size or self.hidden_size, self.hidden_size), strict=True):
             if state is None:
                 state = data.new_zeros(count, B, size)
-            elif state.dim() == 3 and state.shape[1] == 1:
+            elif B != 1 and state.dim() == 3 and state.shape[1] == 1:
                 state = state.expand(-1, B, -1)
             states.append(state)
         return states[0], states[1]
