@@ -86,3 +86,19 @@ def test_more_than_65535_steps_and_every_tensor_on_its_own_device():
     module = LSTM(3, 20, device="cuda")
     y, _ = module(torch.randn(70_000, 1, 3, device="cuda"))
     assert y.device == module.weight_hh_l0.device and y.isfinite().all()
+
+
+def test_lengths_and_resets_do_not_wait_for_the_device():
+    """Their CPU twin in test_sequences.py uses the meta device."""
+    module, x = module_and_input(torch.bfloat16, T=16)
+    lengths = torch.randint(0, 17, (16,), device="cuda")
+    reset = torch.rand(16, 16, device="cuda") < 0.1
+    module(x, lengths=lengths, reset=reset)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y, _ = module(x, lengths=lengths, reset=reset)
+        y.sum().backward()
+        with torch.no_grad():
+            module(x[:1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
 from fused_lstm import reference
 from fused_lstm.kernels.backward import backward
 from fused_lstm.kernels.forward import forward
+from fused_lstm.kernels.launch import Layout
 from fused_lstm.kernels.plan import Plan, Tiles, choose
 
 from .layouts import NAMES, layout_of
@@ -87,6 +89,20 @@ def test_layouts(plan, reverse, form, device):
 @pytest.mark.parametrize("form", ["lengths", "lengths and reset"])
 def test_a_tile_ends_with_its_longest_row(form, device):
     check(local(16), torch.float32, 3, 33, 7, device, True, form)
+
+
+def test_finished_rows_cost_nothing(monkeypatch):
+    """A tile whose rows have all ended loads no more than if the sequence ended there."""
+    loads, load = [], interpreter_builder.create_masked_load
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", lambda *args: loads.append(1) or load(*args))
+
+    def count(T):
+        loads.clear()
+        inputs = tensors([(T, 2, 16), (16, 4), (2, 4), (2, 4)], torch.float32, "cpu")
+        forward(*inputs, plan=local(16), layout=Layout(torch.tensor([1, 2])))
+        return len(loads)
+
+    assert count(50) == count(2) > 0
 
 
 @pytest.mark.parametrize("T,B,H", [(1, 1, 1), (1, 17, 3), (9, 1, 16)])
