@@ -18,29 +18,30 @@ Rows = slice | Tensor
 class Sequence:
     """Where the steps of one direction lie among the rows of the flattened (rows, features) sequence.
 
-    start, end: the rows of each batch row's first and last step in the direction's order; of a row without steps, some
-        row of its own that no kernel touches.
-    current, previous: the rows of all other steps, and those of the step before each.
-    layout: the same for the kernels.
+    It holds tensors and flags alone, no sizes: torch.compile would take those for constants.
+
+    layout: for the kernels.
+    last: the rows of each batch row's last step in time, where they are not the last B rows; of a batch row without
+        steps some row that no kernel touches.
+    earlier: the rows of the step before that of each row from B on, where it is not B rows before.
+    reverse: the direction runs from the last step to the first.
     reset_to_hx: at layout.starts the state becomes hx; otherwise zero.
     """
 
-    start: Rows
-    end: Rows
-    current: Rows
-    previous: Rows
-    reverse: bool = False
     layout: Layout = DENSE
+    last: Tensor | None = None
+    earlier: Tensor | None = None
+    reverse: bool = False
     reset_to_hx: bool = False
 
     @staticmethod
-    def dense(T: int, B: int, layout: Layout = DENSE, reset_to_hx: bool = False) -> "Sequence":
+    def padded(layout: Layout, reset_to_hx: bool) -> "Sequence":
         """layout: with lengths (B,) and starts (T, B), if any."""
-        rows = T * B
-        end: Rows = slice(rows - B, rows)
-        if layout.lengths is not None:
-            end = (layout.lengths - 1).clamp(min=0) * B + torch.arange(B, device=layout.lengths.device)
-        return Sequence(slice(B), end, slice(B, rows), slice(rows - B), False, layout, reset_to_hx)
+        if layout.lengths is None:
+            return Sequence(layout, reset_to_hx=reset_to_hx)
+        B = layout.lengths.shape[0]
+        last = (layout.lengths - 1).clamp(min=0) * B + torch.arange(B, device=layout.lengths.device)
+        return Sequence(layout, last, reset_to_hx=reset_to_hx)
 
     @staticmethod
     def packed(batch_sizes: Tensor, device: torch.device) -> "Sequence":
@@ -53,7 +54,7 @@ class Sequence:
         last = offsets[lengths - 1] + torch.arange(B)
         earlier = torch.arange(B, int(batch_sizes.sum())) - batch_sizes[:-1].repeat_interleave(batch_sizes[1:])
         lengths, offsets, last, earlier = (index.to(device) for index in (lengths, offsets, last, earlier))
-        return Sequence(slice(B), last, slice(B, None), earlier, layout=Layout(lengths, offsets))
+        return Sequence(Layout(lengths, offsets), last, earlier)
 
     def reversed(self) -> "Sequence":
         """The other direction over the same rows: what is cut before a step in one is cut after it in the other."""
@@ -63,15 +64,14 @@ class Sequence:
             if self.layout.lengths is not None:
                 following = torch.arange(1, len(starts) + 1, device=starts.device)[:, None]
                 starts &= following < self.layout.lengths
-        return replace(
-            self,
-            start=self.end,
-            end=self.start,
-            current=self.previous,
-            previous=self.current,
-            reverse=not self.reverse,
-            layout=self.layout._replace(starts=starts),
-        )
+        return replace(self, layout=self.layout._replace(starts=starts), reverse=not self.reverse)
+
+    def places(self, B: int, rows: int) -> tuple[Rows, Rows, Rows, Rows]:
+        """The rows of each batch row's first step in the direction's order, of its last, of all steps but the first,
+        and of the step before each of those."""
+        first, last = slice(B), slice(rows - B, rows) if self.last is None else self.last
+        later, earlier = slice(B, rows), slice(rows - B) if self.earlier is None else self.earlier
+        return (last, first, earlier, later) if self.reverse else (first, last, later, earlier)
 
     def without_steps(self) -> Tensor | None:
         """(B, 1) bool, the batch rows of no step at all; None where there are none."""
@@ -180,13 +180,14 @@ class LSTMFunction(torch.autograd.Function):
         bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
         with matmul_precision(x, ieee):
             input_gates = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight_ih, bias)
+            begin, end, _, _ = sequence.places(h0.shape[0], input_gates.shape[0])
             recurrent, start, layout, c_reset = weight_hh, h0, sequence.layout, None
             if layout.starts is not None:
                 starts = layout.starts.reshape(-1, 1)
                 c_reset = (c0 if sequence.reset_to_hx else torch.zeros_like(c0)).to(accumulator(c0.dtype)).contiguous()
             if weight_hr is not None:
                 first = h0 @ weight_hh.T
-                input_gates[sequence.start] += first if c_reset is None else first * ~starts[sequence.start]
+                input_gates[begin] += first if c_reset is None else first * ~starts[begin]
                 recurrent, start = weight_hh @ weight_hr, torch.zeros_like(c0)
             if c_reset is not None and sequence.reset_to_hx:
                 gates_of_h0 = (h0 @ weight_hh.T).expand(*lead, -1).reshape(input_gates.shape)
@@ -203,10 +204,10 @@ class LSTMFunction(torch.autograd.Function):
                 ieee,
             )
             y = h if weight_hr is None else h @ weight_hr.T
-        hn = y.view(-1, y.shape[-1])[sequence.end]
+        hn = y.view(-1, y.shape[-1])[end]
         if (without_steps := sequence.without_steps()) is not None:
             hn = torch.where(without_steps, h0, hn)
-        elif isinstance(sequence.end, slice):
+        elif isinstance(end, slice):
             hn = hn.clone()  # shares no memory with y
         cells = c.to(x.dtype, copy=True) if states else None
         return y, hn, cn.to(c0.dtype), cells, None if weight_hr is None else h, c, gates
@@ -266,7 +267,7 @@ class LSTMFunction(torch.autograd.Function):
 
             # From here on everything is parallel over time; the numbers are those of kernels/README.md.
             dgates, y = dgates.view(-1, dgates.shape[-1]), y.view(-1, y.shape[-1])
-            start, end, current, previous = sequence.start, sequence.end, sequence.current, sequence.previous
+            start, end, current, previous = sequence.places(h0.shape[0], dgates.shape[0])
             # What went into the gates from h0, (B, 4H), and from the step before.
             from_h0, from_h = dgates[start], dgates[current]
             if layout.starts is not None:

@@ -87,7 +87,7 @@ def lstm(
         hn, cn = operators.one_step(x[0], *hx, weights, bias, full_precision())
         return hn[-1:].transpose(0, 1).clone() if batch_first else hn[-1:].clone(), hn, cn, None
     if batch_sizes is None:
-        sequence = Sequence.dense(x.shape[0], x.shape[1], layout, to_hx)
+        sequence = Sequence.padded(layout, to_hx)
     else:
         sequence = Sequence.packed(batch_sizes, x.device)
     sequences = [sequence, sequence.reversed()] if bidirectional else [sequence]
@@ -229,7 +229,7 @@ def by_torch(
         return torch_lstm(input, batch_sizes, hx, **options, batch_first=batch_first)
     x = input.transpose(0, 1) if batch_first else input
     check(x, hx, options["weights"], 0)
-    sequence = Sequence.dense(x.shape[0], x.shape[1], layout, to_hx)
+    sequence = Sequence.padded(layout, to_hx)
     directions = 2 if options["bidirectional"] else 1
 
     def packed(data: Tensor, sizes: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

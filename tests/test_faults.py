@@ -113,7 +113,7 @@ FAULTS = {
         "end of a row without steps": ("torch.where(without_steps, h0, hn)", "hn", LENGTHS),
         "cut one step late in the other direction": ("[starts[1:], torch.zeros_like(starts[:1])]", "[starts]", STATES),
         "cut where the other direction begins": ("starts &= following <", "following <", BOTH),
-        "hn from the wrong end": ("end=self.start,", "end=self.end,", LAYERS),
+        "hn from the wrong end": ("(last, first, earlier, later) if", "(last, last, earlier, later) if", LAYERS),
         "W_hr gradient without the recurrence": (
             "torch.addmm(ends, (from_h @ weight_hh).T, h[previous])",
             "ends",
