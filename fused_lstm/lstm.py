@@ -209,7 +209,7 @@ class LSTMCell(nn.LSTMCell):
         batched = input.dim() == 2
         x = input if batched else input[None]
         if hx is None:
-            zeros = x.new_zeros(len(x), self.hidden_size)
+            zeros = x.new_zeros(x.shape[0], self.hidden_size)
             hx = (zeros, zeros)
         elif len(hx) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
@@ -218,8 +218,8 @@ class LSTMCell(nn.LSTMCell):
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
         for k, state in enumerate(hx):
-            if len(state) != len(x):
-                raise RuntimeError(f"Input batch size {len(x)} doesn't match hidden{k} batch size {len(state)}")
+            if state.shape[0] != x.shape[0]:
+                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{k} batch size {state.shape[0]}")
             if state.dim() != 2 or state.shape[1] != self.hidden_size:
                 raise RuntimeError(
                     f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
