@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
@@ -173,12 +174,20 @@ class LSTM(nn.RNNBase):
         return (y, (hn, cn)) if states is None else (y, (hn, cn), states)
 
     def plan(self, input: Tensor | PackedSequence) -> Plan:
-        """Returns the Plan that forward(input) would take, with its reason in words."""
+        """Returns the Plan that forward(input) would take here and now, with its reason in words.
+
+        Whether gradients are wanted counts, as within torch.no_grad(): one step without them has a kernel of its own.
+        """
         if isinstance(input, PackedSequence):
-            data, B = input.data, int(input.batch_sizes[0])
-        else:
-            data, B = input, 1 if input.dim() == 2 else input.size(0 if self.batch_first else 1)
-        return plan_for(data, B, self.hidden_size)
+            return plan_for(input.data, int(input.batch_sizes[0]), self.hidden_size)
+        T, B = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
+        if self.batch_first and input.dim() == 3:
+            T, B = B, T
+        saves = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *self.parameters()))
+        drops = self.training and self.dropout > 0 and self.num_layers > 1
+        if T == 1 and not (saves or drops or self.bidirectional or self.proj_size):
+            return plan_for_one_step(input)
+        return plan_for(input, B, self.hidden_size)
 
 
 class LSTMCell(nn.LSTMCell):

@@ -191,6 +191,18 @@ def test_a_streaming_call_allocates_its_outputs_alone(num_layers):
     assert not [name for name in record.operators if "local_scalar" in name or "nonzero" in name]  # no host sync
 
 
+def test_the_plan_knows_a_call_of_one_step():
+    module, x = LSTM(5, 20), torch.randn(1, 4, 5)
+    assert module.plan(x).mode == "local"
+    with torch.no_grad():
+        assert module.plan(x).mode == "one step"
+        assert module.plan(x.expand(2, 4, 5)).mode == "local"
+        assert LSTM(5, 20, bidirectional=True).plan(x).mode == "local"
+        assert LSTM(5, 20, proj_size=3).plan(x).mode == "local"
+        assert LSTM(5, 20, batch_first=True).plan(x).mode == "local"
+        assert LSTM(5, 20, batch_first=True).plan(x.transpose(0, 1)).mode == "one step"
+
+
 def test_one_step_under_torch_compile_and_vmap():
     cell = LSTMCell(5, 20)
     x, hx = torch.randn(3, 5), (torch.randn(3, 20), torch.randn(3, 20))
