@@ -54,3 +54,18 @@ def test_recipe(name):
     done = subprocess.run([sys.executable, EXAMPLES / name, *RECIPES[name]], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("AGREE")
+
+
+def test_train_ddp():
+    sizes = ["--steps=2", "--batch=2", "--length=4", "--hidden=4"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        EXAMPLES / "train_ddp.py",
+    ]
+    done = subprocess.run([*command, *sizes], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "AGREE: the weights of 2 processes" in done.stdout.splitlines()

@@ -1,0 +1,73 @@
+"""Trains an LSTM in several processes with torch's own DistributedDataParallel.
+
+    torchrun --nproc-per-node=2 examples/train_ddp.py      # on a CPU; with GPUs, a process for each
+
+fused_lstm needs nothing of its own for it: its parameters are nn.LSTM's. The task is to sum the two marked numbers of
+each row. Rank 0 prints the loss; at the end every process must hold the same weights.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fused_lstm
+
+
+class Adder(nn.Module):
+    def __init__(self, H: int) -> None:
+        super().__init__()
+        self.lstm, self.out = fused_lstm.LSTM(2, H), nn.Linear(H, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(x)[1][0][-1])[:, 0]
+
+
+def batch(T: int, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Numbers and marks (T, B, 2), two marks a row; and the sum of the marked numbers (B,)."""
+    numbers = torch.rand(T, B, generator=generator)
+    places = torch.rand(T, B, generator=generator).topk(2, dim=0).indices
+    marks = torch.zeros(T, B).scatter_(0, places, 1.0)
+    return torch.stack([numbers, marks], 2), (numbers * marks).sum(0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32, help="rows of each process")
+    parser.add_argument("--length", type=int, default=10)
+    parser.add_argument("--hidden", type=int, default=32)
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    rank = dist.get_rank()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Adder(args.hidden).to(device))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(1 + rank)  # each process has rows of its own
+    for step in range(args.steps):
+        x, target = (tensor.to(device) for tensor in batch(args.length, args.batch, generator))
+        loss = nn.functional.mse_loss(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if rank == 0 and (step + 1) % max(1, args.steps // 5) == 0:
+            print(f"step {step + 1}: loss {loss.item():.4f}", flush=True)
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    others = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, weights)
+    agree = all(torch.equal(weights, other) for other in others)
+    if rank == 0:
+        print(f"{'AGREE' if agree else 'DISAGREE'}: the weights of {len(others)} processes")
+    dist.destroy_process_group()
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
