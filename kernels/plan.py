@@ -178,10 +178,12 @@ def choose_kernel(dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool
                 chunk=chunk // 2 if shorter else min(64, chunk),
                 warps=16 if split else 4 if four else 8,
             )
+            # In TF32 over the longest rows a doubled chunk makes the compiler settle for 128 registers and spill some.
+            short = not wide or (size == 4 and units == 8 and device.capability[0] >= 9)
             backward = Tiles(
-                batch=32,
+                batch=16 if short and wide and device.capability[0] == 10 else 32,
                 units=units,
-                chunk=2 * chunk if wide else chunk,
+                chunk=chunk if short else 2 * chunk,
                 # Four warps repeat nothing of a product, but only of float32 do they hold narrow loads without spills,
                 # and in full precision only of the shorter rows that fit an A100.
                 warps=4 if not wide and (size == 4 or (size == 8 and device.capability[0] == 8)) else 8,
