@@ -36,16 +36,9 @@ def batch(T: int, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.stack([numbers, marks], 2), (numbers * marks).sum(0)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=32, help="rows of each process")
-    parser.add_argument("--length", type=int, default=10)
-    parser.add_argument("--hidden", type=int, default=32)
-    args = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
-    rank = dist.get_rank()
+def train(args: argparse.Namespace) -> bool:
+    """Returns whether all processes end with the same weights."""
+    rank, cuda = dist.get_rank(), torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     torch.manual_seed(0)
     model = DistributedDataParallel(Adder(args.hidden).to(device))
@@ -62,9 +55,21 @@ def main() -> int:
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     others = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
     dist.all_gather(others, weights)
-    agree = all(torch.equal(weights, other) for other in others)
-    if rank == 0:
-        print(f"{'AGREE' if agree else 'DISAGREE'}: the weights of {len(others)} processes")
+    return all(torch.equal(weights, other) for other in others)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32, help="rows of each process")
+    parser.add_argument("--length", type=int, default=10)
+    parser.add_argument("--hidden", type=int, default=32)
+    args = parser.parse_args()
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    agree = train(args)  # its model is gone before the process group is, or the process may hang at its end
+    if dist.get_rank() == 0:
+        print(f"{'AGREE' if agree else 'DISAGREE'}: the weights of {dist.get_world_size()} processes")
+    dist.barrier()
     dist.destroy_process_group()
     return 0 if agree else 1
 

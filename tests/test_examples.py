@@ -66,6 +66,6 @@ def test_train_ddp():
         "--standalone",
         EXAMPLES / "train_ddp.py",
     ]
-    done = subprocess.run([*command, *sizes], capture_output=True, text=True)
+    done = subprocess.run([*command, *sizes], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "AGREE: the weights of 2 processes" in done.stdout.splitlines()

@@ -1,5 +1,6 @@
 """The net's own test: each planted fault is caught by the tests that are named beside it."""
 
+import json
 import os
 import re
 import shutil
@@ -11,17 +12,37 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# The copy must be what the tests import, also where the package is installed from the tree.
-RUN = """
+# Most of a process's time is its start: one that has imported torch and triton forks a child for each run. It reads a
+# line (folder, then pytest's arguments, in JSON) and writes pytest's exit status; the output is in the folder. The copy
+# must be what the tests import, also where the package is installed from the tree.
+SERVER = """
+import json
+import os
 import sys
 from pathlib import Path
 
-import fused_lstm.kernels.cell
 import pytest
+import torch
+import triton.runtime.interpreter
+import triton.testing
 
-for module in (fused_lstm, fused_lstm.kernels.cell):
-    assert Path.cwd() in Path(module.__file__).parents, module.__file__
-sys.exit(pytest.main(sys.argv[1:]))
+for line in sys.stdin:
+    folder, *arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        import fused_lstm.kernels.cell
+
+        for module in (fused_lstm, fused_lstm.kernels.cell):
+            assert Path(folder) in Path(module.__file__).parents, module.__file__
+        status = int(pytest.main(arguments))
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 ONE_ROW = "test_kernels.py::test_awkward_shapes[cpu-9-1-16]"
@@ -159,29 +180,43 @@ def tree(tmp_path):
     return tmp_path
 
 
-def outcome(tree, *tests, on_torch=False):
-    """pytest's exit status and output over these tests of the copy in a process of its own, in the interpreter or on
-    torch's path."""
-    # Most of such a process's time is its start: no plugins.
-    environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
-    environment |= {"PYTHONPATH": str(tree), "TRITON_INTERPRET": "0" if on_torch else "1"}
-    command = [sys.executable, "-c", RUN, "-xq", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
-    process = subprocess.run(command, cwd=tree, env=os.environ | environment, capture_output=True, text=True)
-    return process.returncode, process.stdout + process.stderr
+@pytest.fixture(scope="module")
+def servers():
+    """The server processes: in the interpreter, and on torch's path."""
+    running = {}
+    for interpret in ("1", "0"):
+        environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "", "TRITON_INTERPRET": interpret}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        # Not from the root: it would come before the copy on the path of imports.
+        running[interpret] = subprocess.Popen(
+            [sys.executable, "-c", SERVER], cwd=Path(sys.executable).parent, env=os.environ | environment, **pipes
+        )
+    yield running
+    for server in running.values():
+        server.stdin.close()
+        server.wait()
+
+
+def outcome(servers, tree, *tests, on_torch=False):
+    """pytest's exit status and output over these tests of the copy, in the interpreter or on torch's path."""
+    server = servers["0" if on_torch else "1"]
+    arguments = ["-xq", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
+    print(json.dumps([str(tree), *arguments]), file=server.stdin, flush=True)
+    return int(server.stdout.readline()), (tree / "output.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("file,fault", [(file, fault) for file, faults in FAULTS.items() for fault in faults])
-def test_fault_is_caught(file, fault, tree):
+def test_fault_is_caught(file, fault, tree, servers):
     old, new, test = FAULTS[file][fault]
     path = tree / file.replace("kernels/", "fused_lstm/kernels/")
     text = path.read_text(encoding="utf-8")
     assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
     path.write_text(text.replace(old, new), encoding="utf-8")
-    status, output = outcome(tree, test, on_torch=file in ON_TORCH)
+    status, output = outcome(servers, tree, test, on_torch=file in ON_TORCH)
     assert status == pytest.ExitCode.TESTS_FAILED and re.search(r"\b1 failed\b", output), output
 
 
-def test_without_a_fault_the_same_tests_pass(tree):
+def test_without_a_fault_the_same_tests_pass(tree, servers):
     tests = {test for faults in FAULTS.values() for _, _, test in faults.values()}
-    status, output = outcome(tree, *sorted(tests))
+    status, output = outcome(servers, tree, *sorted(tests))
     assert status == pytest.ExitCode.OK and f"{len(tests)} passed" in output, output
