@@ -12,6 +12,7 @@ import torch
 from torch import _VF, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import fused_lstm
 from fused_lstm import LSTM, functional
 from fused_lstm.kernels import plan
 
@@ -303,6 +304,16 @@ def test_hx_in_another_memory_format(device):
     keywords = {"lengths": LENGTHS, "reset": reset, "reset_to": "hx"}
     for name, value in run(WithStates(module, **keywords), x, strided).items():
         torch.testing.assert_close(value, run(WithStates(module, **keywords), x, hx)[name])
+
+
+def test_the_functional_form_takes_the_same_keywords(device):
+    module, x, hx = module_and_input({"num_layers": 2}, torch.float32, device)
+    weights, reset = [weight for layer in module.all_weights for weight in layer], RESET.to(device)
+    y, hn, cn, states = fused_lstm.lstm(
+        x, hx, weights, num_layers=2, lengths=LENGTHS, reset=reset, reset_to="hx", return_states=True
+    )
+    expected = module(x, hx, lengths=LENGTHS, reset=reset, reset_to="hx", return_states=True)
+    torch.testing.assert_close((y, (hn, cn), states), expected)
 
 
 # What does not fit
