@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,10 +25,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import micro, store, tune
+from . import micro, store, tune, worker
 from .micro import Lab, Measured, Wrong
 from .store import Row
-from .worker import RESTART, STALL, lost, watch
+from .worker import RESTART, lost
 
 
 @dataclass(frozen=True)
@@ -110,14 +109,11 @@ def sweep(work: Work, path: Path, lab: Lab, environment: dict[str, Any], until: 
 
 def supervise(command: list[str], work: Work, path: Path, environment: dict[str, Any], until: float) -> None:
     """Runs the worker `command` until it has measured all of `work`, or until the deadline."""
-    while (rest := todo(work, path, environment)) and time.time() < until:
-        worker = subprocess.Popen(command)
-        try:
-            failure = watch(worker, path, until, STALL)
-        finally:
-            worker.kill()
-        if failure and failure != "deadline":
-            store.append(path, row(todo(rest, path, environment)[0], environment, "failed", failure))
+
+    def fail(item: Item, why: str) -> None:
+        store.append(path, row(item, environment, "failed", why))
+
+    worker.supervise(command, path, lambda: todo(work, path, environment), fail, until)
 
 
 def terms(rows: list[Row]) -> dict[str, float]:
@@ -233,8 +229,9 @@ def main() -> int:
     rows = store.read(path, environment)
     missing = len(todo(work, path, environment))
     print(f"\n{path}: {len(work) - missing} of {len(work)} rows{'; the same command goes on' * bool(missing)}\n")
-    path.with_suffix(".md").write_text(table(rows) + "\n", encoding="utf-8")
-    print(table(rows))
+    text = table(rows)
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
     return int(any(map(broken, rows)) or (args.dry and missing > 0))
 
 

@@ -7,7 +7,6 @@ context down costs its own row and not the rest of the sweep. A dry run's times 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from . import cases, report, store
+from . import cases, report, store, worker
 from .measure import measure, row
 from .providers import PROVIDERS
-from .worker import RESTART, STALL, lost, watch
+from .worker import RESTART, STALL, lost
 
 Work = list[tuple[cases.Case, str]]
 
@@ -68,15 +67,11 @@ def supervise(
         work, path, environment, until: as of sweep().
         stall: seconds without a new row after which the worker is killed; its row is then a failed one.
     """
-    while (rest := todo(work, path, environment)) and time.time() < until:
-        worker = subprocess.Popen(command)
-        try:
-            failure = watch(worker, path, until, stall)
-        finally:
-            worker.kill()
-        if failure and failure != "deadline":
-            case, provider = todo(rest, path, environment)[0]
-            store.append(path, row(case, provider, environment, "failed", failure))
+
+    def fail(item: tuple[cases.Case, str], why: str) -> None:
+        store.append(path, row(*item, environment, "failed", why))
+
+    worker.supervise(command, path, lambda: todo(work, path, environment), fail, until, stall)
 
 
 def work(listed: list[cases.Case]) -> Work:

@@ -1,10 +1,14 @@
-"""The watch over a worker process: what hangs or takes the CUDA context down costs one row and not the rest."""
+"""The supervision of a worker process: what hangs or takes the CUDA context down costs one row and not the rest."""
 
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Item = TypeVar("Item")
 
 # Seconds without a new row after which a worker counts as hung; a first row imports torch and compiles kernels.
 STALL = 90.0
@@ -42,3 +46,31 @@ def watch(worker: subprocess.Popen, path: Path, until: float, stall: float) -> s
         return f"process ended by signal {-worker.returncode}"
     # An exception outside of a row: the next worker would meet it again.
     raise SystemExit(f"the worker failed with status {worker.returncode}")
+
+
+def supervise(
+    command: list[str],
+    path: Path,
+    todo: Callable[[], Sequence[Item]],
+    fail: Callable[[Item, str], None],
+    until: float,
+    stall: float = STALL,
+) -> None:
+    """Runs a worker until it has measured all, or until the deadline; one that ends before is followed by another.
+
+    Args:
+        command: starts a worker, which measures what todo() returns in its order and writes rows to a file.
+        path: the file.
+        todo: what the file has no row of yet.
+        fail: writes the row of an item at which a worker hung or died, with the reason.
+        until: the deadline in seconds since the epoch.
+        stall: seconds without a new row after which a worker is killed.
+    """
+    while todo() and time.time() < until:
+        worker = subprocess.Popen(command)
+        try:
+            failure = watch(worker, path, until, stall)
+        finally:
+            worker.kill()
+        if failure and failure != "deadline":
+            fail(todo()[0], failure)

@@ -75,8 +75,7 @@ class Sequence:
 
     def without_steps(self) -> Tensor | None:
         """(B, 1) bool, the batch rows of no step at all; None where there are none."""
-        padded = self.layout.lengths is not None and self.layout.offsets is None
-        return (self.layout.lengths == 0)[:, None] if padded else None
+        return (self.layout.lengths == 0)[:, None] if self.layout.padded else None
 
 
 @contextmanager
@@ -185,13 +184,15 @@ class LSTMFunction(torch.autograd.Function):
             if layout.starts is not None:
                 starts = layout.starts.reshape(-1, 1)
                 c_reset = (c0 if sequence.reset_to_hx else torch.zeros_like(c0)).to(accumulator(c0.dtype)).contiguous()
+            to_hx = c_reset is not None and sequence.reset_to_hx
+            if weight_hr is not None or to_hx:
+                gates_of_h0 = h0 @ weight_hh.T
             if weight_hr is not None:
-                first = h0 @ weight_hh.T
-                input_gates[begin] += first if c_reset is None else first * ~starts[begin]
+                input_gates[begin] += gates_of_h0 if c_reset is None else gates_of_h0 * ~starts[begin]
                 recurrent, start = weight_hh @ weight_hr, torch.zeros_like(c0)
-            if c_reset is not None and sequence.reset_to_hx:
-                gates_of_h0 = (h0 @ weight_hh.T).expand(*lead, -1).reshape(input_gates.shape)
-                input_gates.addcmul_(starts.to(x.dtype), gates_of_h0)
+            if to_hx:
+                every_step = gates_of_h0.expand(*lead, -1).reshape(input_gates.shape)
+                input_gates.addcmul_(starts.to(x.dtype), every_step)
             h, cn, c, gates = operators.forward(
                 input_gates.view(*lead, input_gates.shape[-1]),
                 recurrent,

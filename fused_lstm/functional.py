@@ -82,10 +82,11 @@ def lstm(
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights))
     per_cell = len(weights) // (num_layers * directions)
     drops = training and dropout > 0 and num_layers > 1
-    plain = batch_sizes is None and layout is DENSE and directions == 1 and per_cell % 2 == 0
-    if plain and x.shape[0] == 1 and not (save or drops or return_states or forward_mode):
+    plain = batch_sizes is None and layout is DENSE and not (return_states or forward_mode)
+    if plain and takes_one_step(x.shape[0], bidirectional, per_cell % 2 == 1, save, drops):
         hn, cn = operators.one_step(x[0], *hx, weights, bias, full_precision())
-        return hn[-1:].transpose(0, 1).clone() if batch_first else hn[-1:].clone(), hn, cn, None
+        y = hn[-1:].clone()
+        return y.transpose(0, 1) if batch_first else y, hn, cn, None
     if batch_sizes is None:
         sequence = Sequence.padded(layout, to_hx)
     else:
@@ -118,6 +119,11 @@ def lstm(
         x, states = x.transpose(0, 1), States(*(tuple(t.transpose(0, 1) for t in tensors) for tensors in states))
     hn, cn = (torch.stack(tensors) for tensors in zip(*ends, strict=True))
     return x, hn, cn, states if return_states else None
+
+
+def takes_one_step(T: int, bidirectional: bool, projects: bool, saves: bool, drops: bool) -> bool:
+    """Whether the kernel of one step serves a dense call of T steps; saves: for backward; drops: in dropout."""
+    return T == 1 and not (bidirectional or projects or saves or drops)
 
 
 def lstm_cell(

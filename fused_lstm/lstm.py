@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import States, lstm, lstm_cell, plan_for, plan_for_one_step
+from .functional import States, lstm, lstm_cell, plan_for, plan_for_one_step, takes_one_step
 from .kernels.plan import Plan
 
 
@@ -185,7 +185,7 @@ class LSTM(nn.RNNBase):
             T, B = B, T
         saves = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *self.parameters()))
         drops = self.training and self.dropout > 0 and self.num_layers > 1
-        if T == 1 and not (saves or drops or self.bidirectional or self.proj_size):
+        if takes_one_step(T, self.bidirectional, self.proj_size > 0, saves, drops):
             return plan_for_one_step(input)
         return plan_for(input, B, self.hidden_size)
 

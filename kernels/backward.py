@@ -221,8 +221,7 @@ def backward(
     """
     B, H = c0.shape
     T = dy.shape[0] if layout.offsets is None else layout.offsets.shape[0]
-    padded = layout.lengths is not None and layout.offsets is None
-    dgates = torch.zeros_like(gates) if padded else torch.empty_like(gates)
+    dgates = torch.zeros_like(gates) if layout.padded else torch.empty_like(gates)
     dc0 = dcn.to(c0.dtype, copy=True)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
     if B > 0:
@@ -236,9 +235,7 @@ def backward(
             H,
             dy.dtype,
             REVERSE=reverse,
-            LENGTHS=layout.lengths is not None,
-            PACKED=layout.offsets is not None,
-            RESET=layout.starts is not None,
+            **layout.flags,
             DC_STEPS=dc_steps is not None,
         )
     return dgates, dc0, dc_reset

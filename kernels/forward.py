@@ -193,8 +193,7 @@ def forward(
     """
     B, H = h0.shape
     T = input_gates.shape[0] if layout.offsets is None else layout.offsets.shape[0]
-    padded = layout.lengths is not None and layout.offsets is None
-    new = input_gates.new_zeros if padded else input_gates.new_empty
+    new = input_gates.new_zeros if layout.padded else input_gates.new_empty
     y = new((*input_gates.shape[:-1], H))
     c = new(y.shape, dtype=accumulator(y.dtype)) if save else None
     gates = torch.empty_like(input_gates) if save else None
@@ -210,9 +209,7 @@ def forward(
             H,
             h0.dtype,
             REVERSE=reverse,
-            LENGTHS=layout.lengths is not None,
-            PACKED=layout.offsets is not None,
-            RESET=layout.starts is not None,
+            **layout.flags,
             SAVE=save,
         )
     return y, cn, c, gates

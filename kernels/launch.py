@@ -42,6 +42,17 @@ class Layout(NamedTuple):
     offsets: Tensor | None = None
     starts: Tensor | None = None
 
+    @property
+    def padded(self) -> bool:
+        """Rows of several lengths in a tensor that has all T steps of each."""
+        return self.lengths is not None and self.offsets is None
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """The constexpr arguments by which a layout enters a kernel."""
+        given = {"LENGTHS": self.lengths, "PACKED": self.offsets, "RESET": self.starts}
+        return {name: tensor is not None for name, tensor in given.items()}
+
 
 DENSE = Layout()  # T steps of B rows
 

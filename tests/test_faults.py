@@ -87,7 +87,7 @@ FAULTS = {
         "a reset that keeps h": ("linked_rows = active_rows & ~start", "linked_rows = active_rows", RESET_STEP),
         "a reset that keeps h on chip": ("tl.where(start[None, :], 0.0, h_tile)", "h_tile", RESET),
         "a reset that keeps c": ("tl.where(start[None, :], c_reset_tile, c_tile)", "c_tile", RESET),
-        "padding left as it was": ("new_zeros if padded else input_gates.new_empty", "new_empty", PADDED),
+        "padding left as it was": ("new_zeros if layout.padded else input_gates.new_empty", "new_empty", PADDED),
         "h of the wrong neighbour": ("t_prev = t + 1 if REVERSE else t - 1", "t_prev = t", REVERSE_STEP),
     },
     "kernels/backward.py": {
@@ -107,7 +107,7 @@ FAULTS = {
         "dc_reset dropped": ("dc_reset_tile += tl.where(start[None, :], dc_prev, 0.0)", "dc_reset_tile += 0.0", RESET),
         "cell from before a reset": ("tl.where(start, c_reset + rows * H, c_rows)", "c_rows", RESET),
         "gradient of the cells dropped": ("dc += tl.load(dc_steps", "dc += 0 * tl.load(dc_steps", ONE_ROW),
-        "dgates of the padding left as they were": ("torch.zeros_like(gates) if padded else", "", PADDED),
+        "dgates of the padding left as they were": ("torch.zeros_like(gates) if layout.padded else", "", PADDED),
         "dhn dropped": ("active & (~has_next)[None, :]", "active & False", ONE_ROW),
         "dhn of the longest rows only": ("active & (~has_next)[None, :]", "active & (step == 0)", PACKED),
     },
