@@ -63,7 +63,7 @@ lint: $(VENV)/ready
 
 $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,examples,lint]'
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,libraries,examples,lint]'
 	@touch $@
 
 clean:

@@ -14,6 +14,8 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6"],
     extras_require={
         "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy", "expecttest"],
+        # Programs that use nn.LSTM, and ONNX: what the tests swap and export.
+        "libraries": ["transformers", "sb3-contrib", "stanza", "onnx", "onnxscript", "onnxruntime"],
         "examples": ["matplotlib", "tqdm"],
         "lint": ["ruff", "mypy"],
     },

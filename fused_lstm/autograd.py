@@ -2,25 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import composed, operators
-from .kernels.launch import DENSE, Layout, accumulator
+from .kernels.launch import Layout, accumulator
 
 Rows = slice | Tensor
 
 
-@dataclass(frozen=True)
-class Sequence:
+class Sequence(NamedTuple):
     """Where the steps of one direction lie among the rows of the flattened (rows, features) sequence.
 
-    It holds tensors and flags alone, no sizes: torch.compile would take those for constants.
+    It holds tensors and flags alone, no sizes: torch.compile would take those for constants. The tensors come first and
+    are arguments of the Functions in their own right: torch.vmap sees no others.
 
-    layout: for the kernels.
+    lengths, offsets, starts: the layout of the kernels.
     last: the rows of each batch row's last step in time, where they are not the last B rows; of a batch row without
         steps some row that no kernel touches.
     earlier: the rows of the step before that of each row from B on, where it is not B rows before.
@@ -28,20 +27,26 @@ class Sequence:
     reset_to_hx: at layout.starts the state becomes hx; otherwise zero.
     """
 
-    layout: Layout = DENSE
+    lengths: Tensor | None = None
+    offsets: Tensor | None = None
+    starts: Tensor | None = None
     last: Tensor | None = None
     earlier: Tensor | None = None
     reverse: bool = False
     reset_to_hx: bool = False
 
+    @property
+    def layout(self) -> Layout:
+        return Layout(*self[:3])
+
     @staticmethod
     def padded(layout: Layout, reset_to_hx: bool) -> "Sequence":
         """layout: with lengths (B,) and starts (T, B), if any."""
+        whole = Sequence(layout.lengths, None, layout.starts, reset_to_hx=reset_to_hx)
         if layout.lengths is None:
-            return Sequence(layout, reset_to_hx=reset_to_hx)
-        B = layout.lengths.shape[0]
-        last = (layout.lengths - 1).clamp(min=0) * B + torch.arange(B, device=layout.lengths.device)
-        return Sequence(layout, last, reset_to_hx=reset_to_hx)
+            return whole
+        B, device = layout.lengths.shape[0], layout.lengths.device
+        return whole._replace(last=(layout.lengths - 1).clamp(min=0) * B + torch.arange(B, device=device))
 
     @staticmethod
     def packed(batch_sizes: Tensor, device: torch.device) -> "Sequence":
@@ -54,17 +59,17 @@ class Sequence:
         last = offsets[lengths - 1] + torch.arange(B)
         earlier = torch.arange(B, int(batch_sizes.sum())) - batch_sizes[:-1].repeat_interleave(batch_sizes[1:])
         lengths, offsets, last, earlier = (index.to(device) for index in (lengths, offsets, last, earlier))
-        return Sequence(Layout(lengths, offsets), last, earlier)
+        return Sequence(lengths, offsets, None, last, earlier)
 
     def reversed(self) -> "Sequence":
         """The other direction over the same rows: what is cut before a step in one is cut after it in the other."""
-        starts = self.layout.starts
+        starts = self.starts
         if starts is not None:
             starts = torch.cat([starts[1:], torch.zeros_like(starts[:1])])
-            if self.layout.lengths is not None:
+            if self.lengths is not None:
                 following = torch.arange(1, len(starts) + 1, device=starts.device)[:, None]
-                starts &= following < self.layout.lengths
-        return replace(self, layout=self.layout._replace(starts=starts), reverse=not self.reverse)
+                starts &= following < self.lengths
+        return self._replace(starts=starts, reverse=not self.reverse)
 
     def places(self, B: int, rows: int) -> tuple[Rows, Rows, Rows, Rows]:
         """The rows of each batch row's first step in the direction's order, of its last, of all steps but the first,
@@ -75,7 +80,7 @@ class Sequence:
 
     def without_steps(self) -> Tensor | None:
         """(B, 1) bool, the batch rows of no step at all; None where there are none."""
-        return (self.layout.lengths == 0)[:, None] if self.layout.padded else None
+        return (self.lengths == 0)[:, None] if self.lengths is not None and self.offsets is None else None
 
 
 @contextmanager
@@ -98,29 +103,31 @@ def matmul_precision(like: Tensor, ieee: bool) -> Iterator[None]:
 class Gradients(torch.autograd.Function):
     """The gradients that the kernels have computed, to be differentiated once more.
 
-    Takes the sequence; x, h0, c0 and the five weights; the cotangents of y, hn, cn and the cells; then the gradients of
-    the eight, which it passes on. The derivative is that of the layer composed of torch operations: slow, but needed by
-    few. Were it a node of the layer itself, whoever asks for create_graph, as torch.func.grad always does, would pay.
+    Takes the sequence's seven; x, h0, c0 and the five weights; the cotangents of y, hn, cn and the cells; then the
+    gradients of the eight, which it passes on. The derivative is that of the layer composed of torch operations: slow,
+    but needed by few. Were it a node of the layer itself, all who ask for create_graph, as torch.func.grad always does,
+    would pay.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(sequence: Sequence, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return tuple(None if grad is None else grad.view_as(grad) for grad in tensors[12:])
+    def forward(*args: Any) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else grad.view_as(grad) for grad in args[19:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.sequence, *tensors = inputs
-        ctx.save_for_backward(*tensors[:12])
+        ctx.flags = inputs[5:7]
+        ctx.save_for_backward(*inputs[:5], *inputs[7:19])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        present = [k for k, tensor in enumerate(ctx.saved_tensors) if tensor is not None]
+        sequence, saved = Sequence(*ctx.saved_tensors[:5], *ctx.flags), ctx.saved_tensors[5:]
+        present = [k for k, tensor in enumerate(saved) if tensor is not None]
         asked = [k for k, cotangent in enumerate(cotangents) if cotangent is not None]
         if not asked:
-            return (None,) * 21
+            return (None,) * 27
 
         def first(*tensors: Tensor) -> tuple[Tensor, ...]:
             """The gradients that were asked for, as the composed layer has them."""
@@ -132,23 +139,23 @@ class Gradients(torch.autograd.Function):
                 arguments = whole[:8]
                 for k, tensor in zip(asked, given, strict=True):
                     arguments[k] = tensor
-                return composed.layer(*arguments, ctx.sequence)  # type: ignore[call-arg]
+                return composed.layer(*arguments, sequence)  # type: ignore[call-arg]
 
             outputs, pull = torch.func.vjp(layer, *(whole[k] for k in asked))[:2]
             pairs = zip(whole[8:], outputs, strict=True)
             return pull(tuple(torch.zeros_like(output) if by is None else by for by, output in pairs))
 
-        pull = torch.func.vjp(first, *(ctx.saved_tensors[k] for k in present))[1]
+        pull = torch.func.vjp(first, *(saved[k] for k in present))[1]
         second = dict(zip(present, pull(tuple(cotangents[k] for k in asked)), strict=True))
-        return None, *(second.get(k) for k in range(12)), *[None] * 8
+        return *[None] * 7, *(second.get(k) for k in range(12)), *[None] * 8
 
 
 class LSTMFunction(torch.autograd.Function):
     """One layer and direction.
 
     Inputs: x (T, B, I) or (rows, I) packed; h0 (B, Hout); c0 (B, H); weight_ih (4H, I); weight_hh (4H, Hout);
-    bias_ih, bias_hh (4H) or None; weight_hr (P, H) or None; sequence; save: keep what backward needs; states: also
-    return the cells of all steps; ieee: float32 products in full precision.
+    bias_ih, bias_hh (4H) or None; weight_hr (P, H) or None; the sequence's seven; save: keep what backward needs;
+    states: also return the cells of all steps; ieee: float32 products in full precision.
     Outputs: y like x with Hout features; hn (B, Hout); cn (B, H); the cells like x with H features, None without
     states; and, kept for backward only, h, c and gates.
 
@@ -170,11 +177,9 @@ class LSTMFunction(torch.autograd.Function):
         bias_ih: Tensor | None,
         bias_hh: Tensor | None,
         weight_hr: Tensor | None,
-        sequence: Sequence,
-        save: bool,
-        states: bool,
-        ieee: bool,
+        *rest: Any,
     ) -> tuple[Tensor | None, ...]:
+        sequence, (save, states, ieee) = Sequence(*rest[:7]), rest[7:]
         lead = x.shape[:-1]
         bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
         with matmul_precision(x, ieee):
@@ -215,7 +220,8 @@ class LSTMFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.sequence, save, _, ctx.ieee = inputs
+        *tensors, reverse, reset_to_hx, save, _, ctx.ieee = inputs
+        ctx.flags = reverse, reset_to_hx
         y, _, _, _, h, c, gates = output
         ctx.mark_non_differentiable(*(t for t in (h, c, gates) if t is not None))
         ctx.set_materialize_grads(False)
@@ -229,16 +235,17 @@ class LSTMFunction(torch.autograd.Function):
         with torch.no_grad():
             grads = LSTMFunction.gradients(ctx, dy, dhn, dcn, dcells)
         if torch.is_grad_enabled():  # someone wants to differentiate once more
-            grads = Gradients.apply(ctx.sequence, *ctx.saved_tensors[:8], dy, dhn, dcn, dcells, *grads)
-        return *grads, None, None, None, None
+            tensors, sequence = ctx.saved_tensors[:8], ctx.saved_tensors[8:13]
+            grads = Gradients.apply(*sequence, *ctx.flags, *tensors, dy, dhn, dcn, dcells, *grads)
+        return *grads, *[None] * 10
 
     @staticmethod
     def gradients(
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dcells: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """The gradient of each tensor that forward() takes, None where none is needed."""
-        x, h0, c0, weight_ih, weight_hh, bias, _, weight_hr, y, h, c, gates = ctx.saved_tensors
-        sequence, ieee, needs = ctx.sequence, ctx.ieee, ctx.needs_input_grad
+        x, h0, c0, weight_ih, weight_hh, bias, _, weight_hr, *places, y, h, c, gates = ctx.saved_tensors
+        sequence, ieee, needs = Sequence(*places, *ctx.flags), ctx.ieee, ctx.needs_input_grad
         layout = sequence.layout
         dy = torch.zeros_like(y) if dy is None else dy
         dhn = torch.zeros_like(h0) if dhn is None else dhn

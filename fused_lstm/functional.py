@@ -106,7 +106,7 @@ def lstm(
             if on_torch or forward_mode:
                 y, h, c, c_steps = composed.layer(*tensors, sequence)
             else:
-                y, h, c, c_steps, *_ = LSTMFunction.apply(*tensors, sequence, save, return_states, ieee)
+                y, h, c, c_steps, *_ = LSTMFunction.apply(*tensors, *sequence, save, return_states, ieee)
             outputs.append(y)
             cells.append(c_steps)
             ends.append((h, c))
@@ -180,7 +180,7 @@ def layout_of(
             raise ValueError(f"lengths must have shape ({B},), one for each row, got {tuple(lengths.shape)}")
         if lengths.device not in (input.device, torch.device("cpu")):
             raise ValueError(f"lengths must be on {input.device} as the input or on the CPU, got {lengths.device}")
-        if (lengths.device.type == "cpu" or DEBUG) and B > 0 and not torch.compiler.is_compiling():
+        if B > 0 and may_look(lengths):
             least, most = int(lengths.min()), int(lengths.max())
             if least < 0 or most > T:
                 raise ValueError(f"lengths must be from 0 to T = {T}, got {least} to {most}")
@@ -195,6 +195,12 @@ def layout_of(
             raise ValueError(f"reset must be on {input.device} as the input, got {reset.device}")
         reset = (reset.T if batch_first else reset).contiguous()
     return Layout(lengths, None, reset)
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether a check may read a tensor's elements: they are at hand, or nobody minds to wait for the device."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor)
+    return (tensor.device.type == "cpu" or DEBUG) and not traced
 
 
 def named(weights: list[Tensor], bias: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:

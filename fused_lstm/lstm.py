@@ -1,5 +1,6 @@
 """LSTM and LSTMCell: torch.nn's conventions (batch_first, unbatched and packed input, hx) around functional.py."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,26 @@ from .functional import States, lstm, lstm_cell, plan_for, plan_for_one_step, ta
 from .kernels.plan import Plan
 
 
-class LSTM(nn.RNNBase):
+class _Unquantized:
+    """Refuses torch.ao.quantization, which knows torch's classes alone and would leave ours as they are, in silence."""
+
+    @property
+    def qconfig(self) -> Any:
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        # quantize_dynamic hands a module that is not in its list the same None as one that is to be left alone.
+        own, frame = type(self).__name__, sys._getframe()
+        while frame is not None and frame.f_code.co_name != "quantize_dynamic":
+            frame = frame.f_back  # type: ignore[assignment]
+        if value is not None or (frame is not None and getattr(nn, own, None) in frame.f_locals["qconfig_spec"]):
+            raise RuntimeError(
+                f"torch quantizes nn.{own}, not fused_lstm.{own}: call fused_lstm.swap(model, back=True) before"
+            )
+
+
+class LSTM(_Unquantized, nn.RNNBase):
     """A drop-in for torch.nn.LSTM whose recurrence runs in fused Triton kernels on CUDA.
 
     Arguments, parameters, state_dict, input forms, results and errors are those of torch.nn.LSTM
@@ -190,7 +210,7 @@ class LSTM(nn.RNNBase):
         return plan_for(input, B, self.hidden_size)
 
 
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(_Unquantized, nn.LSTMCell):
     """A drop-in for torch.nn.LSTMCell on the same kernels; without gradients one launch, which writes h and c alone.
 
     Arguments, parameters, state_dict and errors are those of torch.nn.LSTMCell

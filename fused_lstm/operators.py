@@ -141,25 +141,43 @@ def _check(c0: Tensor, weight_hh: Tensor, gates: Tensor) -> None:
         )
 
 
-def _one_by_one(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
-    """The rule of torch.vmap that runs an operator once for each element of the mapped dimension."""
+def _vmap(operator: Any) -> Callable[..., tuple[Any, Any]]:
+    """The rule of torch.vmap: what shares its weights runs at once, as more rows; what does not, one by one."""
+    names = [argument.name for argument in operator._opoverload._schema.arguments]
+    at = {"weight_hh": None, "weights": None, "offsets": None, "lengths": -1, "starts": -1}
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        def select(arg: Any, dim: Any, k: int) -> Any:
-            if isinstance(arg, list):
-                return [select(*both, k) for both in zip(arg, dim or [None] * len(arg), strict=True)]
-            return arg if dim is None else arg.select(dim, k)
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        V = info.batch_size
+        places = [at.get(name, -2) if isinstance(arg, Tensor) else None for name, arg in zip(names, args, strict=True)]
+        packed = "offsets" in names and args[names.index("offsets")] is not None
+        if packed or any(at.get(name, 0) is None and _mapped(dim) for name, dim in zip(names, in_dims, strict=True)):
+            single = ([_select(*pair, k) for pair in zip(args, in_dims, strict=True)] for k in range(V))
+            elements = tuple(map(torch.stack, zip(*(operator(*given) for given in single), strict=True)))
+            return elements, (0,) * len(elements)
 
-        def element(k: int) -> list[Any]:
-            return [select(arg, dim, k) for arg, dim in zip(args, in_dims, strict=True)]
+        def fold(arg: Any, dim: int | None, rows: int | None) -> Any:
+            if rows is None:
+                return arg
+            each = arg.expand(V, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            return each.movedim(0, rows - 1).flatten(rows - 1, rows)
 
-        results = zip(*(operator(*element(k)) for k in range(info.batch_size)), strict=True)
-        stacked = tuple(torch.stack(result) for result in results)
-        return stacked, (0,) * len(stacked)
+        results = operator(*map(fold, args, in_dims, places))
+        each = (t.unflatten(-2, (V, -1)).movedim(-3, 0) if t.dim() > 1 else t.new_empty(V, 0) for t in results)
+        elements = tuple(t.contiguous() for t in each)  # as an operator of one element gives it
+        return elements, (0,) * len(elements)
 
     return rule
 
 
-forward.register_vmap(_one_by_one(forward))
-backward.register_vmap(_one_by_one(backward))
-one_step.register_vmap(_one_by_one(one_step))
+def _mapped(dim: Any) -> bool:
+    return any(d is not None for d in dim) if isinstance(dim, list | tuple) else dim is not None
+
+
+def _select(arg: Any, dim: Any, k: int) -> Any:
+    if isinstance(arg, list):
+        return [_select(*both, k) for both in zip(arg, dim or [None] * len(arg), strict=True)]
+    return arg if dim is None else arg.select(dim, k)
+
+
+for _operator in (forward, backward, one_step):
+    _operator.register_vmap(_vmap(_operator))

@@ -36,6 +36,13 @@ class Plan:
     precision: str
     why: str
 
+    @property
+    def higher_derivatives(self) -> str:
+        """How derivatives of gradients, and forward mode, are computed."""
+        if self.mode == "torch":
+            return "as torch's own LSTM has them"
+        return "composed of torch operations, step by step: slow beside the kernels"
+
 
 @dataclass(frozen=True)
 class Device:

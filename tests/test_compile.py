@@ -1,13 +1,19 @@
-"""The operators under torch.library's own checks, and the module under torch.compile and torch.export."""
+"""The operators under torch.library's own checks, and the module under torch.compile, torch.export and torch.vmap; that
+it never looks at its data, which a CUDA graph could not capture."""
 
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch._dynamo.testing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_lstm import LSTM, LSTMCell, operators
+from fused_lstm import LSTM, LSTMCell, functional, operators, swap
+from fused_lstm.kernels import backward, forward, one_step
 
 T, B, I, H = 4, 3, 5, 6  # noqa: E741
 LENGTHS, RESET = torch.tensor([2, 0, 4]), torch.tensor([[False, True, False]] * T)
@@ -85,3 +91,136 @@ def test_aot_inductor(tmp_path):
         path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "lstm.pt2"))
         x = torch.randn(9, 5, I)
         torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), module(x))
+
+
+def test_onnx_through_swap_back(tmp_path):
+    """torch fixes T, as it does for nn.LSTM."""
+    import onnxruntime
+
+    module, x = LSTM(I, H, num_layers=2, bidirectional=True, batch_first=True).eval(), torch.randn(B, T, I)
+    swap(module, back=True)
+    shapes, file = ({0: torch.export.Dim("B")},), tmp_path / "lstm.onnx"
+    torch.onnx.export(module, (x,), file, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    session = onnxruntime.InferenceSession(file)
+    swap(module)
+    for example in (x, torch.randn(7, T, I)):
+        results = session.run(None, {session.get_inputs()[0].name: example.numpy()})
+        y, (hn, cn) = module(example)
+        torch.testing.assert_close(tuple(map(torch.from_numpy, results)), (y, hn, cn))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The launchers that were called, by name: one for each layer and direction."""
+    calls = []
+
+    def counted(name, launcher):
+        def call(*args, **options):
+            calls.append(name)
+            return launcher(*args, **options)
+
+        return call
+
+    for module, name in ((forward, "forward"), (backward, "backward"), (one_step, "one_step")):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    return calls
+
+
+def scalar(module, parameters, x, **keywords):
+    y, (hn, cn) = functional_call(module, parameters, (x,), keywords)
+    return y.sin().sum() + hn.square().sum() + cn.sum()
+
+
+MAPPED = {
+    "": {},
+    "lengths": {"lengths": torch.tensor([[3, 4], [0, 1], [2, 2]])},
+    "resets": {"reset": torch.arange(3 * T * 2).view(3, T, 2) % 3 == 1, "reset_to": "hx"},
+}
+
+
+@pytest.mark.parametrize("form", MAPPED)
+def test_gradients_of_each_sample_in_one_launch(form, launches):
+    module, samples = LSTM(I, H, num_layers=2, bidirectional=True).double(), torch.randn(3, T, 2, I).double()
+    parameters, keywords = dict(module.named_parameters()), MAPPED[form]
+    mapped = {name: value for name, value in keywords.items() if isinstance(value, torch.Tensor)}
+
+    def of_sample(x, given):
+        return grad(lambda p: scalar(module, p, x, **keywords | given))(parameters)
+
+    grads = vmap(of_sample)(samples, mapped)
+    assert sorted(launches) == ["backward"] * 4 + ["forward"] * 4
+    for k in range(3):
+        alone = of_sample(samples[k], {name: value[k] for name, value in mapped.items()})
+        torch.testing.assert_close({name: value[k] for name, value in grads.items()}, alone)
+
+
+def test_vmap_over_another_dimension_and_over_states(launches):
+    module, x, hx = LSTM(I, H).double(), torch.randn(T, B, 3, I).double(), torch.randn(2, 3, 1, B, H).double()
+    with torch.no_grad():
+        y, (hn, cn) = vmap(module, in_dims=(2, (0, 0)))(x, tuple(hx))
+        one, (h1, c1) = vmap(module, in_dims=(2, (0, None)))(x[:1], (hx[0], hx[1, 0]))
+        assert launches == ["forward", "one_step"]
+        for k in range(3):
+            torch.testing.assert_close((y[k], (hn[k], cn[k])), module(x[:, :, k], (hx[0, k], hx[1, k])))
+            torch.testing.assert_close((one[k], (h1[k], c1[k])), module(x[:1, :, k], (hx[0, k], hx[1, 0])))
+
+
+@pytest.mark.parametrize("cls", [LSTM, LSTMCell])
+def test_an_ensemble_of_weights(cls):
+    modules = [cls(I, H).double() for _ in range(3)]
+    stacked, _ = stack_module_state(modules)
+    x = torch.randn(*[T, B][: 2 if cls is LSTM else 1], I).double()
+
+    def loss(parameters, x):
+        first, second = functional_call(modules[0], parameters, (x,))
+        return first.sin().sum() + (second[1] if cls is LSTM else second).square().sum()
+
+    for call in (loss, grad(loss)):
+        together = vmap(call, in_dims=(0, None))(stacked, x)
+        alone = [call(dict(module.named_parameters()), x) for module in modules]
+        for k in range(3):
+            element = torch.utils._pytree.tree_map(lambda t, k=k: t[k], together)
+            torch.testing.assert_close(element, alone[k])
+
+
+class NoLook(TorchDispatchMode):
+    """Refuses what waits for the device or takes something from the host: a CUDA graph cannot repeat it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.name(), kwargs or {}
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh"), name
+        takes_device = any(argument.name == "device" for argument in function._schema.arguments)
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        assert not takes_device or tensors or kwargs.get("device") is not None, f"{name} makes a tensor on the host"
+        return function(*args, **kwargs)
+
+
+CAPTURED = {
+    "": {},
+    "lengths": {"lengths": LENGTHS},
+    "resets": {"reset": RESET},
+    "resets to hx": {"reset": RESET, "reset_to": "hx"},
+    "states": {"return_states": True},
+}
+
+
+@pytest.mark.parametrize("form", CAPTURED)
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"proj_size": 2}], ids=["dropout", "projection"])
+def test_a_training_step_never_looks_at_its_data(form, options, monkeypatch):
+    """The CPU twin of test_device's captured steps. Fake tensors have no data; the real ones reach the launchers."""
+    monkeypatch.setattr(functional, "may_look", lambda tensor: False)  # as of tensors on CUDA
+    for mode in (FakeTensorMode(allow_non_fake_inputs=True), nullcontext()):
+        with mode:
+            module = LSTM(I, H, num_layers=2, bidirectional=True, **options)
+            x, keywords = torch.randn(T, B, I, requires_grad=True), dict(CAPTURED[form])
+            with NoLook():
+                y, (hn, cn), *_ = module(x, **keywords)
+                torch.autograd.grad(y.sum() + hn.sum() + cn.sum(), list(module.parameters()))
+
+
+def test_a_step_of_inference_never_looks_at_its_data():
+    with torch.no_grad():
+        for cls in (LSTM, LSTMCell):
+            module, x = cls(I, H), torch.randn(*[1, B][: 2 if cls is LSTM else 1], I)
+            with NoLook():
+                module(x)

@@ -3,6 +3,8 @@
 Their CPU twins: the schedule explorer (test_schedules.py) for the flags, test_numbers.py for repeats and long runs.
 """
 
+import copy
+
 import pytest
 import torch
 
@@ -102,3 +104,51 @@ def test_lengths_and_resets_do_not_wait_for_the_device():
             module(x[:1])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("keywords", [{}, {"lengths": [64, 9, 0, 30] * 4}], ids=["dense", "lengths"])
+def test_a_captured_forward_and_a_captured_training_step(keywords):
+    """As CUDA graphs, on new data each replay. Their CPU twin in test_compile.py refuses every look at the data."""
+    module, x = module_and_input(torch.bfloat16)
+    keywords = {name: torch.tensor(value, device="cuda") for name, value in keywords.items()}
+    eager = copy.deepcopy(module)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.01) for m in (module, eager)]
+
+    def step(module, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+        y, (hn, cn) = module(x, **keywords)
+        loss = y.square().mean() + hn.sum() + cn.sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    for _ in range(3):  # compiles, and gives every parameter its gradient
+        step(module, optimizers[0])
+        step(eager, optimizers[1])
+    torch.cuda.synchronize()
+    training, inference = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(training):
+        loss = step(module, optimizers[0])
+    with torch.no_grad(), torch.cuda.graph(inference):
+        y, _ = module(x, **keywords)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        training.replay()
+        assert torch.equal(loss, step(eager, optimizers[1]))
+        inference.replay()
+        with torch.no_grad():
+            assert torch.equal(y, eager(x, **keywords)[0])
+
+
+def test_a_captured_step_of_inference():
+    module, x = module_and_input(torch.bfloat16, T=1)
+    hx = tuple(torch.zeros(1, 16, 512, dtype=x.dtype, device="cuda") for _ in range(2))
+    with torch.no_grad():
+        module(x, hx)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, _ = module(x, hx)
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            assert torch.equal(y, module(x, hx)[0])

@@ -211,3 +211,9 @@ def test_one_step_under_torch_compile_and_vmap():
         torch.testing.assert_close(torch.compile(cell, fullgraph=True, backend="aot_eager")(x, hx), expected)
         mapped = torch.vmap(lambda x, h, c: cell(x[None], (h[None], c[None])))(x, *hx)
     torch.testing.assert_close(tuple(s[:, 0] for s in mapped), expected)
+
+
+def test_the_plan_says_how_higher_derivatives_run():
+    module, x = LSTM(5, 20), torch.randn(2, 4, 5)
+    assert "slow" in module.plan(x).higher_derivatives
+    assert "torch's own LSTM" in module.plan(x.to("meta")).higher_derivatives

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from fused_lstm import LSTM, swap
+from fused_lstm import LSTM, LSTMCell, swap
 
 from .parity import assert_close, assert_parity
 from .test_contract_construct import COPIES
@@ -332,3 +332,26 @@ def test_checkpoints_pass_both_ways(model):
     restored = Tagger()
     restored.load_state_dict(swapped.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(restored.parameters(), model.parameters(), strict=True))
+
+
+# Quantization
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dynamic_quantization_takes_a_model_swapped_back(model):
+    swap(model)
+    with pytest.raises(RuntimeError, match=r"torch quantizes nn.LSTM, not fused_lstm.LSTM: call fused_lstm.swap"):
+        torch.ao.quantization.quantize_dynamic(model)
+    with pytest.raises(RuntimeError, match="swap"):
+        torch.ao.quantization.quantize_dynamic(model, {LSTM})
+    with pytest.raises(RuntimeError, match="swap"):
+        torch.ao.quantization.quantize_dynamic(nn.ModuleList([LSTMCell(3, 4)]), {nn.LSTMCell})
+    linear_alone = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert type(linear_alone.lstm) is LSTM and type(linear_alone.embed) is not nn.Linear
+
+    x = torch.randn(2, 3, 3)
+    expected = model(x)
+    swap(model, back=True)
+    quantized = torch.ao.quantization.quantize_dynamic(model)
+    assert isinstance(quantized.lstm, torch.ao.nn.quantized.dynamic.LSTM)
+    assert (quantized(x) - expected).abs().max() < 0.1 * expected.abs().max()
