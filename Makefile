@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(RUN) -m pytest -n 2 -q
-	TRITON_INTERPRET=0 $(RUN) -m pytest -n 2 -q tests/test_contract_*.py tests/test_swap.py tests/test_sequences.py tests/test_one_step.py  # torch's path
+	TRITON_INTERPRET=0 $(RUN) -m pytest -n 2 -q tests/test_contract_*.py tests/test_swap.py tests/test_sequences.py tests/test_one_step.py tests/test_trace.py  # torch's path
 
 test-slow: $(VENV)/ready
 	$(RUN) -m pytest -n 2 -q -m "slow and not gpu"

@@ -4,8 +4,9 @@ from . import functional
 from .functional import States
 from .kernels.plan import Plan, Tiles
 from .lstm import LSTM, LSTMCell, swap
+from .trace import Trace, trace
 
 lstm = functional.lstm  # the import of .lstm has bound the module to this name
 
-__all__ = ["LSTM", "LSTMCell", "Plan", "States", "Tiles", "lstm", "swap"]
+__all__ = ["LSTM", "LSTMCell", "Plan", "States", "Tiles", "Trace", "lstm", "swap", "trace"]
 __version__ = "0.1.0"

@@ -139,7 +139,7 @@ class Gradients(torch.autograd.Function):
                 arguments = whole[:8]
                 for k, tensor in zip(asked, given, strict=True):
                     arguments[k] = tensor
-                return composed.layer(*arguments, sequence)  # type: ignore[call-arg]
+                return composed.layer(*arguments, sequence)[:4]  # type: ignore[call-arg]
 
             outputs, pull = torch.func.vjp(layer, *(whole[k] for k in asked))[:2]
             pairs = zip(whole[8:], outputs, strict=True)

@@ -25,10 +25,11 @@ def layer(
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     sequence: "Sequence",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Takes what LSTMFunction takes; returns y, hn, cn and the cells of all steps, like x with H features."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Takes what LSTMFunction takes; returns y, hn, cn, and of all steps the cells and the activated gates, like x with
+    H and 4H features."""
     input_gates = linear(x.reshape(-1, x.shape[-1]), weight_ih, bias_ih) + (0 if bias_hh is None else bias_hh)
-    h, c, rows_of, y, cells = h0, c0, [], [], []
+    h, c, rows_of, y, cells, gates = h0, c0, [], [], [], []
     for rows, active in steps(x, h0.shape[0], sequence.reverse, sequence.layout):
         h_prev, c_prev = h[active], c[active]
         if sequence.layout.starts is not None:
@@ -36,17 +37,19 @@ def layer(
             h_reset, c_reset = (s[active] if sequence.reset_to_hx else torch.zeros_like(s[active]) for s in (h0, c0))
             h_prev, c_prev = torch.where(start, h_reset, h_prev), torch.where(start, c_reset, c_prev)
         i, f, g, o = (input_gates[rows] + linear(h_prev, weight_hh)).chunk(4, dim=1)
-        c_t = f.sigmoid() * c_prev + i.sigmoid() * g.tanh()
-        h_t = o.sigmoid() * c_t.tanh()
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        c_t = f * c_prev + i * g
+        h_t = o * c_t.tanh()
         if weight_hr is not None:
             h_t = linear(h_t, weight_hr)
         h, c = h.index_copy(0, active, h_t), c.index_copy(0, active, c_t)
         rows_of.append(rows)
         y.append(h_t)
         cells.append(c_t)
+        gates.append(torch.cat([i, f, g, o], dim=1))
 
     def placed(tiles: list[Tensor], features: int) -> Tensor:
         flat = x.new_zeros(len(input_gates), features)
         return flat.index_copy(0, torch.cat(rows_of), torch.cat(tiles)).view(*x.shape[:-1], features)
 
-    return placed(y, h0.shape[1]), h, c, placed(cells, c0.shape[1])
+    return placed(y, h0.shape[1]), h, c, placed(cells, c0.shape[1]), placed(gates, input_gates.shape[1])

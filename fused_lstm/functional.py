@@ -1,5 +1,6 @@
 """lstm(): layers x directions x dropout around the recurrence of one layer and direction, and its input checks."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Iterable
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ def lstm(
     reset: Tensor | None = None,
     reset_to: str = "zero",
     return_states: bool = False,
+    record: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, States | None]:
     """Runs a stack of LSTM layers, in the form that its plan chooses.
 
@@ -55,6 +57,9 @@ def lstm(
             other direction is cut at the same place.
         reset_to: the state after a reset, "zero" or "hx".
         return_states: also return the states of all steps.
+        record: called for each layer, then direction, with its y (T, B, Hout), c (T, B, H) and activated gates
+            (T, B, 4H), or (rows, ...) packed, as they are saved for backward, zero past a row's end; only to be read:
+            the kernels let no gradient through c and gates.
 
     Returns:
         y: as input with D*Hout features; hn, cn: as hx; the States, None without return_states.
@@ -67,7 +72,7 @@ def lstm(
     layout, to_hx = layout_of(input, batch_first, batch_sizes, lengths, reset, reset_to), reset_to == "hx"
     directions = 2 if bidirectional else 1
     on_torch = why_torch(autocast_dtype(input), input.device) is not None
-    if on_torch and not return_states:
+    if on_torch and not return_states and record is None:
         options = {"weights": weights, "bias": bias, "num_layers": num_layers, "dropout": dropout}
         options |= {"training": training, "bidirectional": bidirectional}
         return *by_torch(input, hx, batch_first, batch_sizes, layout, to_hx, options), None
@@ -79,7 +84,7 @@ def lstm(
         forward_ad.unpack_dual(t).tangent is not None for t in (input, *hx, *weights)
     )
     x = input.transpose(0, 1) if batch_first else input
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights))
+    save = record is not None or (torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)))
     per_cell = len(weights) // (num_layers * directions)
     drops = training and dropout > 0 and num_layers > 1
     plain = batch_sizes is None and layout is DENSE and not (return_states or forward_mode)
@@ -104,9 +109,16 @@ def lstm(
             parameters = named(weights[cell * per_cell : (cell + 1) * per_cell], bias)
             tensors = (x, hx[0][cell], hx[1][cell], *parameters)
             if on_torch or forward_mode:
-                y, h, c, c_steps = composed.layer(*tensors, sequence)
+                y, h, c, c_steps, gates = composed.layer(*tensors, sequence)
+                c_saved = c_steps
             else:
-                y, h, c, c_steps, *_ = LSTMFunction.apply(*tensors, *sequence, save, return_states, ieee)
+                results = LSTMFunction.apply(*tensors, *sequence, save, return_states, ieee)
+                y, h, c, c_steps, _, c_saved, gates = results
+            if record is not None:
+                if layout.lengths is not None:  # the kernels leave the gates of the padding as the memory was
+                    time = torch.arange(len(gates), device=gates.device)
+                    gates = gates.masked_fill((time[:, None] >= layout.lengths)[..., None], 0)
+                record(y, c_saved, gates)
             outputs.append(y)
             cells.append(c_steps)
             ends.append((h, c))

@@ -121,6 +121,12 @@ class LSTM(_Unquantized, nn.RNNBase):
                 found under FUSED_LSTM_DEBUG=1, because a look at them would wait for the device; otherwise clamped.
         """
         options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "return_states": return_states}
+        return self._forward(input, hx, options)
+
+    def _forward(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor | None, Tensor | None] | None, options: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """forward(), with any of lstm()'s keywords for the sequence in options."""
         self._update_flat_weights()
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -146,10 +152,11 @@ class LSTM(_Unquantized, nn.RNNBase):
                 )
         if batched:
             return self._run(input, None, self._states(input, hx, input.size(batch_dim)), None, options)
-        if lengths is not None:
+        if options["lengths"] is not None:
             raise ValueError("lengths takes batched input")
         if hx is not None:
             hx = tuple(None if state is None else state.unsqueeze(1) for state in hx)  # type: ignore[assignment]
+        reset = options["reset"]
         if isinstance(reset, Tensor) and reset.dim() == 1:
             options["reset"] = reset.unsqueeze(batch_dim)
         y, (hn, cn), *states = self._run(input.unsqueeze(batch_dim), None, self._states(input, hx, 1), None, options)

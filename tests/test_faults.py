@@ -64,6 +64,8 @@ FLOAT32_CELL = "test_recurrence.py::test_cell_is_float32_across_the_loop[cpu-fp1
 SMALL = "test_recurrence.py::test_small_activations_keep_their_relative_accuracy[cpu]"
 DROPOUT = "test_dispatch.py::test_dropout_draws_the_masks_of_nn_lstm"
 DERIVATIVE = "test_reference.py::test_backward_is_the_derivative_of_forward[dense-False]"
+TRACE = "test_trace.py::test_torch_cell[two layers, both directions-hx]"
+TRACE_OF_PADDING = "test_trace.py::test_reference[cpu-one layer-lengths]"
 COMPILED = "test_offline.py::test_variants[inference]"
 
 # By file: a fault, the text that it replaces, the text that it puts there, and a test that must then fail.
@@ -144,6 +146,7 @@ FAULTS = {
     "fused_lstm/composed.py": {
         "a reset that keeps h": ("torch.where(start, h_reset, h_prev)", "h_prev", STATES),
         "a state of rows that have ended": ("h.index_copy(0, active, h_t)", "h_t.index_copy(0, active, h_t)", STATES),
+        "two gates in each other's place": ("torch.cat([i, f, g, o]", "torch.cat([i, g, f, o]", TRACE),
     },
     "fused_lstm/segments.py": {
         "hx where a reset is": ("first & ~reset_first", "first", RESET_TO_ZERO),
@@ -155,10 +158,15 @@ FAULTS = {
     },
     "fused_lstm/functional.py": {
         "dropout after the last layer": (" and layer < num_layers - 1", "", DROPOUT),
+        "gates of the padding as they were": ("gates = gates.masked_fill(", "gates.masked_fill(", TRACE_OF_PADDING),
     },
     "fused_lstm/lstm.py": {
         "hx in the caller's order": ("self.permute_hidden(hx, permutation)", "hx", UNSORTED),
         "hn in the packed order": ("self.permute_hidden(hidden, unsorted_indices)", "hidden", UNSORTED),
+    },
+    "fused_lstm/trace.py": {
+        "two gates in each other's place": ("i, f, g, o = (formed", "i, g, f, o = (formed", TRACE),
+        "layers taken for directions": ("(lstm.num_layers, D))", "(D, lstm.num_layers)).transpose(-3, -2)", TRACE),
     },
     "fused_lstm/reference.py": {
         "derivative of a gate": ("dg = dc_t * i * (1 - g**2)", "dg = dc_t * i * (1 - g)", DERIVATIVE),
