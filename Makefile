@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: demo test test-slow bench gpu gpu-check lint clean
+.PHONY: demo long-memory test test-slow bench gpu gpu-check lint clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/char_lm.py
+
+long-memory: $(VENV)/ready
+	$(RUN) examples/long_memory.py
 
 test: $(VENV)/ready
 	$(RUN) -m pytest -n 2 -q
