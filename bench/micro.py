@@ -315,10 +315,12 @@ def launch(lab: Lab, name: str, params: dict[str, Any]) -> Measured:
 def matrix_items(lab: Lab) -> Iterator[tuple[str, dict[str, Any]]]:
     for (H, B), dtype in product([(24, 2)] if lab.dry else [(256, 16), (512, 16), (1024, 64)], DTYPES):
         plan = choose_kernel(DTYPES[dtype], B, H, lab.hardware, dtype == "fp32")
-        for name, tiles, rows, gates in [("forward", plan.forward, 4, 1), ("backward", plan.backward, 1, 4)]:
+        team = plan.backward.team
+        for name, tiles, rows, gates in [("forward", plan.forward, 4, 1), ("backward", plan.backward, team, 4 // team)]:
             if plan.mode != "step":
                 shape = {"rows": rows * tiles.units, "batch": tiles.batch, "chunk": tiles.chunk, "warps": tiles.warps}
-                shape |= {"chunks": gates * triton.cdiv(H, tiles.chunk), "precision": plan.precision}
+                chunks = tiles.kept or gates * triton.cdiv(H, tiles.chunk)
+                shape |= {"chunks": chunks, "precision": plan.precision}
                 yield name, {"dtype": dtype, "H": H, "B": B, "N": lab.programs[-1], **shape}
 
 

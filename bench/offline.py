@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from fused_lstm.kernels import backward, cell, forward, launch, sync
-from fused_lstm.kernels.plan import A100, B200, H100, Plan, choose_kernel
+from fused_lstm.kernels.plan import A100, B200, H100, Plan, Tiles, choose_kernel
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "offline"
@@ -50,9 +50,16 @@ DTYPES = {
 KERNELS = {"forward": forward.forward_kernel, "backward": backward.backward_kernel}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TENSOR_MEMORY = 512  # columns that a multiprocessor with tcgen05 has
-IN_ACCUMULATOR = {"c_state", "c", "c0", "dc_state", "c_reset", "dc_reset"}
+IN_ACCUMULATOR = {"c_state", "c", "c0", "dc_state", "c_reset", "dc_reset", "products"}
 INTEGERS = {"T": "i32", "B": "i32", "row_begin": "i32", "step_begin": "i32", "step_end": "i32"}
-INTEGER_POINTERS = {"flags": "*i32", "report": "*i32", "lengths": "*i64", "offsets": "*i64", "starts": "*i1"}
+INTEGER_POINTERS = {
+    "flags": "*i32",
+    "team_flags": "*i32",
+    "report": "*i32",
+    "lengths": "*i64",
+    "offsets": "*i64",
+    "starts": "*i1",
+}
 
 # What makes two rows of one Triton the same compile, and what names a group in the table.
 COMPILE = ("device", "dtype", "kernel", "mode", "precision", "tiles", "H")
@@ -95,6 +102,7 @@ def compile_kernel(
     """Compiles a kernel of KERNELS as its launcher would, for a capability such as (9, 0), without a GPU."""
     kernel: Any = KERNELS[name]
     constants, options = launch.specialization(plan, getattr(plan, name), H, dtype)
+    constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     constants |= {"REVERSE": reverse, "LENGTHS": packed or lengths, "PACKED": packed, "RESET": reset}
     constants |= {"SAVE": save} if name == "forward" else {"DC_STEPS": False}
     taken = {
@@ -104,6 +112,7 @@ def compile_kernel(
         ("starts", "c_reset", "dc_reset"): reset,
         ("dc_steps",): False,
         ("flags",): plan.mode == "grid",
+        ("products", "team_flags"): constants.get("TEAM", 1) > 1,
         ("report",): constants["TURNS"] > 0,
     }
     absent = [name for names, is_taken in taken.items() if not is_taken for name in names]
@@ -285,11 +294,15 @@ def fails(row: Row) -> bool:
 
 
 def predicted(row: Row) -> Row:
-    """The model's floor of one step of a row's H and B, in microseconds, and the term that sets it."""
-    from .model import floor  # here, because printing rows needs no model
+    """The model's time for one step of a row's H and B under its tiles, the floor, both in microseconds, and the term
+    that sets the first."""
+    from . import model  # here, because printing rows needs no model
 
-    bound = floor(row["device"], row["dtype"], row["mode"], row["H"], row["B"], row["kernel"] == "backward")
-    return {"us": round(bound.us, 2), "binds": bound.binds}
+    tiles, backward = Tiles(**row["tiles"]), row["kernel"] == "backward"
+    plan = Plan(row["mode"], tiles, tiles, 0, row["precision"], "")
+    planned = model.predicted(row["device"], row["dtype"], plan, row["H"], row["B"], backward)
+    bound = model.floor(row["device"], row["dtype"], row["mode"], row["H"], row["B"], backward)
+    return {"us": round(planned.us, 2), "floor": round(bound.us, 2), "binds": planned.binds}
 
 
 def source() -> str:
@@ -355,14 +368,15 @@ def table(results: Path) -> str:
         "A line is a group of sizes that `kernels/plan.py` treats alike, with the figures of one H: the largest that",
         "the chunk does not divide or, where no 16-byte load divides a row (marked `*`), the largest odd one; in the",
         "grid form a second line has the largest of all. Where Tritons differ, their figures stand in the order",
-        f"{' / '.join(files)}. Tiles: batch rows and units of a program, chunk of the product, warps. In the time",
-        "loop, for one step of one program (the step form's inner loop counted once): matrix instructions (HMMA;",
-        "HGMMA is wgmma, UTCHMMA tcgen05), barriers, instructions, KiB of global memory that are loaded and stored if",
-        "no mask hides any. Model: the floor of a step at this H and its smallest B in the group, by `bench/model.py`,",
-        "and the term that sets it.",
+        f"{' / '.join(files)}. Tiles: batch rows and units of a program, chunk of the product, warps; how many chunks",
+        "of W_hh are kept on chip, if not all; whether the programs are in teams. In the time loop, for one step of",
+        "one program (an inner loop over chunks that are not kept counted once): matrix instructions (HMMA; HGMMA is",
+        "wgmma, UTCHMMA tcgen05), barriers, instructions, KiB of global memory that are loaded and stored if no mask",
+        "hides any. Model: the time of a step under these tiles at this H and its smallest B in the group, and its",
+        "floor, both by `bench/model.py`, and the term that sets the first.",
     ]
     head = "dtype | pass | form | tiles | H | of H | of B | registers | spills | shared KiB | matrix | barriers"
-    head += " | instructions | loads KiB | stores KiB | model µs | binds"
+    head += " | instructions | loads KiB | stores KiB | model µs | floor µs | binds"
     for device in DEVICES:
         lines += ["", f"## {device}", "", f"| {head} |", "| --- " * (head.count("|") + 1) + "|"]
         lines += [f"| {' | '.join(cells(row))} |" for row in rows.values() if first(row)["device"] == device]
@@ -378,13 +392,16 @@ def cells(versions: dict[str, Row]) -> Iterator[str]:
     row = first(versions)
     tiles, found = row["tiles"], [version.get("resources") for version in versions.values()]
     yield from (row["dtype"], row["kernel"], row["mode"])
-    yield ", ".join(str(tiles[name]) for name in ("batch", "units", "chunk", "warps"))
+    shape = [str(tiles[name]) for name in ("batch", "units", "chunk", "warps")]
+    yield ", ".join(
+        shape + [f"{name} {tiles[name]}" for name, plain in (("kept", 0), ("team", 1)) if tiles[name] != plain]
+    )
     yield f"{row['H']}{'' if row['aligned'] else '*'}"
     yield from (f"{low}-{high}" for low, high in (row["H_range"], row["B_range"]))
     for name in ("registers", "spills", "shared", "matrix", "barriers", "instructions", "loaded", "stored"):
         figures = [figure(name, each[name]) if each else "error" for each in found]
         yield figures[0] if len(set(figures)) == 1 else " / ".join(figures)
-    yield from (f"{row['us']:.2f}", row["binds"])
+    yield from (f"{row['us']:.2f}", f"{row['floor']:.2f}", row["binds"])
 
 
 def figure(name: str, value: Any) -> str:

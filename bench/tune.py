@@ -23,7 +23,7 @@ from triton.runtime import driver
 from fused_lstm import reference
 from fused_lstm.kernels.backward import backward
 from fused_lstm.kernels.forward import forward
-from fused_lstm.kernels.launch import accumulator
+from fused_lstm.kernels.launch import accumulator, programs_of
 from fused_lstm.kernels.plan import Device, Plan, Tiles, by_steps, choose, choose_kernel
 
 from .cases import DTYPES
@@ -66,11 +66,13 @@ def candidates(plan: Plan, own: Tiles, dtype: str, H: int, B: int, hardware: Dev
         return (
             tiles.batch <= max(own.batch, 16, triton.next_power_of_2(B))
             and tiles.chunk <= max(own.chunk, triton.next_power_of_2(H))
-            and (plan.mode != "grid" or triton.cdiv(H, tiles.units) <= hardware.multiprocessors)
-            and (plan.mode != "grid" or 4 * tiles.units * columns * size <= hardware.shared)
+            and (plan.mode != "grid" or programs_of(tiles, H, B)[0] <= hardware.multiprocessors)
+            and (plan.mode != "grid" or tiles.kept or 4 * tiles.units * columns * size <= hardware.shared)
         )
 
-    every = (Tiles(*values) for values in product(*map(sorted, fields.values())))
+    every = (
+        replace(own, **dict(zip(fields, values, strict=True))) for values in product(*map(sorted, fields.values()))
+    )
     return sorted((tiles for tiles in every if differs(tiles) <= 2 and fits(tiles)), key=differs)
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cell import cell_backward, dot
-from .launch import DENSE, Layout, launch
+from .launch import DENSE, Layout, launch, programs_of
 from .plan import Plan
 from .sync import publish, wait
 
@@ -47,6 +47,8 @@ def backward_kernel(
     offsets,  # (T,) in: first row of each step; only if PACKED
     starts,  # (rows,) in: the steps before which a row is reset; only if RESET
     dgates,  # (rows, 4H) out: w.r.t. the pre-activations; also the buffer through which programs exchange it
+    products,  # (TEAM, B, H) between the programs of a team: each one's part of dgates_{t+1} W_hh; only if TEAM > 1
+    team_flags,  # (batch groups, teams) in/out: what each team has counted, zero at launch; only if TEAM > 1
     flags,  # (batch groups, T) in/out: step flags, zero at launch; only if GRID
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
@@ -67,6 +69,8 @@ def backward_kernel(
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
     BLOCK_B: tl.constexpr,  # batch rows of a program
     BLOCK_H: tl.constexpr,  # hidden units of a program
+    TEAM: tl.constexpr,  # programs that share the products of all their units, a gate for each: 4; otherwise 1
+    KEPT: tl.constexpr,  # chunks of W_hh that stay on chip; the others are loaded at every step; 0: all stay
     BLOCK_K: tl.constexpr,  # units of one gate that one product reduces over
 ):
     ACC: tl.constexpr = dc_state.dtype.element_ty
@@ -81,11 +85,17 @@ def backward_kernel(
     rows = rows.to(tl.int64)
     state = rows[None, :] * H + units[:, None]  # this program's tile in a (B, H) tensor
 
-    if LOCAL or GRID:
-        # W_hh^T stays on chip for all steps.
-        weights = ()
-        for k in tl.static_range(4 * CHUNKS):
-            weights = weights + (load_weight(weight_hh, units, k, H, BLOCK_K),)
+    # The chunks of W_hh^T that this program multiplies: those of all gates for its own units, or of one gate for the
+    # units of its whole team. So many of them stay on chip for all steps.
+    team = tl.program_id(0) // TEAM
+    first = tl.program_id(0) % TEAM * CHUNKS
+    team_units = team * TEAM * BLOCK_H + tl.arange(0, TEAM * BLOCK_H)
+    team_mask = (team_units < H)[:, None] & real_rows[None, :]
+    OWN: tl.constexpr = 4 // TEAM * CHUNKS
+    HELD: tl.constexpr = (KEPT if KEPT > 0 else OWN) if LOCAL or GRID else 0
+    weights = ()
+    for k in tl.static_range(HELD):
+        weights = weights + (load_weight(weight_hh, team_units, first + k, H, BLOCK_K),)
 
     if LENGTHS:
         length = tl.load(lengths + rows, mask=real_rows, other=0)
@@ -129,34 +139,48 @@ def backward_kernel(
         # All that does not wait for dgates of t_next is loaded before the flag is awaited.
         gate = row[None, :] * (4 * H) + units[:, None]
         hidden = row[None, :] * H + units[:, None]
-        i = tl.load(gates + gate, mask=active, other=0.0).to(ACC)
-        f = tl.load(gates + gate + H, mask=active, other=0.0).to(ACC)
-        g = tl.load(gates + gate + 2 * H, mask=active, other=0.0).to(ACC)
-        o = tl.load(gates + gate + 3 * H, mask=active, other=0.0).to(ACC)
+        i = tl.load(gates + gate, mask=active, other=0.0)
+        f = tl.load(gates + gate + H, mask=active, other=0.0)
+        g = tl.load(gates + gate + 2 * H, mask=active, other=0.0)
+        o = tl.load(gates + gate + 3 * H, mask=active, other=0.0)
         c_t = tl.load(c + hidden, mask=active, other=0.0)
         c_prev = tl.load(c_rows[None, :] + units[:, None], mask=active, other=0.0)
-        dh = tl.load(dy + hidden, mask=active, other=0.0).to(ACC)  # (5)
-        dh += tl.load(dhn + state, mask=active & (~has_next)[None, :], other=0.0).to(ACC)
-
+        dy_t = tl.load(dy + hidden, mask=active, other=0.0)
+        dhn_t = tl.load(dhn + state, mask=active & (~has_next)[None, :], other=0.0)
         if DC_STEPS:
             dc += tl.load(dc_steps + hidden, mask=active, other=0.0).to(ACC)
 
         dgates_rows = dgates + row_next * (4 * H)
         if LOCAL:
-            dh += dh_next
-        elif GRID:
-            if step > 0:
-                wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0), step, report, TURNS)
-            for k in tl.static_range(4 * CHUNKS):
-                dgates_next = load_dgates(dgates_rows, linked_next, k, H, BLOCK_K)
-                dh = dot(weights[k], dgates_next, dh, DOT, PRECISION)
+            dh = dh_next
         else:
-            for k in tl.range(4 * CHUNKS, num_stages=3):
-                weight = load_weight(weight_hh, units, k, H, BLOCK_K)
-                dgates_next = load_dgates(dgates_rows, linked_next, k, H, BLOCK_K)
-                dh = dot(weight, dgates_next, dh, DOT, PRECISION)
+            dh = tl.zeros((TEAM * BLOCK_H, BLOCK_B), ACC)
+            if GRID:
+                if step > 0:
+                    wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0), step, report, TURNS)
+            for k in tl.static_range(HELD):
+                dgates_next = load_dgates(dgates_rows, linked_next, first + k, H, BLOCK_K)
+                dh = dot(weights[k], dgates_next, dh, DOT, PRECISION)
+            if HELD < OWN:
+                for chunk in tl.range(HELD, OWN, num_stages=3):
+                    weight = load_weight(weight_hh, team_units, first + chunk, H, BLOCK_K)
+                    dgates_next = load_dgates(dgates_rows, linked_next, first + chunk, H, BLOCK_K)
+                    dh = dot(weight, dgates_next, dh, DOT, PRECISION)
+        dh_t = dy_t.to(ACC) + dhn_t.to(ACC)  # (5)
+        if TEAM > 1:
+            # Everyone in the team writes its gate's part for all units, and sums the four parts of its own units. The
+            # next step overwrites them: by then the team has counted this one's dgates in, and so has read them.
+            plane = B.to(tl.int64) * H
+            tl.store(products + first // CHUNKS * plane + rows[None, :] * H + team_units[:, None], dh, mask=team_mask)
+            team_flag = team_flags + batch_group * (tl.num_programs(0) // TEAM) + team
+            publish(team_flag)
+            wait(team_flag, TEAM * (step + 1), step + 1, report, TURNS)
+            for gate_of_team in tl.static_range(TEAM):
+                dh_t += tl.load(products + gate_of_team * plane + state, mask=mask, other=0.0)
+        else:
+            dh_t += dh
 
-        di, df, dg, do, dc_prev = cell_backward(i, f, g, o, c_prev, c_t, dh, dc)
+        di, df, dg, do, dc_prev = cell_backward(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c_t, dh_t, dc)
         if RESET:
             dc_reset_tile += tl.where(start[None, :], dc_prev, 0.0)
             dc_prev = tl.where(start[None, :], 0.0, dc_prev)
@@ -224,10 +248,15 @@ def backward(
     dgates = torch.zeros_like(gates) if layout.padded else torch.empty_like(gates)
     dc0 = dcn.to(c0.dtype, copy=True)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
+    products = team_flags = None
+    if (team := plan.backward.team) > 1:
+        products = c0.new_empty((team, B, H))
+        programs = programs_of(plan.backward, H, B)
+        team_flags = torch.zeros((programs[1], programs[0] // team), dtype=torch.int32, device=dy.device)
     if B > 0:
         launch(
             backward_kernel,
-            (dy, dhn, weight_hh, c0, c, gates, dc_steps, dc0, c_reset, dc_reset, *layout, dgates),
+            (dy, dhn, weight_hh, c0, c, gates, dc_steps, dc0, c_reset, dc_reset, *layout, dgates, products, team_flags),
             plan,
             plan.backward,
             T,

@@ -62,6 +62,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
     BLOCK_B: tl.constexpr,  # batch rows of a program
     BLOCK_H: tl.constexpr,  # hidden units of a program
+    KEPT: tl.constexpr,  # chunks of W_hh that stay on chip; the others are loaded at every step; 0: all stay
     BLOCK_K: tl.constexpr,  # units of h that one product reduces over
 ):
     ACC: tl.constexpr = c_state.dtype.element_ty
@@ -76,11 +77,10 @@ def forward_kernel(
     rows = rows.to(tl.int64)
     state = rows[None, :] * H + units[:, None]  # this program's tile in a (B, H) tensor
 
-    if LOCAL or GRID:
-        # W_hh stays on chip for all steps.
-        weights = ()
-        for k in tl.static_range(CHUNKS):
-            weights = weights + (load_weight(weight_hh, k, H, H, BLOCK_H, BLOCK_K),)
+    HELD: tl.constexpr = (KEPT if KEPT > 0 else CHUNKS) if LOCAL or GRID else 0
+    weights = ()
+    for k in tl.static_range(HELD):
+        weights = weights + (load_weight(weight_hh, k, H, H, BLOCK_H, BLOCK_K),)
 
     if LENGTHS:
         length = tl.load(lengths + rows, mask=real_rows, other=0)
@@ -120,28 +120,33 @@ def forward_kernel(
 
         # All that does not wait for h is loaded before the flag is awaited.
         gate = row[None, :] * (4 * H) + units[:, None]
-        pre_i = tl.load(input_gates + gate, mask=active, other=0.0).to(ACC)
-        pre_f = tl.load(input_gates + gate + H, mask=active, other=0.0).to(ACC)
-        pre_g = tl.load(input_gates + gate + 2 * H, mask=active, other=0.0).to(ACC)
-        pre_o = tl.load(input_gates + gate + 3 * H, mask=active, other=0.0).to(ACC)
+        pre_i = tl.load(input_gates + gate, mask=active, other=0.0)
+        pre_f = tl.load(input_gates + gate + H, mask=active, other=0.0)
+        pre_g = tl.load(input_gates + gate + 2 * H, mask=active, other=0.0)
+        pre_o = tl.load(input_gates + gate + 3 * H, mask=active, other=0.0)
 
         recurrent = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)  # (1)
         if LOCAL:
             recurrent = dot(weights[0], h_tile, recurrent, DOT, PRECISION)
-        elif GRID:
-            if step > 0:
-                wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0), step, report, TURNS)
-            for k in tl.static_range(CHUNKS):
+        else:
+            if GRID:
+                if step > 0:
+                    wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0), step, report, TURNS)
+            for k in tl.static_range(HELD):
                 h = load_columns(h_rows, linked_rows, k, H, BLOCK_K)
                 recurrent = dot(weights[k], h, recurrent, DOT, PRECISION)
-        else:
-            for k in tl.range(CHUNKS, num_stages=3):
-                weight = load_weight(weight_hh, k, H, H, BLOCK_H, BLOCK_K)
-                h = load_columns(h_rows, linked_rows, k, H, BLOCK_K)
-                recurrent = dot(weight, h, recurrent, DOT, PRECISION)
+            if HELD < CHUNKS:
+                for chunk in tl.range(HELD, CHUNKS, num_stages=3):
+                    weight = load_weight(weight_hh, chunk, H, H, BLOCK_H, BLOCK_K)
+                    h = load_columns(h_rows, linked_rows, chunk, H, BLOCK_K)
+                    recurrent = dot(weight, h, recurrent, DOT, PRECISION)
         rec_i, rec_f, rec_g, rec_o = split_gates(recurrent, BLOCK_H, BLOCK_B)
 
-        i, f, g, o, c_next, h = cell_forward(pre_i + rec_i, pre_f + rec_f, pre_g + rec_g, pre_o + rec_o, c_tile)
+        rec_i += pre_i.to(ACC)
+        rec_f += pre_f.to(ACC)
+        rec_g += pre_g.to(ACC)
+        rec_o += pre_o.to(ACC)
+        i, f, g, o, c_next, h = cell_forward(rec_i, rec_f, rec_g, rec_o, c_tile)
         c_tile = tl.where(active, c_next, c_tile)
         h = h.to(y.dtype.element_ty)
         if LOCAL:

@@ -6,11 +6,10 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plan import Plan, Tiles, by_steps, interpreted, refuse
+from .plan import Plan, Tiles, by_steps, ceil_div, interpreted, refuse
 
 # The interpreter multiplies bfloat16 bit patterns as integers: there the operands are widened, which is exact.
 DOT = {
@@ -67,8 +66,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def programs_of(tiles: Tiles, H: int, B: int) -> tuple[int, int]:
+    """How many programs hold H units, in whole teams, and how many batch groups B rows are."""
+    return tiles.team * ceil_div(H, tiles.team * tiles.units), ceil_div(B, tiles.batch)
+
+
 def specialization(plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The constexpr arguments and the compile options by which a plan enters a kernel."""
+    """The constexpr arguments, of which a kernel takes those that it has, and the compile options of a plan."""
     constants = {
         "H": H,
         "LOCAL": plan.mode == "local",
@@ -79,6 +83,8 @@ def specialization(plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype) -> tupl
         "BLOCK_B": tiles.batch,
         "BLOCK_H": tiles.units,
         "BLOCK_K": tiles.chunk,
+        "KEPT": tiles.kept,
+        "TEAM": tiles.team if plan.mode == "grid" else 1,
     }
     # One stage: the pipeliner would load h of the next step before its flag is awaited.
     options = {"num_warps": tiles.warps, "num_stages": 1}
@@ -105,7 +111,8 @@ def launch(
     """
     device = tensors[0].device
     constants, options = specialization(plan, tiles, H, dtype)
-    unit_blocks, batch_groups = triton.cdiv(H, tiles.units), triton.cdiv(B, tiles.batch)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    unit_blocks, batch_groups = programs_of(tiles, H, B)
     step_flags = report = None
     groups_at_once = batch_groups
     if plan.mode == "grid":

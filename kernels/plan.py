@@ -9,12 +9,16 @@ import triton
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of one kernel: batch rows and hidden units of a program, reduction chunk of a product; its warps."""
+    """Tile sizes of one kernel: batch rows and hidden units of a program, reduction chunk of a product; its warps; and
+    how many chunks of W_hh stay on chip where not all do (0: all), the others being loaded at every step; and how many
+    programs share the products of their units in backward, a gate for each (4), or do not (1)."""
 
     batch: int
     units: int
     chunk: int
     warps: int
+    kept: int = 0
+    team: int = 1
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Plan:
     resident: int
     precision: str
     why: str
+
+    @property
+    def evidence(self) -> str:
+        """What stands behind the choice: a measurement of these tiles on this device, or the model."""
+        return "no choice" if self.mode == "torch" else "cost(), a model of an H100; no GPU has measured these tiles"
 
     @property
     def higher_derivatives(self) -> str:
@@ -149,7 +158,7 @@ def choose_kernel(dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool
         size = 8 if ieee else 4
     chunk = 128 if size == 2 else 64 if size == 4 else 32
 
-    # Rows that no wide load divides keep registers for their many addresses: smaller tiles there.
+    # Whether 16-byte loads divide a row.
     wide = H * dtype.itemsize % 16 == 0
 
     # tcgen05 would split W_hh in two TF32 numbers again at every step; with sixteen warps a product is mma.sync's.
@@ -161,46 +170,153 @@ def choose_kernel(dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool
         # At 64 units eight warps spill in TF32 (Triton 3.7, A100), four in 16 bit (Triton 3.7, B200).
         warps = min(8, padded // 8) if (padded, size) != (64, 4) else 4
         tiles = Tiles(batch=16, units=padded, chunk=padded, warps=warps)
-        forward = replace(tiles, warps=16) if split and padded > 16 else tiles
+        # On a B200 eight warps spill at 128 units (Triton 3.6).
+        sixteen = (split and padded > 16) or (device.capability[0] == 10 and padded == 128)
+        forward = replace(tiles, warps=16) if sixteen else tiles
         why = f"W_hh of H {H} in {name(dtype)} fits on one multiprocessor"
         return Plan("local", forward, tiles, 0, precision, why)
 
-    # Grid: a slice of W_hh on each of the multiprocessors. Full precision takes 16 units or spills registers.
-    columns = triton.cdiv(H, chunk) * chunk
-    for units in (16, 8) if size < 8 else (16,):
-        programs = triton.cdiv(H, units)
-        if programs <= device.multiprocessors and 4 * units * columns * size <= 0.8 * device.shared:
-            # The smallest batch tile with which all groups run at once.
-            small = programs * triton.cdiv(B, 16) <= device.multiprocessors or size == 8 or not wide
-            # The loads of a step are all in flight together and keep registers: eight warps share them. wgmma's 64 rows
-            # are the work of four, each with twice the loads, so that a larger batch tile takes shorter chunks there.
-            wgmma = device.capability[0] == 9 and units == 16
-            # Over the longest rows that a B200 spreads, eight warps spill one register (Triton 3.7).
-            longest = device.capability[0] == 10 and units == 8 and not small
-            four = wide and (wgmma or longest)
-            shorter = not wide or split or (four and not small)
-            forward = Tiles(
-                batch=16 if small else 32,
-                units=units,
-                chunk=chunk // 2 if shorter else min(64, chunk),
-                warps=16 if split else 4 if four else 8,
-            )
-            # In TF32 over the longest rows a doubled chunk makes the compiler settle for 128 registers and spill some.
-            short = not wide or (size == 4 and units == 8 and device.capability[0] >= 9)
-            backward = Tiles(
-                batch=16 if short and wide and device.capability[0] == 10 else 32,
-                units=units,
-                chunk=chunk if short else 2 * chunk,
-                # Four warps repeat nothing of a product, but only of float32 do they hold narrow loads without spills,
-                # and in full precision only of the shorter rows that fit an A100.
-                warps=4 if not wide and (size == 4 or (size == 8 and device.capability[0] == 8)) else 8,
-            )
-            why = f"W_hh of H {H} in {name(dtype)} is spread over {programs} multiprocessors, {units} units on each"
-            return Plan("grid", forward, backward, device.multiprocessors, precision, why)
+    # Grid: a slice of W_hh on each of the multiprocessors.
+    forward, backward = grid_tiles(H, size, chunk, wide, split, device)
+    if forward and backward:
+        best = cheapest(forward, B, H, H, size, device)
+        why = (
+            f"W_hh of H {H} in {name(dtype)} is spread over {ceil_div(H, best.units)} multiprocessors, "
+            f"{best.units} units on each{'; what does not fit is loaded at every step' if best.kept else ''}"
+        )
+        return Plan("grid", best, cheapest(backward, B, H, 4 * H, size, device), device.multiprocessors, precision, why)
 
     tiles = Tiles(batch=32, units=16, chunk=chunk // 2, warps=4 if wide else 8)
     why = f"W_hh of H {H} in {name(dtype)} does not fit on {device.multiprocessors} multiprocessors: one launch a step"
     return Plan("step", tiles, tiles, 0, precision, why)
+
+
+def grid_tiles(
+    H: int, size: int, chunk: int, wide: bool, split: bool, device: Device
+) -> tuple[list[Tiles], list[Tiles]]:
+    """The tiles of the grid form, forward and backward, that keep registers and shared memory under every Triton of
+    bench/results/offline; none where too few multiprocessors are there.
+
+    size: bytes that an element of W_hh takes on chip. chunk: units of a plain chunk. wide, split: of choose_kernel().
+    """
+    forward: list[Tiles] = []
+    backward: list[Tiles] = []
+    columns = ceil_div(H, chunk) * chunk
+    capability = device.capability[0]
+    in_1k, in_2k = H * size <= 1024, H * size <= 2048
+
+    def fits(units: int) -> bool:
+        programs = ceil_div(H, units)
+        if split and not wide:
+            return False  # spills at any tile
+        share = 0.8 if size < 8 else 0.65 if capability == 8 and wide else 0.75  # full precision over more spills
+        return programs <= device.multiprocessors and 4 * units * columns * size <= share * device.shared
+
+    if not wide or size == 8:
+        # Narrow loads keep their many addresses, and full precision two numbers for one: the smallest tiles.
+        for units in (16,) if size == 8 else (16, 8):
+            if fits(units) and not forward:
+                four = wide and capability == 9
+                warps = 16 if split else 4 if four else 8
+                forward.append(Tiles(16, units, min(64, chunk) if wide and not split else chunk // 2, warps))
+                # Four warps repeat nothing of a product, but only of float32 do they hold narrow loads without spills,
+                # and in full precision only of the shorter rows that fit an A100.
+                four = not wide and (size == 4 or (size == 8 and capability == 8))
+                batch = 64 if wide else 16 if (capability, size) == (10, 4) else 32
+                backward.append(Tiles(batch, units, chunk, 4 if four else 8))
+    else:
+        # The loads of a step are all in flight together and keep registers: eight warps share them. wgmma's 64 rows are
+        # the work of four, each with twice the loads, so that a larger batch tile takes shorter chunks there.
+        # A B200's tensor memory takes no shorter chunks of 64 rows, and elsewhere longer ones spill (Triton 3.9).
+        tall = chunk // 2 if capability == 10 else chunk // 4
+        if fits(16):
+            wgmma = capability == 9
+            forward.append(Tiles(16, 16, min(64, chunk), 4 if wgmma else 8))
+            forward.append(Tiles(32, 16, chunk // 2 if wgmma else min(64, chunk), 4 if wgmma else 8))
+            backward.append(Tiles(32, 16, 2 * chunk, 8))
+            if (in_1k and size == 2) or (in_2k and capability < 10):
+                forward.append(Tiles(64, 16, tall, 8))
+            if in_2k:
+                backward.append(Tiles(64, 16, 2 * chunk if size == 2 else chunk, 8))
+                backward += [Tiles(16, 16, chunk // 2, 4, team=4), Tiles(32, 16, chunk // 2, 8, team=4)]
+                if size == 2:
+                    backward.append(Tiles(64, 16, chunk // 2, 8, team=4))
+        elif fits(8):
+            # Over the longest rows that a B200 spreads, eight warps spill one register (Triton 3.7).
+            four = capability == 10
+            forward.append(Tiles(16, 8, min(64, chunk), 8))
+            forward.append(Tiles(32, 8, chunk // 2 if four else min(64, chunk), 4 if four else 8))
+            # In TF32 over the longest rows a doubled chunk makes the compiler settle for 128 registers and spill some.
+            short = size == 4 and capability >= 9
+            backward.append(Tiles(16 if short and four else 32, 8, chunk if short else 2 * chunk, 8))
+        if fits(32):
+            forward.append(Tiles(16, 32, chunk // 2, 8))
+            if capability < 10 or (in_1k and size == 2):
+                forward.append(Tiles(32, 32, chunk // 2, 8))
+            if in_1k and (capability < 10 or size == 2):
+                forward.append(Tiles(64, 32, tall, 8))
+            backward.append(Tiles(16, 32, chunk, 8))
+            if size == 2:
+                backward += [Tiles(batch, 32, chunk, 8) for batch in (32, 64)]
+    if fits(16) or not wide or split:
+        return forward, backward
+
+    # A part of W_hh for which there is no place is loaded at every step, from L2 if that holds it. Two fifths of the
+    # memory are left to what streams through and to the step's own tiles; of full precision 32 units spill.
+    units = 16 if ceil_div(H, 16) <= device.multiprocessors else 32
+    if ceil_div(H, units) <= device.multiprocessors and (units == 16 or size < 8):
+        room = int(0.6 * device.shared)
+        kept = room // (4 * units * (chunk // 2) * size)
+        if size == 8:
+            forward.append(Tiles(16, units, chunk // 2, 4, kept))
+        else:
+            kept = min(kept, 12)  # the loads of more chunks spill
+            forward.append(Tiles(32, units, chunk // 2, 8, kept))
+            if units == 16:
+                backward.append(Tiles(16, 16, chunk // 2, 4, kept, team=4))
+                backward.append(Tiles(32, 16, chunk // 2, 8, kept, team=4))
+        backward.append(Tiles(64 if units == 16 else 32, units, chunk, 8, room // (units * chunk * size)))
+    return forward, backward
+
+
+# What L2 of an H100 delivers while a step flag is exchanged, in bytes; how many it delivers to all multiprocessors
+# while each reads one from its shared memory, and multiplies two 16-bit numbers: as bench/model.py derives them.
+EXCHANGE, SHARED, PRODUCT = 5e6, 23, 1.5
+
+
+def cheapest(candidates: list[Tiles], B: int, H: int, width: int, size: int, device: Device) -> Tiles:
+    """The candidate of the least cost()."""
+    if len(candidates) == 1:
+        return candidates[0]
+    return min(candidates, key=lambda tiles: cost(tiles, B, H, width, size, device))
+
+
+def cost(tiles: Tiles, B: int, H: int, width: int, size: int, device: Device) -> float:
+    """What a step of the grid form costs, as bytes that L2 would have delivered in the time.
+
+    width: of what a program gathers, h (H) or dgates (4H). size: as in grid_tiles().
+    """
+    programs = tiles.team * ceil_div(H, tiles.team * tiles.units)
+    at_once = max(1, device.multiprocessors // programs)
+    if programs > device.multiprocessors:
+        return float("inf")
+    groups = ceil_div(B, tiles.batch)
+    together = min(groups, at_once)
+    weights = 4 * tiles.units * H * size
+    streamed = 1 - tiles.kept * tiles.chunk * tiles.team / width if tiles.kept else 0
+    slowest = max(
+        programs * min(B, together * tiles.batch) * width // tiles.team * size,
+        programs * together * weights * streamed,
+        SHARED * weights * (1 - streamed),
+        PRODUCT * (size / 2) * 4 * tiles.batch * tiles.units * H,
+    )
+    # Groups that do not fit beside the others follow them; a team exchanges twice.
+    return ceil_div(groups, at_once) * ((2 if tiles.team > 1 else 1) * EXCHANGE + slowest)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes microseconds on the host."""
+    return -(-a // b)
 
 
 def name(dtype: torch.dtype) -> str:

@@ -25,19 +25,20 @@ def wait(flag, programs, step, report, TURNS: tl.constexpr):
     TURNS bounds the spin, for debugging; 0 does not. A program that reaches the bound writes (1, its ids, its step) to
     `report` and lets everyone who waits for the flag pass, so that the launch ends.
     """
+    # The spin is a volatile load, which each warp repeats for itself: an atomic's result goes from one thread to all of
+    # them behind a barrier, every turn, and at the flag it stands in line with those that publish.
     turns = 0
-    # The spin is relaxed, because an acquire in it would empty the L1 cache each turn.
-    while tl.atomic_add(flag, 0, sem="relaxed", scope="gpu") < programs:
+    while (tl.load(flag, volatile=True) < programs) & (turns <= TURNS):
         if TURNS > 0:
             turns += 1
-            if turns == TURNS:
-                if tl.atomic_cas(report, 0, 1) == 0:
-                    tl.store(report + 1, tl.program_id(0))
-                    tl.store(report + 2, tl.program_id(1))
-                    tl.store(report + 3, step)
-                tl.atomic_add(flag, programs, sem="relaxed", scope="gpu")
-    # One acquire follows it; its result must be used, or the compiler drops it as a dead load.
+    # One acquire follows it, and not one a turn, because it empties the L1 cache; its result must be used, or the
+    # compiler drops it as a dead load.
     while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < programs:
-        pass
+        if TURNS > 0:
+            if tl.atomic_cas(report, 0, 1) == 0:
+                tl.store(report + 1, tl.program_id(0))
+                tl.store(report + 2, tl.program_id(1))
+                tl.store(report + 3, step)
+            tl.atomic_add(flag, programs, sem="relaxed", scope="gpu")
     # No thread may read ahead of the one that performed the acquire.
     tl.debug_barrier()

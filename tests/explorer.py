@@ -2,8 +2,8 @@
 
 Triton's interpreter runs the programs of a launch one after another, so a program that waits for another waits for
 ever. Here each program has a thread of its own, one of which runs at a time; it gives way before and after every
-atomic (with `strict` also around each load and store of exchanged data), and a seeded schedule chooses who goes on. So
-a failure is repeated by its schedule and seed.
+atomic and before every turn of a wait (with `strict` also around each load and store of exchanged data), and a seeded
+schedule chooses who goes on. So a failure is repeated by its schedule and seed.
 
 Memory is checked apart from the schedule, by happens-before: each program has a vector clock, a release leaves it at
 the flag, an acquire takes it from there. A load of exchanged data whose store does not happen before it is a race, even
@@ -82,35 +82,55 @@ def priorities(programs: int, seed: int) -> Choose:
 SCHEDULES = {f.__name__: f for f in (round_robin, reverse, uniform, starve_one, priorities)}
 
 
-class Memory:
-    """The exchanged tensor of a launch, element by element: who wrote it, and at what time of the writer's clock."""
+class Exchanged:
+    """One tensor of a launch that programs exchange, element by element: who wrote it last, and the times of that, of
+    the writer's clock, and of every program's last read since, of the reader's."""
 
     def __init__(self, tensor: torch.Tensor, programs: int) -> None:
         self.begin, self.size = tensor.data_ptr(), tensor.element_size()
         self.writer = np.full(tensor.numel(), -1)
         self.time = np.zeros(tensor.numel(), dtype=np.int64)
-        self.clocks = np.eye(programs, dtype=np.int64)
-        self.flags: dict[int, np.ndarray] = {}
+        self.read = np.zeros((tensor.numel(), programs), dtype=np.int64)
 
-    def elements(self, pointers: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """The exchanged elements among these addresses."""
-        pointers = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)
+    def elements(self, pointers: np.ndarray) -> np.ndarray:
         at = (pointers - self.begin) // self.size
         return at[(pointers >= self.begin) & (at < len(self.writer))]
 
-    def load(self, program: int, at: np.ndarray) -> None:
-        if (self.writer[at] < 0).any():
-            raise Broken(f"program {program} read exchanged data that nobody has written")
-        writers = self.writer[at]
-        unseen = self.time[at] > self.clocks[program][writers]
-        if unseen.any():
-            raise Broken(f"race: program {program} read what program {writers[unseen][0]} has not published to it")
 
-    def store(self, program: int, at: np.ndarray) -> None:
-        if (self.writer[at] >= 0).any():
-            raise Broken(f"program {program} overwrote exchanged data that others may still read")
-        self.writer[at] = program
-        self.time[at] = self.clocks[program][program]
+Places = list[tuple[Exchanged, np.ndarray]]
+
+
+class Memory:
+    """The exchanged tensors of a launch, and the programs' clocks."""
+
+    def __init__(self, tensors: list[torch.Tensor], programs: int) -> None:
+        self.tensors = [Exchanged(tensor, programs) for tensor in tensors]
+        self.clocks = np.eye(programs, dtype=np.int64)
+        self.flags: dict[int, np.ndarray] = {}
+
+    def places(self, pointers: np.ndarray, mask: np.ndarray) -> Places:
+        """The exchanged elements among these addresses."""
+        pointers = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)
+        places = [(tensor, tensor.elements(pointers)) for tensor in self.tensors]
+        return [(tensor, at) for tensor, at in places if len(at)]
+
+    def load(self, program: int, places: Places) -> None:
+        for tensor, at in places:
+            writers = tensor.writer[at]
+            if (writers < 0).any():
+                raise Broken(f"program {program} read exchanged data that nobody has written")
+            unseen = tensor.time[at] > self.clocks[program][writers]
+            if unseen.any():
+                raise Broken(f"race: program {program} read what program {writers[unseen][0]} has not published to it")
+            tensor.read[at, program] = self.clocks[program][program]
+
+    def store(self, program: int, places: Places) -> None:
+        for tensor, at in places:
+            clock, writers = self.clocks[program], tensor.writer[at]
+            known = np.where(writers < 0, 0, tensor.time[at] - clock[writers]) <= 0
+            if not known.all() or (tensor.read[at] > clock).any():
+                raise Broken(f"program {program} overwrote exchanged data that others may still read")
+            tensor.writer[at], tensor.time[at], tensor.read[at] = program, clock[program], 0
 
     def atomic(self, program: int, flag: int, semantics: str) -> None:
         published = self.flags.setdefault(flag, np.zeros(len(self.clocks), dtype=np.int64))
@@ -124,7 +144,9 @@ class Memory:
 class Launch:
     """One launch: its programs, whose turn it is, and its memory."""
 
-    def __init__(self, explorer: "Explorer", exchanged: torch.Tensor, programs: list[tuple[int, int, int]]) -> None:
+    def __init__(
+        self, explorer: "Explorer", exchanged: list[torch.Tensor], programs: list[tuple[int, int, int]]
+    ) -> None:
         self.explorer, self.programs = explorer, programs
         self.choose = SCHEDULES[explorer.schedule](len(programs), explorer.seed)
         self.memory = Memory(exchanged, len(programs))
@@ -222,10 +244,11 @@ class Explorer:
         named = dict(zip(executor.arg_names, tensors, strict=False))
         if named.get("flags") is None:
             return original(executor, *tensors, **options)
-        exchanged = named["y"] if "y" in named else named["dgates"]
+        exchanged = [named[name] for name in ("y", "dgates", "products") if named.get(name) is not None]
         group = named["row_begin"] // options["BLOCK_B"]
         groups = executor.grid[1]
-        if named["flags"][group : group + groups].any():
+        team_flags = named.get("team_flags")
+        if named["flags"][group : group + groups].any() or (team_flags is not None and team_flags.any() and group == 0):
             raise self._named(Broken("the flags are not zero at launch"))
 
         def start(programs: list[tuple[int, int, int]], body: Callable[[], None]) -> None:
@@ -269,8 +292,11 @@ class Explorer:
 
     def load(self, original: Callable[..., Any], pointers: Any, mask: Any, *rest: Any) -> Any:
         launch = self.launch
-        at = launch.memory.elements(pointers.data, mask.data) if launch and self.memory else ()
-        if len(at) == 0:
+        volatile = rest[-1]
+        if launch and volatile:  # the spin of a wait
+            launch.switch(waits=True)
+        at = launch.memory.places(pointers.data, mask.data) if launch and self.memory else ()
+        if not at:
             return original(pointers, mask, *rest)
         if self.strict:
             launch.switch()
@@ -279,8 +305,8 @@ class Explorer:
 
     def store(self, original: Callable[..., Any], pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         launch = self.launch
-        at = launch.memory.elements(pointers.data, mask.data) if launch and self.memory else ()
-        if len(at) == 0:
+        at = launch.memory.places(pointers.data, mask.data) if launch and self.memory else ()
+        if not at:
             return original(pointers, value, mask, *rest)
         if self.strict:
             launch.switch()

@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 import time
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import cases, measure, report, run, store, timing, worker
-from bench.model import TERMS, floor
+from bench.model import TERMS, floor, predicted
 from bench.providers import PROVIDERS, Provider, fused
+from fused_lstm.kernels.plan import H100, choose_kernel
 
 CPU = torch.device("cpu")
 FORWARD, BOTH, ONE_STEP, *FORMS = (case for case in cases.DRY if case.dtype == "fp32")
@@ -163,7 +165,9 @@ def test_the_table_of_a_known_device_gives_the_share_of_the_floor():
 
 def test_the_floor_names_its_term():
     assert floor("H100", "bf16", "grid", 256, 1).binds == "exchange"
+    assert floor("H100", "bf16", "grid", 1024, 1).binds == "exchange"
     assert floor("H100", "bf16", "grid", 2048, 1).binds == "weights"
+    assert floor("H100", "bf16", "grid", 1024, 256).binds == "gather"
     assert floor("H100", "bf16", "step", 64, 1).binds == "launch"
     for name, terms in TERMS.items():
         for mode in ("local", "grid", "step"):
@@ -172,6 +176,16 @@ def test_the_floor_names_its_term():
             assert times[:3] == sorted(times[:3]) and all(f <= b for f, b in zip(times[:3], times[3:], strict=True))
         faster = terms.measured({"matrix_bf16_flop_per_us_per_sm": 1.0, "exchange_us": 0.1})
         assert (faster.matrix["bf16"], faster.exchange, faster.l2) == (1.0, 0.1, terms.l2)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "tf32", "fp32"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_plan_is_predicted_above_the_floor_and_near_it(dtype, backward):
+    for H, B in product((64, 256, 512, 1024, 2048), (1, 16, 64, 256)):
+        plan = choose_kernel(cases.DTYPES[dtype], B, H, H100, dtype == "fp32")
+        planned = predicted("H100", dtype, plan, H, B, backward).us
+        bound = floor("H100", dtype, plan.mode, H, B, backward).us
+        assert 0.999 * bound <= planned <= (5 if dtype == "bf16" else 15) * bound, (H, B, planned, bound)
 
 
 @pytest.mark.parametrize("case", [FORWARD, BOTH, ONE_STEP, *FORMS], ids=lambda case: f"{case.mode} {case.shape}")

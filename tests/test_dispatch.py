@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lstm import LSTM, LSTMCell, reference
 from fused_lstm.functional import check
-from fused_lstm.kernels import forward, plan
+from fused_lstm.kernels import forward, launch, plan
 from fused_lstm.kernels.plan import A100, H100, choose, choose_kernel
 
 from .parity import twin
@@ -54,8 +54,12 @@ def test_float64_on_a_gpu_is_torch_own_lstm():
 @pytest.mark.parametrize("device", [A100, H100])
 def test_modes_follow_the_size_of_the_weights(device, dtype, ieee):
     order = ["local", "grid", "step"]
-    modes = [choose_kernel(dtype, 16, H, device, ieee).mode for H in range(4, 2049, 4)]
+    modes = [choose_kernel(dtype, 16, H, device, ieee).mode for H in range(8, 4800, 8)]
     assert modes == sorted(modes, key=order.index) and set(modes) == set(order)
+    # Rows that no wide load divides are not streamed.
+    odd = [choose_kernel(dtype, 16, H, device, ieee) for H in range(1, 2049, 2)]
+    assert [plan.mode for plan in odd] == sorted((plan.mode for plan in odd), key=order.index)
+    assert all(plan.forward.kept == plan.backward.kept == 0 for plan in odd)
 
 
 @pytest.mark.parametrize("dtype,ieee", KERNEL_DTYPES)
@@ -65,7 +69,8 @@ def test_a_batch_group_is_always_resident_together(device, dtype, ieee, B):
     for H in range(1, 2049):
         chosen = choose_kernel(dtype, B, H, device, ieee)
         for tiles in (chosen.forward, chosen.backward):
-            programs = -(-H // tiles.units)
+            programs, _ = launch.programs_of(tiles, H, B)
+            assert programs >= -(-H // tiles.units)
             assert chosen.mode != "local" or programs == 1
             assert chosen.mode != "grid" or programs <= chosen.resident <= device.multiprocessors
 
@@ -134,6 +139,8 @@ def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(monkeypatch):
 
     class Kernel:
         """Refuses a cooperative launch as CUDA does."""
+
+        arg_names = real.arg_names
 
         def __getitem__(self, programs):
             def run(*args, GRID, **options):
@@ -213,7 +220,8 @@ def test_one_step_under_torch_compile_and_vmap():
     torch.testing.assert_close(tuple(s[:, 0] for s in mapped), expected)
 
 
-def test_the_plan_says_how_higher_derivatives_run():
+def test_the_plan_says_how_higher_derivatives_run_and_what_it_rests_on():
     module, x = LSTM(5, 20), torch.randn(2, 4, 5)
+    assert "model" in module.plan(x).evidence and module.plan(x.to("meta")).evidence == "no choice"
     assert "slow" in module.plan(x).higher_derivatives
     assert "torch's own LSTM" in module.plan(x.to("meta")).higher_derivatives

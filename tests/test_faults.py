@@ -98,8 +98,8 @@ FAULTS = {
         "dgates of the wrong neighbour": ("t_next = t - 1 if REVERSE else t + 1", "t_next = t", REVERSE_STEP),
         "cell of the wrong neighbour": ("t_prev = t + 1 if REVERSE else t - 1", "t_prev = t", REVERSE),
         "c0 taken as zero": (
-            "cell_backward(i, f, g, o, c_prev,",
-            "cell_backward(i, f, g, o, c_prev * (step < last),",
+            "o.to(ACC), c_prev,",
+            "o.to(ACC), c_prev * (step < last),",
             ONE_ROW,
         ),
         "c0 taken from c": ("c0 + rows * H)", "c + row * H)", ONE_ROW),

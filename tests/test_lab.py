@@ -222,7 +222,7 @@ def test_the_kernels_compile_for_a_gpu():
     assert set(found) == {"counter", "poll", "read", "python", "graph", "forward", "backward"}
     for name, row in found.items():
         assert row["cooperative"] == (name in ("counter", "poll", "read")), "programs that wait must all be resident"
-        assert row["volatile"] == (name == "poll")
+        assert row["volatile"] == row["cooperative"]  # a wait spins past L1
         assert row["shared"] <= H100.shared
     for name in ("forward", "backward"):
         before, loop = found[name]["products"]

@@ -68,28 +68,28 @@ def faults(row):
         return [row["error"]]
     found, options, device = row["resources"], row["options"], DEVICES[row["device"]]
     forward, grid, step = row["kernel"] == "forward", row["mode"] == "grid", row["mode"] == "step"
-    weights = triton.cdiv(row["H"], row["tiles"]["chunk"]) * (1 if forward else 4)
-    # A step's own: the input gates; in backward the gates, c, c_prev, dy and dhn. From the other programs: h or
-    # dgates, as many tiles as W_hh has. With offsets, one for each step that these belong to; with resets, one for the
-    # step, in backward also for the next. W_hh is not among them.
+    tiles, team = row["tiles"], row["tiles"]["team"] > 1
+    programs = tiles["team"] * triton.cdiv(row["H"], tiles["team"] * tiles["units"])
+    weights = tiles["kept"] or triton.cdiv(row["H"], tiles["chunk"]) * (1 if forward else 4 // tiles["team"])
+    # A step's own: the input gates; in backward the gates, c, c_prev, dy and dhn. From the other programs: the flag,
+    # and h or dgates, as many tiles as W_hh has; in a team another flag and a product of each. With offsets, one for
+    # each step that these belong to; with resets, one for the step, in backward also for the next. Not W_hh's.
     own, offsets, resets = (4, 1, 1) if forward else (8, 2, 2)
-    loads = (
-        own + grid * weights + row.get("packed", False) * (offsets + grid) + row.get("reset", False) * (resets + grid)
-    )
+    loads = own + grid * (1 + weights) + team * (1 + tiles["team"])
+    loads += row.get("packed", False) * (offsets + grid) + row.get("reset", False) * (resets + grid)
     broken = {
         f"{found['spills']} spills in the time loop": found["spills"] > 0,
         f"{found['shared']} bytes of shared memory, of {device.shared}": found["shared"] > device.shared,
         f"{found['tensor']} columns of tensor memory, of {TENSOR_MEMORY}": found["tensor"] > TENSOR_MEMORY,
-        f"{found['loads']} tiles loaded a step, not {loads}": not step and found["loads"] != loads,
+        f"{found['loads']} tiles loaded a step, not {loads}": not (step or tiles["kept"]) and found["loads"] != loads,
         f"{found['resident']} tiles on chip, W_hh has {weights}": not step and found["resident"] < weights,
         "no matrix instruction": not found["matrix"],
-        "more programs than multiprocessors": grid
-        and triton.cdiv(row["H"], row["tiles"]["units"]) > device.multiprocessors,
+        "more programs than multiprocessors": grid and programs > device.multiprocessors,
         "not cooperative": grid and not options["cooperative"],
         f"{options['stages']} stages: h may be loaded before its flag": options["stages"] != 1,
         f"{found['read_only']} loads past the coherent caches": found["read_only"] > 0,
-        f"{found['acquires']} acquires and {found['releases']} releases in order": found["acquires"] != grid
-        or found["releases"] != grid,
+        f"{found['acquires']} acquires and {found['releases']} releases in order": found["acquires"] != grid + team
+        or found["releases"] != grid + team,
     }
     return [fault for fault, is_broken in broken.items() if is_broken]
 
@@ -165,9 +165,9 @@ def sample():
     for turn, (device, kernel, mode) in enumerate(kinds):
         # 18 kinds and 4 dtypes: each device, pass and form meets another dtype.
         kind = {"device": device, "dtype": list(DTYPES)[turn % 4], "kernel": kernel, "mode": mode}
-        kind["aligned"] = turn % 5 < 3
-        fitting = (place for place, group in enumerate(every) if kind.items() <= group.items())
-        places.append(min(fitting, key=lambda place: every[place]["H"]))
+        fitting = [place for place, group in enumerate(every) if kind.items() <= group.items()]
+        taken = [place for place in fitting if every[place]["aligned"] == (turn % 5 < 3)] or fitting
+        places.append(min(taken, key=lambda place: every[place]["H"]))
     return places
 
 

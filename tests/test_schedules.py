@@ -22,6 +22,13 @@ T = 3
 ONE_GROUP, TWO_GROUPS = (2, 6), (3, 4)
 PLAN = Plan("grid", Tiles(2, 2, 8, 4), Tiles(2, 2, 8, 4), resident=6, precision="ieee", why="")
 
+# Forward has two or three chunks of W_hh, backward four times as many; the last of them are loaded at every step.
+STREAMING = replace(PLAN, forward=Tiles(2, 2, 2, 4, kept=1), backward=Tiles(2, 2, 2, 4, kept=5))
+# A team of four, some of whom have no units of their own; and two teams.
+TEAM = replace(PLAN, backward=Tiles(2, 2, 8, 4, team=4))
+TEAMS = replace(PLAN, backward=Tiles(2, 1, 2, 4, kept=1, team=4))
+PLANS = [PLAN, STREAMING, TEAM, TEAMS]
+
 
 def run(
     schedule,
@@ -63,6 +70,7 @@ def sweep(first, count):
         form = seed // len(names)
         sizes = TWO_GROUPS if form % 2 else ONE_GROUP
         options = {"sizes": sizes, "reverse": form % 4 > 1, "form": NAMES[form % len(NAMES)]}
+        options["plan"] = PLANS[form % len(PLANS)]
         run(names[seed % len(names)], seed, form % 6 == 0, **options)
 
 
@@ -139,8 +147,8 @@ FAULTS = {
         "nobody has written|race",
     ),
     "no wait at all": (
-        "if step > 0:\n                wait(",
-        "if step < 0:\n                wait(",
+        "if step > 0:\n                    wait(",
+        "if step < 0:\n                    wait(",
         "nobody has written|race",
     ),
     "a relaxed publish": ('1, sem="release"', '1, sem="relaxed"', "race"),
@@ -158,6 +166,25 @@ def test_planted_fault_is_found(plant, which, fault):
             run(schedule, seed, **{which: module})
 
 
+FAULTS_OF_A_TEAM = {
+    "the target of the step before": ("TEAM * (step + 1)", "TEAM * step"),
+    "the target is short of one": ("TEAM * (step + 1)", "TEAM * (step + 1) - 1"),
+    "another team's flag": ("wait(team_flag, TEAM", "wait(team_flag + 1 - 2 * team, TEAM"),
+    "the step's dgates counted in before the products are read": (
+        "            publish(team_flag)\n",
+        f"            publish({FLAG_OF_STEP}\n            publish(team_flag)\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_A_TEAM)
+def test_planted_fault_in_a_team_is_found(plant, fault):
+    module = plant(backward_module, *FAULTS_OF_A_TEAM[fault])
+    with pytest.raises(Broken, match=r"nobody has written|race|overwrote|deadlock"):
+        for seed, schedule in enumerate(SCHEDULES):
+            run(schedule, seed, plan=TEAMS, sizes=ONE_GROUP, backward=module)
+
+
 def test_flag_published_before_the_data(plant):
     store = "        tl.store(y + hidden, h, mask=active)\n"
     publish = f"        if GRID:\n            publish({FLAG_OF_STEP}\n"
@@ -171,7 +198,7 @@ def test_buffer_reused_a_step_too_early(plant):
     module = plant(
         forward_module, "hidden = row[None, :] * H", "hidden = tl.where(step > 1, row_prev, row)[None, :] * H"
     )
-    with pytest.raises(Broken, match="overwrote"):
+    with pytest.raises(Broken, match=r"overwrote|race"):
         run("uniform", 0, forward=module)
 
 
