@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from .reference import steps
 
 if TYPE_CHECKING:
-    from .autograd import Sequence
+    from .layer import Sequence
 
 
 def layer(

@@ -9,9 +9,14 @@ from torch import _VF, Tensor
 from torch.autograd import forward_ad
 
 from . import composed, operators, segments
-from .autograd import LSTMFunction, Sequence
+from .autograd import LSTMFunction
 from .kernels.launch import DEBUG, DENSE, Layout
-from .kernels.plan import Plan, choose, choose_one_step, why_torch
+from .kernels.plan import Plan, choose, choose_one_step, keeping, why_torch
+from .layer import Sequence
+
+# Steps between the states that recompute=True keeps. With fewer the workspace is smaller, but there are more launches;
+# with so many the states are below 1% of what is kept without recompute.
+CHUNK = 128
 
 
 class States(NamedTuple):
@@ -40,6 +45,7 @@ def lstm(
     reset: Tensor | None = None,
     reset_to: str = "zero",
     return_states: bool = False,
+    recompute: bool | int = False,
     record: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, States | None]:
     """Runs a stack of LSTM layers, in the form that its plan chooses.
@@ -57,6 +63,10 @@ def lstm(
             other direction is cut at the same place.
         reset_to: the state after a reset, "zero" or "hx".
         return_states: also return the states of all steps.
+        recompute: for backward keep, beside input and output, the states between chunks of so many steps alone (True:
+            CHUNK), and make the gates and cells of a chunk again when backward comes to it: less memory for a forward
+            pass of the products and the cells more. Without gradients, with record, in forward mode
+            and on torch's path it has no effect.
         record: called for each layer, then direction, with its y (T, B, Hout), c (T, B, H) and activated gates
             (T, B, 4H), or (rows, ...) packed, as they are saved for backward, zero past a row's end; only to be read:
             the kernels let no gradient through c and gates.
@@ -66,11 +76,13 @@ def lstm(
 
     Raises:
         RuntimeError: tensors of different devices, dtypes or sizes, or T = 0; with the texts of torch.nn.LSTM.
+        ValueError: a recompute below 0.
         ValueError: lengths, reset or reset_to that do not fit the input. Lengths on a CUDA device out of 0 to T are
             found under FUSED_LSTM_DEBUG=1, because a look at them would wait for the device; otherwise clamped.
     """
     layout, to_hx = layout_of(input, batch_first, batch_sizes, lengths, reset, reset_to), reset_to == "hx"
     directions = 2 if bidirectional else 1
+    chunk = chunk_of(recompute)
     on_torch = why_torch(autocast_dtype(input), input.device) is not None
     if on_torch and not return_states and record is None:
         options = {"weights": weights, "bias": bias, "num_layers": num_layers, "dropout": dropout}
@@ -98,6 +110,8 @@ def lstm(
         sequence = Sequence.packed(batch_sizes, x.device)
     sequences = [sequence, sequence.reversed()] if bidirectional else [sequence]
     ieee = full_precision()
+    if not save or record is not None:
+        chunk = 0  # nothing is kept, or all is asked for
 
     ends: list[tuple[Tensor, Tensor]] = []
     states = States((), ())
@@ -112,7 +126,7 @@ def lstm(
                 y, h, c, c_steps, gates = composed.layer(*tensors, sequence)
                 c_saved = c_steps
             else:
-                results = LSTMFunction.apply(*tensors, *sequence, save, return_states, ieee)
+                results = LSTMFunction.apply(*tensors, *sequence, save, return_states, ieee, chunk)
                 y, h, c, c_steps, _, c_saved, gates = results
             if record is not None:
                 if layout.lengths is not None:  # the kernels leave the gates of the padding as the memory was
@@ -131,6 +145,19 @@ def lstm(
         x, states = x.transpose(0, 1), States(*(tuple(t.transpose(0, 1) for t in tensors) for tensors in states))
     hn, cn = (torch.stack(tensors) for tensors in zip(*ends, strict=True))
     return x, hn, cn, states if return_states else None
+
+
+def chunk_of(recompute: bool | int) -> int:
+    """The steps of a chunk, 0 for none.
+
+    Raises:
+        TypeError: not a bool or an integer. ValueError: below 0.
+    """
+    if not isinstance(recompute, int):
+        raise TypeError(f"recompute must be a bool or a number of steps, got {type(recompute).__name__}")
+    if recompute < 0:
+        raise ValueError(f"recompute must be a bool or a number of steps, got {recompute}")
+    return CHUNK if recompute is True else int(recompute)
 
 
 def takes_one_step(T: int, bidirectional: bool, projects: bool, saves: bool, drops: bool) -> bool:
@@ -223,9 +250,10 @@ def named(weights: list[Tensor], bias: bool) -> tuple[Tensor, Tensor, Tensor | N
     return weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
 
 
-def plan_for(input: Tensor, B: int, H: int) -> Plan:
-    """The plan of a call, in the dtype that autocast gives it."""
-    return choose(autocast_dtype(input), B, H, input.device, full_precision())
+def plan_for(input: Tensor, B: int, H: int, P: int = 0, chunk: int = 0) -> Plan:
+    """The plan of a call, in the dtype that autocast gives it; P: proj_size; chunk: as chunk_of() gives it."""
+    dtype = autocast_dtype(input)
+    return keeping(choose(dtype, B, H, input.device, full_precision()), dtype, H, P, chunk)
 
 
 def plan_for_one_step(input: Tensor) -> Plan:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import States, lstm, lstm_cell, plan_for, plan_for_one_step, takes_one_step
+from .functional import States, chunk_of, lstm, lstm_cell, plan_for, plan_for_one_step, takes_one_step
 from .kernels.plan import Plan
 
 
@@ -49,10 +49,17 @@ class LSTM(_Unquantized, nn.RNNBase):
         bidirectional: a second set of weights reads the sequence backwards; D = 2.
         proj_size: P > 0 projects h to P features (https://arxiv.org/abs/1402.1128).
         device, dtype: of the parameters.
+        recompute: True to keep for backward, beside input and output, the states between chunks of 128 steps alone, and
+            make the gates and cells again chunk by chunk: the same gradients in less memory and a little more time. A
+            number is the length of the chunks. Also an attribute, to be set at any time; no part of the state_dict. On
+            torch's path, where the plan's mode is "torch", it has no effect.
 
     Raises:
-        ValueError, TypeError: as torch.nn.LSTM, with its texts.
+        ValueError, TypeError: as torch.nn.LSTM, with its texts; a recompute that is below 0, or no bool or integer.
     """
+
+    # Of the class too: a swapped module has no attribute of its own.
+    recompute: bool | int = False
 
     # Subclassing RNNBase and not nn.LSTM: torch.compile refuses every instance of nn.LSTM.
     def __init__(
@@ -67,7 +74,10 @@ class LSTM(_Unquantized, nn.RNNBase):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recompute: bool | int = False,
     ) -> None:
+        chunk_of(recompute)
         super().__init__(
             "LSTM",
             input_size,
@@ -81,6 +91,11 @@ class LSTM(_Unquantized, nn.RNNBase):
             device,
             dtype,
         )
+        if recompute:  # the class has the default
+            self.recompute = recompute
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", recompute={self.recompute}" if self.recompute else "")
 
     # torch's own checks, so that they and their texts stay torch's own.
     get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
@@ -196,6 +211,7 @@ class LSTM(_Unquantized, nn.RNNBase):
             bidirectional=self.bidirectional,
             batch_first=self.batch_first and batch_sizes is None,
             batch_sizes=batch_sizes,
+            recompute=self.recompute,
             **options,
         )
         return (y, (hn, cn)) if states is None else (y, (hn, cn), states)
@@ -206,7 +222,7 @@ class LSTM(_Unquantized, nn.RNNBase):
         Whether gradients are wanted counts, as within torch.no_grad(): one step without them has a kernel of its own.
         """
         if isinstance(input, PackedSequence):
-            return plan_for(input.data, int(input.batch_sizes[0]), self.hidden_size)
+            return self._plan(input.data, int(input.batch_sizes[0]))
         T, B = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
         if self.batch_first and input.dim() == 3:
             T, B = B, T
@@ -214,7 +230,10 @@ class LSTM(_Unquantized, nn.RNNBase):
         drops = self.training and self.dropout > 0 and self.num_layers > 1
         if takes_one_step(T, self.bidirectional, self.proj_size > 0, saves, drops):
             return plan_for_one_step(input)
-        return plan_for(input, B, self.hidden_size)
+        return self._plan(input, B)
+
+    def _plan(self, input: Tensor, B: int) -> Plan:
+        return plan_for(input, B, self.hidden_size, self.proj_size, chunk_of(self.recompute))
 
 
 class LSTMCell(_Unquantized, nn.LSTMCell):

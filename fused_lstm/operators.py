@@ -151,9 +151,7 @@ def _vmap(operator: Any) -> Callable[..., tuple[Any, Any]]:
         places = [at.get(name, -2) if isinstance(arg, Tensor) else None for name, arg in zip(names, args, strict=True)]
         packed = "offsets" in names and args[names.index("offsets")] is not None
         if packed or any(at.get(name, 0) is None and _mapped(dim) for name, dim in zip(names, in_dims, strict=True)):
-            single = ([_select(*pair, k) for pair in zip(args, in_dims, strict=True)] for k in range(V))
-            elements = tuple(map(torch.stack, zip(*(operator(*given) for given in single), strict=True)))
-            return elements, (0,) * len(elements)
+            return one_by_one(operator)(info, in_dims, *args)
 
         def fold(arg: Any, dim: int | None, rows: int | None) -> Any:
             if rows is None:
@@ -164,6 +162,17 @@ def _vmap(operator: Any) -> Callable[..., tuple[Any, Any]]:
         results = operator(*map(fold, args, in_dims, places))
         each = (t.unflatten(-2, (V, -1)).movedim(-3, 0) if t.dim() > 1 else t.new_empty(V, 0) for t in results)
         elements = tuple(t.contiguous() for t in each)  # as an operator of one element gives it
+        return elements, (0,) * len(elements)
+
+    return rule
+
+
+def one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
+    """The rule of torch.vmap that runs an operator once for each sample."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        single = ([_select(*pair, k) for pair in zip(args, in_dims, strict=True)] for k in range(info.batch_size))
+        elements = tuple(map(torch.stack, zip(*(operator(*given) for given in single), strict=True)))
         return elements, (0,) * len(elements)
 
     return rule

@@ -31,6 +31,8 @@ class Plan:
     resident: programs that the device runs at once, one a multiprocessor; 0 where the mode does not depend on it.
     precision: of float32 products, "tf32", "tf32x3" (three TF32 products, as exact as float32) or "ieee".
     why: the reason, in words.
+    chunk: steps between the states that are kept under recompute; 0: gates and cells of every step are kept.
+    saved_bytes: what a step, row, layer and direction keeps for backward, beside its input and output; None: unknown.
     """
 
     mode: str
@@ -39,6 +41,8 @@ class Plan:
     resident: int
     precision: str
     why: str
+    chunk: int = 0
+    saved_bytes: int | None = None
 
     @property
     def evidence(self) -> str:
@@ -120,6 +124,16 @@ def choose_one_step(dtype: torch.dtype, device: torch.device, ieee: bool) -> Pla
     tiles = Tiles(batch=16, units=16, chunk=64, warps=4)
     why = "one step without gradients: one launch a layer, which writes the new state alone"
     return Plan("one step", tiles, None, 0, precision, why)
+
+
+def keeping(plan: Plan, dtype: torch.dtype, H: int, P: int, chunk: int) -> Plan:
+    """A plan that says what it keeps for backward; P: proj_size; chunk: 0 without recompute."""
+    if plan.mode == "torch":
+        return plan
+    size, cell = dtype.itemsize, 8 if dtype == torch.float64 else 4
+    if chunk:
+        return replace(plan, chunk=chunk, saved_bytes=-(-((P or H) * size + H * cell) // chunk))
+    return replace(plan, saved_bytes=(4 * size + cell + (size if P else 0)) * H)
 
 
 def by_steps(plan: Plan, reason: str) -> Plan:

@@ -2,8 +2,8 @@
 
 import torch
 
-from fused_lstm.autograd import Sequence
 from fused_lstm.kernels.launch import DENSE, Layout
+from fused_lstm.layer import Sequence
 
 NAMES = ("dense", "packed", "lengths", "reset", "lengths and reset")
 

@@ -163,8 +163,10 @@ def test_signature_is_written_out():
     def arguments(cls):
         return [(p.name, p.kind, p.default) for p in inspect.signature(cls).parameters.values()]
 
-    assert arguments(LSTM) == arguments(nn.RNNBase)[1:]
-    assert [name for name, _, _ in arguments(LSTM)] == list(ARGUMENTS)
+    *given, own = arguments(LSTM)
+    assert given == arguments(nn.RNNBase)[1:]
+    assert [name for name, _, _ in given] == list(ARGUMENTS)
+    assert own == ("recompute", inspect.Parameter.KEYWORD_ONLY, False)
 
 
 def test_defaults_are_those_of_nn_lstm():

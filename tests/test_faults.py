@@ -66,6 +66,10 @@ DROPOUT = "test_dispatch.py::test_dropout_draws_the_masks_of_nn_lstm"
 DERIVATIVE = "test_reference.py::test_backward_is_the_derivative_of_forward[dense-False]"
 TRACE = "test_trace.py::test_torch_cell[two layers, both directions-hx]"
 TRACE_OF_PADDING = "test_trace.py::test_reference[cpu-one layer-lengths]"
+RECOMPUTED = (
+    "test_memory.py::test_every_state_and_gradient"
+    "[cpu-lengths and reset to hx-two layers, both directions-4-torch.float64]"
+)
 COMPILED = "test_offline.py::test_variants[inference]"
 
 # By file: a fault, the text that it replaces, the text that it puts there, and a test that must then fail.
@@ -113,6 +117,10 @@ FAULTS = {
         "dhn dropped": ("active & (~has_next)[None, :]", "active & False", ONE_ROW),
         "dhn of the longest rows only": ("active & (~has_next)[None, :]", "active & (step == 0)", PACKED),
     },
+    "kernels/scan.py": {
+        "order of the reverse direction": ("t = length - 1 - step if REVERSE else step", "t = step", RECOMPUTED),
+        "a reset that keeps c": ("tl.load(starts + row) != 0, c_reset_tile", "False, c_reset_tile", RECOMPUTED),
+    },
     "kernels/sync.py": {
         "no barrier before the release": (
             "tl.debug_barrier()\n    tl.atomic_add(flag, 1",
@@ -124,13 +132,12 @@ FAULTS = {
     "kernels/launch.py": {
         "loads of the next step before its flag": ('"num_stages": 1', '"num_stages": 3', COMPILED),
     },
-    "fused_lstm/autograd.py": {
-        "bias gradient without the first step": ("dgates.sum(0)", "dgates[current].sum(0)", LAYERS),
-        "W_hh gradient without h0": ("(from_h0.T @ h0,", "(0 * from_h0.T @ h0,", LAYERS),
+    "fused_lstm/layer.py": {
+        "bias gradient without the first step": ("dgates.sum(0,", "dgates[current].sum(0,", LAYERS),
+        "W_hh gradient without h0": ("outer(from_h0, h0,", "outer(0 * from_h0, h0,", LAYERS),
         "W_hh gradient across a reset": ("from_h * ~starts[current]", "from_h", RESET_TO_ZERO),
         "h0 taken where a reset is": ("from_h0 * ~starts[start]", "from_h0", RESET_TO_ZERO),
         "h0 gradient without the resets": ("(dgates * starts).view", "(0 * dgates * starts).view", STATES),
-        "c0 gradient without the resets": ("dc0 = dc0 + dc_reset", "dc0 = dc0", STATES),
         "h0 of the resets dropped": ("addcmul_(starts.to(x.dtype)", "addcmul_(0 * starts.to(x.dtype)", STATES),
         "gradient of a row without steps": ("torch.where(without_steps, dhn, dh0)", "dh0", LENGTHS),
         "end of a row without steps": ("torch.where(without_steps, h0, hn)", "hn", LENGTHS),
@@ -138,10 +145,21 @@ FAULTS = {
         "cut where the other direction begins": ("starts &= following <", "following <", BOTH),
         "hn from the wrong end": ("(last, first, earlier, later) if", "(last, last, earlier, later) if", LAYERS),
         "W_hr gradient without the recurrence": (
-            "torch.addmm(ends, (from_h @ weight_hh).T, h[previous])",
+            "outer(from_h @ weight_hh, h[previous], ends, wide)",
             "ends",
             PROJECTION,
         ),
+    },
+    "fused_lstm/chunks.py": {
+        "no gradient from the chunk after": ("torch.cat([grads.h0,", "torch.cat([0 * grads.h0,", RECOMPUTED),
+        "weights of one chunk": ("else total.add_(grad)", "else grad", RECOMPUTED),
+        "h across a reset": ("h_prev = h_prev * ~sequence", "_ = h_prev * ~sequence", RECOMPUTED),
+        "h0 taken for the state between chunks": ("h, c = h_between[k - 1, :B],", "h, c = h,", RECOMPUTED),
+        "resets' gradients dropped": ("dh + totals[4], dc + totals[5]", "dh, dc", RECOMPUTED),
+    },
+    "fused_lstm/autograd.py": {
+        "c0 gradient without the resets": ("dc0 = dc0 + dc_reset", "dc0 = dc0", STATES),
+        "h0 gradient without the resets": ("dh0 = dh0 + dh_reset", "dh0 = dh0", STATES),
     },
     "fused_lstm/composed.py": {
         "a reset that keeps h": ("torch.where(start, h_reset, h_prev)", "h_prev", STATES),

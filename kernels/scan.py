@@ -1,0 +1,99 @@
+"""The cells and gates of a forward pass whose pre-activations are known: one scan over time, element by element."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cell import cell_forward
+from .launch import DENSE, Layout, on_device
+
+BLOCK = 64  # units of a program, two a thread of its one warp: element by element, so more programs serve better
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def scan_kernel(
+    pre,  # (rows, 4H) in: pre-activations; rows = T * B, or the rows of the packed sequence
+    c0,  # (B, H) in
+    c_reset,  # (B, H) in: the cell from which a reset row goes on; only if RESET
+    lengths,  # (B,) in: steps of each batch row; only if LENGTHS
+    offsets,  # (T,) in: first row of each step; only if PACKED
+    starts,  # (rows,) in: the steps before which a row is reset; only if RESET
+    gates,  # (rows, 4H) out: activated gates; may be the memory of pre
+    c,  # (rows, H) out: c of every step
+    h,  # (rows, H) out: h of every step; only if HIDDEN
+    T,
+    B,
+    H: tl.constexpr,
+    REVERSE: tl.constexpr,  # the direction runs from the last step to the first
+    LENGTHS: tl.constexpr,  # each batch row has its own length
+    PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
+    RESET: tl.constexpr,  # rows are reset within the sequence
+    HIDDEN: tl.constexpr,  # write h
+    BLOCK: tl.constexpr,  # hidden units of a program, which has one batch row
+):
+    ACC: tl.constexpr = c.dtype.element_ty
+    b = tl.program_id(0).to(tl.int64)
+    units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = units < H
+    length = T
+    if LENGTHS:
+        length = tl.load(lengths + b).to(tl.int32)
+    c_tile = tl.load(c0 + b * H + units, mask=mask, other=0.0)
+    if RESET:
+        c_reset_tile = tl.load(c_reset + b * H + units, mask=mask, other=0.0)
+
+    # No load waits for c: those of several steps are in flight at once.
+    for step in tl.range(0, length, num_stages=4):
+        t = length - 1 - step if REVERSE else step
+        if PACKED:
+            row = tl.load(offsets + t) + b
+        else:
+            row = t.to(tl.int64) * B + b
+        gate = row * (4 * H) + units
+        pre_i = tl.load(pre + gate, mask=mask, other=0.0).to(ACC)
+        pre_f = tl.load(pre + gate + H, mask=mask, other=0.0).to(ACC)
+        pre_g = tl.load(pre + gate + 2 * H, mask=mask, other=0.0).to(ACC)
+        pre_o = tl.load(pre + gate + 3 * H, mask=mask, other=0.0).to(ACC)
+        if RESET:
+            c_tile = tl.where(tl.load(starts + row) != 0, c_reset_tile, c_tile)
+        i, f, g, o, c_tile, h_tile = cell_forward(pre_i, pre_f, pre_g, pre_o, c_tile)
+        tl.store(gates + gate, i, mask=mask)
+        tl.store(gates + gate + H, f, mask=mask)
+        tl.store(gates + gate + 2 * H, g, mask=mask)
+        tl.store(gates + gate + 3 * H, o, mask=mask)
+        tl.store(c + row * H + units, c_tile, mask=mask)
+        if HIDDEN:
+            tl.store(h + row * H + units, h_tile, mask=mask)
+
+
+def scan(
+    pre: Tensor,
+    c0: Tensor,
+    *,
+    reverse: bool = False,
+    layout: Layout = DENSE,
+    c_reset: Tensor | None = None,
+    hidden: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Activates the gates of one layer and direction in place and makes its cells.
+
+    Args:
+        pre: (T, B, 4H), or (rows, 4H) of a packed sequence, contiguous: the pre-activations, input and recurrent part.
+        c0: (B, H) in the accumulator's dtype, contiguous.
+        reverse, layout, c_reset: as forward.forward takes them.
+        hidden: also return h.
+
+    Returns:
+        c: as pre with H features, in the dtype of c0. h: the same in that of pre; None without hidden. Past a row's
+        length h is zero, and c and the gates are what they were.
+    """
+    B, H = c0.shape
+    T = pre.shape[0] if layout.offsets is None else layout.offsets.shape[0]
+    c = c0.new_empty((*pre.shape[:-1], H))
+    new = pre.new_zeros if layout.padded else pre.new_empty
+    h = new(c.shape) if hidden else None
+    if B > 0:
+        flags = {"REVERSE": reverse, **layout.flags, "HIDDEN": hidden, "BLOCK": BLOCK}
+        with on_device(pre.device):
+            scan_kernel[(B, triton.cdiv(H, BLOCK))](pre, c0, c_reset, *layout, pre, c, h, T, B, H, **flags, num_warps=1)
+    return c, h

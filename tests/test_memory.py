@@ -1,0 +1,200 @@
+"""What is kept for backward, counted, and that recompute gives the same gradients from less of it."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fused_lstm
+from fused_lstm import LSTM
+
+from .parity import assert_parity, twin
+from .test_sequences import LAYERS, LENGTHS, RESET, B, H, I, Loop, T, assert_oracle, given, module_and_input
+
+FORMS = ["", "lengths", "reset", "lengths and reset to hx"]
+DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+
+
+def recomputing(options, dtype, device, chunk):
+    module, x, hx = module_and_input(options, dtype, device)
+    module.recompute = chunk
+    return module, x, hx
+
+
+TWO, PROJECTED = "two layers, both directions", "projection, both directions"
+# Chunks that do not divide T, of one step, and longer than T.
+CASES = [
+    *((form, layers, 4, torch.float64) for form in FORMS for layers in (TWO, PROJECTED)),
+    *(("lengths and reset to hx", TWO, chunk, torch.float64) for chunk in (1, 9)),
+    *(("lengths and reset", PROJECTED, 3, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
+]
+
+
+@pytest.mark.parametrize("form, layers, chunk, dtype", CASES, ids=str)
+def test_every_state_and_gradient(form, layers, chunk, dtype, device):
+    module, x, hx = recomputing(LAYERS[layers], dtype, device, chunk)
+    keywords = given(module, form) | ({"reset_to": "hx"} if "hx" in form else {})
+
+    def loop(lstm):
+        masks = (LENGTHS if "lengths" in form else None, RESET if "reset" in form else None)
+        return Loop(lstm, *masks, keywords.get("reset_to", "zero"))
+
+    assert_oracle(loop, module, x, hx, **keywords, return_states=True)
+
+
+@pytest.mark.parametrize("layers, chunk, dtype", [(TWO, 4, torch.float64), (PROJECTED, 1, torch.float32)])
+def test_packed(layers, chunk, dtype, device):
+    module, x, hx = recomputing(LAYERS[layers], dtype, device, chunk)
+    packed = pack_padded_sequence(x, [3, 6, 1, 4], batch_first=module.batch_first, enforce_sorted=False)
+    assert_parity(module, packed, hx)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [(1, 4), (5, 1), (5, 0), (20, 2)])
+def test_sizes(sizes, dtype, device):
+    module = LSTM(I, 70 if sizes[0] < 20 else H, dtype=dtype, device=device, recompute=3)
+    assert_parity(module, torch.randn(*sizes, I).to(device, dtype))
+
+
+def test_higher_derivatives(device):
+    module, x, hx = recomputing({}, torch.float64, device, 4)
+    x.requires_grad_()
+
+    def second():
+        y, (hn, cn) = module(x, hx)
+        (dx,) = torch.autograd.grad(y.square().sum() + hn.sum() + cn.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), [x, *module.parameters()])
+
+    ours = second()
+    module.recompute = False
+    torch.testing.assert_close(ours, second())
+
+
+def test_in_one_graph():
+    module, x = LSTM(I, H, bidirectional=True, recompute=4), torch.randn(T, B, I, requires_grad=True)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for steps in (6, 5):
+        results = [call(x[:steps])[0] for call in (compiled, module)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(y.sum(), [x, *module.parameters()]) for y in results))
+
+
+def test_under_vmap():
+    module, x = LSTM(I, H, recompute=4).double(), torch.randn(3, T, B, I, dtype=torch.float64)
+    weights = dict(module.named_parameters())
+
+    def loss(weights, x):
+        return torch.func.functional_call(module, weights, x)[0].sum()
+
+    ours = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    one_by_one = [torch.func.grad(loss)(weights, sample) for sample in x]
+    for name in weights:
+        torch.testing.assert_close(ours[name], torch.stack([grads[name] for grads in one_by_one]))
+
+
+# Counted
+
+
+def saved(module, x, *args, **keywords):
+    """The storages that a call keeps for backward, by address: bytes."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x, *args, **keywords)[0]
+    return storages, y
+
+
+def beside(storages, x, module):
+    """The bytes without the input and the parameters."""
+    known = {t.untyped_storage().data_ptr() for t in (x, *module.parameters())}
+    return sum(size for at, size in storages.items() if at not in known)
+
+
+@pytest.mark.parametrize("recompute", [False, 25])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"batch_first": True}, {"bidirectional": True}], ids=str)
+def test_the_plan_says_what_is_kept(options, dtype, recompute):
+    T, B, H = 50, 3, 8
+    module = LSTM(I, H, **options, dtype=dtype, recompute=recompute)
+    x = torch.randn(*((B, T) if module.batch_first else (T, B)), I).to(dtype)
+    plan, D = module.plan(x), 2 if module.bidirectional else 1
+    count, _ = saved(module, x)
+    output = T * B * D * (module.proj_size or H) * dtype.itemsize
+    of_hx = D * B * ((module.proj_size or H) * dtype.itemsize + H * dtype.itemsize)
+    kept = beside(count, x, module) - output - of_hx
+    assert plan.chunk == recompute and 0 <= kept <= T * B * D * plan.saved_bytes
+    if not recompute:
+        assert kept == T * B * plan.saved_bytes * D
+        if dtype != torch.bfloat16 and not module.proj_size:
+            assert plan.saved_bytes == 5 * H * dtype.itemsize
+
+
+def test_a_layer_keeps_its_input_once_and_its_weights_as_they_are():
+    """The output of a layer is the input of the next: saved by both, in memory once."""
+    module, x = LSTM(H, H, num_layers=3, batch_first=True), torch.randn(4, 50, H)
+    count, _ = saved(module, x)
+    of_hx = 2 * 3 * 4 * H * 4
+    assert x.untyped_storage().data_ptr() in count
+    assert beside(count, x, module) == of_hx + 3 * 4 * 50 * (module.plan(x).saved_bytes + 4 * H)
+
+
+def test_a_third_of_what_nn_lstm_keeps():
+    """Of every step nn.LSTM must keep at least the four gates and c, whatever else cuDNN has in its reserve."""
+    T, B, H = 256, 2, 32
+    module, x = LSTM(H, H, recompute=True).bfloat16(), torch.randn(T, B, H).bfloat16()
+    count, _ = saved(module, x)
+    ours = sum(size for size in count.values()) - sum(p.nbytes for p in module.parameters())
+    assert ours <= T * B * H * 2 * (1 + 1 + 5) / 3
+
+
+# The attribute
+
+
+def test_the_keyword_is_an_attribute_of_any_module():
+    module = LSTM(I, H, recompute=True)
+    assert module.recompute is True and "recompute=True" in repr(module) and "recompute" not in repr(LSTM(I, H))
+    assert copy.deepcopy(module).recompute is True and "recompute" not in str(module.state_dict().keys())
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False).recompute is True
+    swapped = twin(LSTM(I, H))
+    fused_lstm.swap(swapped)
+    assert swapped.recompute is False
+    swapped.recompute = 7
+    fused_lstm.swap(swapped, back=True)
+    fused_lstm.swap(swapped)
+    assert swapped.recompute == 7 and swapped.plan(torch.randn(T, B, I)).chunk == 7
+
+
+@pytest.mark.parametrize("recompute, error", [(-1, ValueError), (2.5, TypeError), (None, TypeError)])
+def test_what_is_no_number_of_steps_is_refused(recompute, error):
+    with pytest.raises(error, match="recompute must be"):
+        LSTM(I, H, recompute=recompute)
+
+
+def test_the_functional_form():
+    module, x, hx = module_and_input({}, torch.float64, "cpu")
+    results = []
+    for recompute in (4, False):
+        y, *_ = fused_lstm.lstm(x, hx, list(module.parameters()), recompute=recompute)
+        results.append(torch.autograd.grad(y.square().sum(), list(module.parameters())))
+    torch.testing.assert_close(*results)
+
+
+def test_dropout_and_weights_without_gradients():
+    module, x = LSTM(I, H, 2, dropout=0.5), torch.randn(T, B, I)
+    module.weight_hh_l0.requires_grad_(False)
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    results = []
+    for recompute in (4, False):
+        module.recompute = recompute
+        torch.manual_seed(1)
+        results.append(torch.autograd.grad(module(x)[0].sum(), wanted))
+    torch.testing.assert_close(*results)
