@@ -48,6 +48,7 @@ def test_char_lm_can_disagree(change, exact, agree):
 RECIPES = {
     "rollouts.py": ["--envs=3", "--steps=4", "--updates=2", "--hidden=8"],
     "tagger.py": ["--batch=3", "--length=4", "--updates=2", "--hidden=8"],
+    "long_sequence.py": ["--hidden=8", "--batch=2", "--budget=1", "--length=200"],
     "streaming.py": ["--steps=6", "--hidden=8"],
 }
 
