@@ -3,7 +3,8 @@
     torchrun --nproc-per-node=2 examples/train_ddp.py      # on a CPU; with GPUs, a process for each
 
 fused_lstm needs nothing of its own for it: its parameters are nn.LSTM's. The task is to sum the two marked numbers of
-each row. Rank 0 prints the loss; at the end every process must hold the same weights.
+each row. The rows of a batch are dealt to the processes, so that any number of them trains on the same batches: rank 0
+prints the loss over all rows, which is that of --nproc-per-node=1; at the end every process must hold the same weights.
 """
 
 import argparse
@@ -38,22 +39,25 @@ def batch(T: int, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def train(args: argparse.Namespace) -> bool:
     """Returns whether all processes end with the same weights."""
-    rank, cuda = dist.get_rank(), torch.cuda.is_available()
+    rank, world, cuda = dist.get_rank(), dist.get_world_size(), torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     torch.manual_seed(0)
     model = DistributedDataParallel(Adder(args.hidden).to(device))
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    generator = torch.Generator().manual_seed(1 + rank)  # each process has rows of its own
+    generator = torch.Generator().manual_seed(1)
     for step in range(args.steps):
-        x, target = (tensor.to(device) for tensor in batch(args.length, args.batch, generator))
+        rows, targets = batch(args.length, args.batch, generator)
+        x, target = rows[:, rank::world].to(device), targets[rank::world].to(device)
         loss = nn.functional.mse_loss(model(x), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if rank == 0 and (step + 1) % max(1, args.steps // 5) == 0:
-            print(f"step {step + 1}: loss {loss.item():.4f}", flush=True)
+        if (step + 1) % max(1, args.steps // 5) == 0:
+            dist.all_reduce(loss := loss.detach() / world)
+            if rank == 0:
+                print(f"step {step + 1}: loss {loss.item():.4f}", flush=True)
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    others = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
+    others = [torch.empty_like(weights) for _ in range(world)]
     dist.all_gather(others, weights)
     return all(torch.equal(weights, other) for other in others)
 
@@ -61,10 +65,13 @@ def train(args: argparse.Namespace) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=32, help="rows of each process")
+    parser.add_argument("--batch", type=int, default=64, help="rows of all processes together")
     parser.add_argument("--length", type=int, default=10)
     parser.add_argument("--hidden", type=int, default=32)
     args = parser.parse_args()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.batch % world:
+        parser.error(f"--batch {args.batch} is not the same number of rows for each of {world} processes")
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     agree = train(args)  # its model is gone before the process group is, or the process may hang at its end
     if dist.get_rank() == 0:

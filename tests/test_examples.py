@@ -61,18 +61,18 @@ def test_recipe(name):
 
 
 def test_train_ddp():
-    sizes = ["--steps=2", "--batch=2", "--length=4", "--hidden=4"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        EXAMPLES / "train_ddp.py",
-    ]
-    done = subprocess.run([*command, *sizes], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "AGREE: the weights of 2 processes" in done.stdout.splitlines()
+    losses = []
+    for processes in (1, 2):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+        sizes = ["--steps=5", "--batch=4", "--length=4", "--hidden=4"]
+        done = subprocess.run(
+            [*torchrun, EXAMPLES / "train_ddp.py", *sizes], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        *lines, verdict = done.stdout.splitlines()
+        assert verdict == f"AGREE: the weights of {processes} processes"
+        losses.append(lines)
+    assert len(losses[0]) == 5 and losses[0] == losses[1]
 
 
 LONG_MEMORY = EXAMPLES / "long_memory.py"
