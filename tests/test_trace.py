@@ -134,22 +134,20 @@ def test_dtypes(dtype, device):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_numbers_are_those_that_the_kernels_save(options, device, monkeypatch):
     module, x, hx = module_and_input(OPTIONS[options], torch.float32, device)
-    if module.plan(x).mode == "torch":
-        pytest.skip("torch's path has no kernels")
     saved, forward = [], operators.forward
     monkeypatch.setattr(operators, "forward", lambda *args: saved.append(forward(*args)) or saved[-1])
     y, _ = module(x, hx)
-    ours, calls = trace(module, x, hx), len(module.all_weights)
+    ours, calls = trace(module, x, hx), 0 if module.plan(x).mode == "torch" else len(module.all_weights)
     assert len(saved) == 2 * calls
     # A call with gradients saves c and gates for backward; each call of trace gave the same.
-    for k, (layer, direction, _) in enumerate(cells_of(module)):
-        _, _, c, gates = saved[k]
+    for (layer, direction, _), (_, _, c, gates) in zip(cells_of(module), saved[:calls], strict=calls > 0):
         at = [
             v[..., layer, direction, :].transpose(0, 1) if module.batch_first else v[..., layer, direction, :]
             for v in ours
         ]
         assert torch.equal(torch.cat(at[:4], -1), gates) and torch.equal(at[4], c)
-    assert torch.equal(ours.h[..., -1, :, :].flatten(-2), y)
+    # Composed of torch operations, as on torch's path, it differs from the call by rounding.
+    torch.testing.assert_close(ours.h[..., -1, :, :].flatten(-2), y, rtol=0, atol=0 if calls else 1e-6)
 
 
 # The forms of the input
