@@ -35,6 +35,8 @@ from triton.compiler import ASTSource, CompiledKernel
 from fused_lstm.kernels import backward, cell, forward, launch, sync
 from fused_lstm.kernels.plan import A100, B200, H100, Plan, Tiles, choose_kernel
 
+from . import model
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "offline"
 Row = dict[str, Any]
@@ -101,8 +103,7 @@ def compile_kernel(
 ) -> CompiledKernel:
     """Compiles a kernel of KERNELS as its launcher would, for a capability such as (9, 0), without a GPU."""
     kernel: Any = KERNELS[name]
-    constants, options = launch.specialization(plan, getattr(plan, name), H, dtype)
-    constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
+    constants, options = launch.specialized(kernel, plan, getattr(plan, name), H, dtype)
     constants |= {"REVERSE": reverse, "LENGTHS": packed or lengths, "PACKED": packed, "RESET": reset}
     constants |= {"SAVE": save} if name == "forward" else {"DC_STEPS": False}
     taken = {
@@ -296,8 +297,6 @@ def fails(row: Row) -> bool:
 def predicted(row: Row) -> Row:
     """The model's time for one step of a row's H and B under its tiles, the floor, both in microseconds, and the term
     that sets the first."""
-    from . import model  # here, because printing rows needs no model
-
     tiles, backward = Tiles(**row["tiles"]), row["kernel"] == "backward"
     plan = Plan(row["mode"], tiles, tiles, 0, row["precision"], "")
     planned = model.predicted(row["device"], row["dtype"], plan, row["H"], row["B"], backward)
@@ -438,7 +437,7 @@ def main() -> None:
     flags["save"] = not args.inference
     failed = False
     for group in chosen:
-        row = compiled(group, **flags) | flags
+        row = compiled(group, **flags) | predicted(group) | flags
         failed |= fails(row)
         print(json.dumps(row), flush=True)
     sys.exit(failed)

@@ -249,7 +249,7 @@ def backward(
     dc0 = dcn.to(c0.dtype, copy=True)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
     products = team_flags = None
-    if (team := plan.backward.team) > 1:
+    if plan.mode == "grid" and (team := plan.backward.team) > 1:
         products = c0.new_empty((team, B, H))
         programs = programs_of(plan.backward, H, B)
         team_flags = torch.zeros((programs[1], programs[0] // team), dtype=torch.int32, device=dy.device)

@@ -93,6 +93,14 @@ def specialization(plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype) -> tupl
     return constants, options
 
 
+def specialized(
+    kernel: Any, plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constexpr arguments and the compile options by which a plan enters a kernel."""
+    constants, options = specialization(plan, tiles, H, dtype)
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}, options
+
+
 def launch(
     kernel: Any,
     tensors: tuple[Tensor | None, ...],
@@ -110,8 +118,7 @@ def launch(
         RuntimeError: under FUSED_LSTM_DEBUG=1, a program that waited in vain for another, and at which step.
     """
     device = tensors[0].device
-    constants, options = specialization(plan, tiles, H, dtype)
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    constants, options = specialized(kernel, plan, tiles, H, dtype)
     unit_blocks, batch_groups = programs_of(tiles, H, B)
     step_flags = report = None
     groups_at_once = batch_groups

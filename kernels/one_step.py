@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .cell import cell_forward, dot, split_gates
 from .forward import load_columns, load_weight
-from .launch import on_device, specialization
+from .launch import on_device, programs_of, specialized
 from .plan import Plan
 
 
@@ -83,10 +83,9 @@ def one_step(
     L, B, H = h0.shape
     hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape)
     tiles = plan.forward
-    constants, options = specialization(plan, tiles, H, x.dtype)
-    constants = {name: value for name, value in constants.items() if name in one_step_kernel.arg_names}
+    constants, options = specialized(one_step_kernel, plan, tiles, H, x.dtype)
     constants["ACC"] = tl.float64 if x.dtype == torch.float64 else tl.float32
-    programs = (triton.cdiv(H, tiles.units), triton.cdiv(B, tiles.batch))
+    programs = programs_of(tiles, H, B)
     with on_device(x.device):
         for layer in range(L if B > 0 else 0):
             below = x if layer == 0 else hn[layer - 1]

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .cell import cell_forward
 from .launch import DENSE, Layout, on_device
+from .plan import ceil_div
 
 BLOCK = 64  # units of a program, two a thread of its one warp: element by element, so more programs serve better
 
@@ -95,5 +96,5 @@ def scan(
     if B > 0:
         flags = {"REVERSE": reverse, **layout.flags, "HIDDEN": hidden, "BLOCK": BLOCK}
         with on_device(pre.device):
-            scan_kernel[(B, triton.cdiv(H, BLOCK))](pre, c0, c_reset, *layout, pre, c, h, T, B, H, **flags, num_warps=1)
+            scan_kernel[(B, ceil_div(H, BLOCK))](pre, c0, c_reset, *layout, pre, c, h, T, B, H, **flags, num_warps=1)
     return c, h
