@@ -72,8 +72,9 @@ def terms_of(device: str) -> Terms | None:
     return next((terms for name, terms in TERMS.items() if name in device), None)
 
 
-def floor(device: str | Terms, dtype: str, mode: str, H: int, B: int, backward: bool = False) -> Floor:
-    """Returns the floor of one step of a recurrence, without the products that are parallel over time.
+def floor(device: str | Terms, dtype: str, mode: str, H: int, B: int, backward: bool = False, layers: int = 1) -> Floor:
+    """Returns the floor of one step of a recurrence, without the products that are parallel over time; of layers in one
+    launch a step of all of them, with the products of the layers above the first.
 
     In "grid" the best split of units and batch rows over the multiprocessors counts, whichever the plan takes.
 
@@ -83,34 +84,39 @@ def floor(device: str | Terms, dtype: str, mode: str, H: int, B: int, backward: 
         mode: "local", "grid" or "step".
         H, B: hidden units, batch rows.
         backward: of the backward pass, which gathers dgates (4H) instead of h (H).
+        layers: in one launch, in "grid".
 
     Raises:
         KeyError: a device that the table lacks.
     """
     terms = known(device)
-    units = [H] if mode == "local" else [u for u in (8, 16, 32, 64, 128) if math.ceil(H / u) <= terms.multiprocessors]
+    share = terms.multiprocessors // layers
+    units = [H] if mode == "local" else [u for u in (8, 16, 32, 64, 128) if math.ceil(H / u) <= share]
     best = Floor(math.inf, "")
-    for u in units or [math.ceil(H / terms.multiprocessors)]:
-        groups = min(B, max(1, terms.multiprocessors // math.ceil(H / u)))
-        weights = 4 * u * H * BYTES[dtype] * (2 if dtype == "fp32" else 1)
+    for u in units or [math.ceil(H / share)]:
+        groups = min(B, max(1, share // math.ceil(H / u)))
+        weights = 4 * u * H * BYTES[dtype] * (2 if dtype == "fp32" else 1) * (1 if layers == 1 else 2)
         streamed = {"local": 0.0, "grid": max(0.0, 1 - terms.on_chip / weights), "step": 1.0}[mode]
         for team in (1, 4) if backward and mode == "grid" else (1,):
-            one = _step(terms, dtype, mode, H, u, groups, math.ceil(B / groups), streamed, B, backward, team)
+            one = _step(terms, dtype, mode, H, u, groups, math.ceil(B / groups), streamed, B, backward, team, layers)
             best = min(best, one, key=lambda candidate: candidate.us)
     return best
 
 
 def predicted(device: str | Terms, dtype: str, plan: Plan, H: int, B: int, backward: bool = False) -> Floor:
-    """Returns what the model gives for one step under a plan: its tiles, its padding, its launches one after another.
+    """Returns what the model gives for one step under a plan, of all directions and layers of a launch: its tiles, its
+    padding, its launches one after another.
 
     Args and errors as floor(). Of the floor's optimism it keeps one thing: the parts of a step overlap.
     """
     terms, tiles = known(device), plan.backward if backward else plan.forward
     blocks, groups = programs_of(tiles, H, B)
-    at_once = min(groups, max(1, terms.multiprocessors // blocks))
+    groups *= plan.directions
+    at_once = min(groups, max(1, terms.multiprocessors // (plan.layers * blocks)))
     chunks = math.ceil(H / tiles.chunk) * (4 // tiles.team if backward else 1)
     streamed = {"local": 0.0, "grid": 1 - (tiles.kept or chunks) / chunks, "step": 1.0}[plan.mode]
-    one = _step(terms, dtype, plan.mode, H, tiles.units, at_once, tiles.batch, streamed, B, backward, tiles.team)
+    sizes = tiles.units, at_once, tiles.batch, streamed, plan.directions * B
+    one = _step(terms, dtype, plan.mode, H, *sizes, backward, tiles.team, plan.layers)
     return replace(one, us=one.us * math.ceil(groups / at_once))
 
 
@@ -133,28 +139,31 @@ def _step(
     B: int,
     backward: bool,
     team: int = 1,
+    layers: int = 1,
 ) -> Floor:
     """One step of `groups` batch groups at once, of `rows` rows each, with the share `streamed` of W_hh not on chip;
-    in teams a program gathers one gate's dgates, and exchanges twice.
+    in teams a program gathers one gate's dgates, and exchanges twice. Of several layers each has two products, W_hh's
+    and the W_ih of itself or of the layer above.
 
     A step begins when the last one has been exchanged; what it then does overlaps at best: its slowest part counts.
     """
-    size, width, blocks = BYTES[dtype], 4 * H // team if backward else H, math.ceil(H / units)
+    size, width, blocks = BYTES[dtype], 4 * H // team if backward else H, layers * math.ceil(H / units)
+    products = 1 if layers == 1 else 2
     before = {"local": 0.0, "grid": terms.exchange * min(team, 2), "step": terms.launch}[mode]
-    weights = 4 * units * H * size
+    weights = products * 4 * units * H * size
     real_rows = min(B, groups * rows)
     parts = {
         # On chip, full precision keeps each weight as two TF32 numbers.
         "weights": (1 - streamed) * weights * (2 if dtype == "fp32" else 1) / terms.shared,
         "streaming": streamed * blocks * groups * weights / terms.l2,
-        "products": 2 * rows * 4 * units * H / terms.matrix[dtype],
+        "products": products * 2 * rows * 4 * units * H / terms.matrix[dtype],
         # input_gates and y (backward: gates, c, dy and dgates) pass through device memory once.
-        "memory": real_rows * size * (H + 8 * H + 2 * H if backward else 5 * H) / terms.memory,
+        "memory": layers * real_rows * size * (H + 8 * H + 2 * H if backward else 5 * H) / terms.memory,
     }
     if 4 * H * H * size > terms.l2_size:
         parts["streaming"] = max(parts["streaming"], streamed * 4 * H * H * size / terms.memory)
     if mode != "local":
-        parts["gather"] = blocks * real_rows * width * size / terms.l2
+        parts["gather"] = products * blocks * real_rows * width * size / terms.l2
     slowest = max(parts, key=lambda name: parts[name])
     binds = slowest if parts[slowest] > before else {"grid": "exchange", "step": "launch", "local": slowest}[mode]
     return Floor(before + parts[slowest], binds)

@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from fused_lstm.kernels import backward, cell, forward, launch, sync
+from fused_lstm.kernels import backward, cell, dropout, forward, launch, sync
 from fused_lstm.kernels.plan import A100, B200, H100, Plan, Tiles, choose_kernel
 
 from . import model
@@ -51,20 +51,23 @@ DTYPES = {
 }
 KERNELS = {"forward": forward.forward_kernel, "backward": backward.backward_kernel}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+# The directions and layers of a launch that the table covers: other numbers of layers have no other tiles.
+LAUNCHES = ((1, 1), (1, 2), (1, 4))
 TENSOR_MEMORY = 512  # columns that a multiprocessor with tcgen05 has
-IN_ACCUMULATOR = {"c_state", "c", "c0", "dc_state", "c_reset", "dc_reset", "products"}
-INTEGERS = {"T": "i32", "B": "i32", "row_begin": "i32", "step_begin": "i32", "step_end": "i32"}
+IN_ACCUMULATOR = {"c_state", "c", "c0", "dc_state", "c_reset", "dc_reset", "products", "keep"}
 INTEGER_POINTERS = {
     "flags": "*i32",
     "team_flags": "*i32",
     "report": "*i32",
     "lengths": "*i64",
     "offsets": "*i64",
+    "order": "*i64",
+    "seed": "*i64",
     "starts": "*i1",
 }
 
 # What makes two rows of one Triton the same compile, and what names a group in the table.
-COMPILE = ("device", "dtype", "kernel", "mode", "precision", "tiles", "H")
+COMPILE = ("device", "dtype", "kernel", "mode", "precision", "tiles", "stack", "H")
 GROUP = (*COMPILE, "aligned", "H_range", "B_range")
 
 
@@ -99,17 +102,23 @@ def compile_kernel(
     packed: bool = False,
     lengths: bool = False,
     reset: bool = False,
+    drop: bool = False,
     save: bool = True,
 ) -> CompiledKernel:
     """Compiles a kernel of KERNELS as its launcher would, for a capability such as (9, 0), without a GPU."""
     kernel: Any = KERNELS[name]
     constants, options = launch.specialized(kernel, plan, getattr(plan, name), H, dtype)
-    constants |= {"REVERSE": reverse, "LENGTHS": packed or lengths, "PACKED": packed, "RESET": reset}
+    stack = plan.layers > 1
+    constants |= {"DIRECTIONS": plan.directions, "REVERSE": reverse}
+    constants |= {"LENGTHS": packed or lengths, "PACKED": packed, "RESET": reset, "STACK": stack, "DROP": drop}
     constants |= {"SAVE": save} if name == "forward" else {"DC_STEPS": False}
     taken = {
         ("c", "gates"): save or name == "backward",
         ("lengths",): packed or lengths,
         ("offsets",): packed,
+        ("order",): lengths and not packed,
+        ("weight_ih", "bias"): stack,
+        ("seed", "keep", "dropped"): drop,
         ("starts", "c_reset", "dc_reset"): reset,
         ("dc_steps",): False,
         ("flags",): plan.mode == "grid",
@@ -122,8 +131,8 @@ def compile_kernel(
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument in INTEGERS:
-            signature[argument] = INTEGERS[argument]
+        elif argument in launch.SIZES:
+            signature[argument] = "i32"
         else:
             default = "*fp32" if argument in IN_ACCUMULATOR else POINTERS[dtype]
             signature[argument] = INTEGER_POINTERS.get(argument, default)
@@ -214,11 +223,13 @@ def width(access: str) -> int:
     return int(bits[1]) // 8 if bits else 4
 
 
-def choices(device: str, dtype: str, H: int, first: int, last: int) -> Iterator[tuple[Plan, int, int]]:
+def choices(
+    device: str, dtype: str, H: int, first: int, last: int, directions: int = 1, layers: int = 1
+) -> Iterator[tuple[Plan, int, int]]:
     """The plans for batches first to last, each with its range of them; none comes back after another."""
     choose = choose_kernel.__wrapped__  # its cache would keep every plan
     torch_dtype, ieee = DTYPES[dtype]
-    low, high = (choose(torch_dtype, B, H, DEVICES[device], ieee) for B in (first, last))
+    low, high = (choose(torch_dtype, B, H, DEVICES[device], ieee, directions, layers) for B in (first, last))
     if low == high:
         yield low, first, last
     elif last - first == 1:
@@ -226,8 +237,8 @@ def choices(device: str, dtype: str, H: int, first: int, last: int) -> Iterator[
         yield high, last, last
     else:
         middle = (first + last) // 2
-        yield from choices(device, dtype, H, first, middle)
-        yield from choices(device, dtype, H, middle, last)
+        yield from choices(device, dtype, H, first, middle, directions, layers)
+        yield from choices(device, dtype, H, middle, last, directions, layers)
 
 
 def groups(
@@ -235,21 +246,27 @@ def groups(
     dtypes: Iterable[str] = DTYPES,
     sizes: Iterable[int] = range(1, 2049),
     batches: Iterable[tuple[int, int]] = ((1, 1024),),
+    launches: Iterable[tuple[int, int]] = LAUNCHES,
 ) -> list[Row]:
     """What plan.py chooses over sizes H and ranges of batches B: a row for each kernel that differs in more than H.
 
     H is the size that stands for the group and B its smallest batch; H_range and B_range are all that the group has.
+    launches: how many directions and layers they have. That the members are layers is a constant of the machine code,
+    how many is not: `layers` is the fewest of a stack, 1 without.
     """
-    found: dict[tuple[Any, ...], list[tuple[int, int, int]]] = {}
-    for device, dtype, H, batch_range in product(devices, dtypes, sizes, batches):
+    found: dict[tuple[Any, ...], list[tuple[int, int, int, int]]] = {}
+    for device, dtype, H, batch_range, launch_of in product(devices, dtypes, sizes, batches, launches):
         aligned = H * DTYPES[dtype][0].itemsize % 16 == 0
-        for plan, first, last in choices(device, dtype, H, *batch_range):
+        for plan, first, last in choices(device, dtype, H, *batch_range, *launch_of):
+            if plan.layers > 1 and plan.mode != "grid":
+                continue  # they do not fit together
             for kernel in KERNELS:
-                same = (device, dtype, kernel, plan.mode, plan.precision, getattr(plan, kernel), aligned)
-                found.setdefault(same, []).append((H, first, last))
+                several = plan.directions, plan.layers > 1
+                same = (device, dtype, kernel, plan.mode, plan.precision, getattr(plan, kernel), *several, aligned)
+                found.setdefault(same, []).append((H, first, last, plan.layers))
     rows = []
-    for (device, dtype, kernel, mode, precision, tiles, aligned), members in found.items():
-        sizes, firsts, lasts = zip(*members, strict=True)
+    for (device, dtype, kernel, mode, precision, tiles, directions, stack, aligned), members in found.items():
+        sizes, firsts, lasts, layers = zip(*members, strict=True)
         chosen = {max(sizes, key=lambda H: (H % tiles.chunk > 0 if aligned else H % 2, H))}
         if mode == "grid":
             chosen.add(max(sizes))
@@ -261,9 +278,12 @@ def groups(
                 "mode": mode,
                 "precision": precision,
                 "tiles": asdict(tiles),
+                "stack": stack,
                 "aligned": aligned,
                 "H": H,
-                "B": min(first for size, first, _ in members if size == H),
+                "B": min(first for size, first, _, _ in members if size == H),
+                "directions": directions,
+                "layers": min(layers),
                 "H_range": [min(sizes), max(sizes)],
                 "B_range": [min(firsts), max(lasts)],
             }
@@ -274,9 +294,9 @@ def groups(
 
 def compiled(group: Row, **flags: bool) -> Row:
     """A group's row with what its compiled kernel takes, or with the error of its compilation."""
-    dtype, ieee = DTYPES[group["dtype"]]
-    device = DEVICES[group["device"]]
-    plan = choose_kernel(dtype, group["B"], group["H"], device, ieee)
+    dtype, device = DTYPES[group["dtype"]][0], DEVICES[group["device"]]
+    tiles = Tiles(**group["tiles"])
+    plan = Plan(group["mode"], tiles, tiles, 0, group["precision"], "", group["directions"], group["layers"])
     try:
         kernel = compile_kernel(group["kernel"], plan, group["H"], dtype, device.capability, **flags)
         found = asdict(resources(kernel))
@@ -298,15 +318,15 @@ def predicted(row: Row) -> Row:
     """The model's time for one step of a row's H and B under its tiles, the floor, both in microseconds, and the term
     that sets the first."""
     tiles, backward = Tiles(**row["tiles"]), row["kernel"] == "backward"
-    plan = Plan(row["mode"], tiles, tiles, 0, row["precision"], "")
+    plan = Plan(row["mode"], tiles, tiles, 0, row["precision"], "", row["directions"], row["layers"])
     planned = model.predicted(row["device"], row["dtype"], plan, row["H"], row["B"], backward)
-    bound = model.floor(row["device"], row["dtype"], row["mode"], row["H"], row["B"], backward)
+    bound = model.floor(row["device"], row["dtype"], row["mode"], row["H"], row["B"], backward, layers=row["layers"])
     return {"us": round(planned.us, 2), "floor": round(bound.us, 2), "binds": planned.binds}
 
 
 def source() -> str:
     """A hash of the code that is compiled, without its comments and layout; the plans are in the rows."""
-    files = [Path(module.__file__ or "") for module in (backward, cell, forward, launch, sync)]
+    files = [Path(module.__file__ or "") for module in (backward, cell, dropout, forward, launch, sync)]
     nodes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     kernels = [node for node in functions if node.decorator_list or node.name == "specialization"]
@@ -372,7 +392,9 @@ def table(results: Path) -> str:
         "one program (an inner loop over chunks that are not kept counted once): matrix instructions (HMMA; HGMMA is",
         "wgmma, UTCHMMA tcgen05), barriers, instructions, KiB of global memory that are loaded and stored if no mask",
         "hides any. Model: the time of a step under these tiles at this H and its smallest B in the group, and its",
-        "floor, both by `bench/model.py`, and the term that sets the first.",
+        "floor, both by `bench/model.py`, and the term that sets the first. Layers: the fewest that run in one launch",
+        "under these tiles, a step behind each other; the time is that of a step of all of them. One direction of a",
+        "layer; both have the same tiles, and addresses that take a few registers more (`--directions 2`).",
     ]
     head = "dtype | pass | form | tiles | H | of H | of B | registers | spills | shared KiB | matrix | barriers"
     head += " | instructions | loads KiB | stores KiB | model µs | floor µs | binds"
@@ -390,7 +412,7 @@ def cells(versions: dict[str, Row]) -> Iterator[str]:
     """The cells of a line of the table, from the rows of one group by Triton's version."""
     row = first(versions)
     tiles, found = row["tiles"], [version.get("resources") for version in versions.values()]
-    yield from (row["dtype"], row["kernel"], row["mode"])
+    yield from (row["dtype"], row["kernel"], f"{row['mode']}, {row['layers']} layers" if row["stack"] else row["mode"])
     shape = [str(tiles[name]) for name in ("batch", "units", "chunk", "warps")]
     yield ", ".join(
         shape + [f"{name} {tiles[name]}" for name, plain in (("kept", 0), ("team", 1)) if tiles[name] != plain]
@@ -419,10 +441,13 @@ def main() -> None:
     printed.add_argument("--B", type=int, nargs="+", default=[1, 64])
     printed.add_argument("--device", choices=DEVICES, nargs="+", default=["H100"])
     printed.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
+    printed.add_argument("--directions", type=int, default=1)
+    printed.add_argument("--layers", type=int, default=1, help="in one launch")
     printed.add_argument("--reverse", action="store_true")
     printed.add_argument("--packed", action="store_true")
     printed.add_argument("--lengths", action="store_true")
     printed.add_argument("--reset", action="store_true")
+    printed.add_argument("--drop", action="store_true", help="dropout between the layers")
     printed.add_argument("--inference", action="store_true", help="save nothing for backward")
     args = parser.parse_args()
     if args.groups is None and args.H is None:
@@ -432,8 +457,9 @@ def main() -> None:
         chosen = [every[place] for place in args.groups]
     else:  # each size a group of its own
         batches = [(B, B) for B in args.B]
-        chosen = [group for H in args.H for group in groups(args.device, args.dtype, [H], batches)]
-    flags = {name: getattr(args, name) for name in ("reverse", "packed", "lengths", "reset")}
+        launches = [(args.directions, args.layers)]
+        chosen = [group for H in args.H for group in groups(args.device, args.dtype, [H], batches, launches)]
+    flags = {name: getattr(args, name) for name in ("reverse", "packed", "lengths", "reset", "drop")}
     flags["save"] = not args.inference
     failed = False
     for group in chosen:

@@ -1,4 +1,4 @@
-"""LSTMFunction: one layer and direction under autograd."""
+"""LSTMFunction: what runs in one launch, a layer's directions or a stack of layers, under autograd."""
 
 from typing import Any
 
@@ -6,15 +6,22 @@ import torch
 from torch import Tensor
 
 from . import chunks, composed, layer
-from .layer import Sequence
+from .layer import Members, Sequence, Weights, stacked, together
+
+OF_MEMBER = 5  # tensors
+
+
+def by_member(flat: tuple[Any, ...]) -> list[Weights]:
+    return [flat[k : k + OF_MEMBER] for k in range(0, len(flat), OF_MEMBER)]
 
 
 class Gradients(torch.autograd.Function):
     """The gradients that the kernels have computed, to be differentiated once more.
 
-    Takes the sequence's seven; x, h0, c0 and the five weights; the cotangents of y, hn, cn and the cells; then the
-    gradients of the eight, which it passes on. The derivative is that of the layer composed of torch operations: slow,
-    but needed by few. Were it a node of the layer itself, all who ask for create_graph, as torch.func.grad always does,
+    Takes reverse, reset_to_hx and whether the members are layers; the sequence's five tensors, seed and keep; how many
+    tensors have a gradient; those: x, h0, c0 and the weights; the cotangents of y, hn, cn and the cells; then the
+    gradients, which it passes on. The derivative is that of the recurrence composed of torch operations: slow, but
+    needed by few. Were it a node of the layer itself, all who ask for create_graph, as torch.func.grad always does,
     would pay.
     """
 
@@ -22,52 +29,57 @@ class Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        return tuple(None if grad is None else grad.view_as(grad) for grad in args[19:])
+        return tuple(None if grad is None else grad.view_as(grad) for grad in args[15 + args[10] :])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.flags = inputs[5:7]
-        ctx.save_for_backward(*inputs[:5], *inputs[7:19])
+        ctx.flags, ctx.count = inputs[:3], inputs[10]
+        ctx.save_for_backward(*inputs[3:10], *inputs[11 : 15 + ctx.count])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        sequence, saved = Sequence(*ctx.saved_tensors[:5], *ctx.flags), ctx.saved_tensors[5:]
+        count, saved = ctx.count, ctx.saved_tensors[7:]
+        sequence = Sequence(*ctx.saved_tensors[:5], *ctx.flags[:2])
+        members = Members(ctx.flags[2], *ctx.saved_tensors[5:7])
         present = [k for k, tensor in enumerate(saved) if tensor is not None]
         asked = [k for k, cotangent in enumerate(cotangents) if cotangent is not None]
         if not asked:
-            return (None,) * 27
+            return (None,) * (15 + 2 * count)
 
         def first(*tensors: Tensor) -> tuple[Tensor, ...]:
-            """The gradients that were asked for, as the composed layer has them."""
-            whole: list[Any] = [None] * 12
+            """The gradients that were asked for, as the composed recurrence has them."""
+            whole: list[Any] = [None] * (count + 4)
             for k, tensor in zip(present, tensors, strict=True):
                 whole[k] = tensor
 
-            def layer(*given: Tensor) -> tuple[Tensor, ...]:
-                arguments = whole[:8]
+            def recurrence(*given: Tensor) -> tuple[Tensor, ...]:
+                arguments = whole[:count]
                 for k, tensor in zip(asked, given, strict=True):
                     arguments[k] = tensor
-                return composed.layer(*arguments, sequence)[:4]  # type: ignore[call-arg]
+                x, h0, c0, *weights = arguments
+                return composed.members(x, h0, c0, by_member(tuple(weights)), sequence, members)[:4]
 
-            outputs, pull = torch.func.vjp(layer, *(whole[k] for k in asked))[:2]
-            pairs = zip(whole[8:], outputs, strict=True)
+            outputs, pull = torch.func.vjp(recurrence, *(whole[k] for k in asked))[:2]
+            pairs = zip(whole[count:], outputs, strict=True)
             return pull(tuple(torch.zeros_like(output) if by is None else by for by, output in pairs))
 
         pull = torch.func.vjp(first, *(saved[k] for k in present))[1]
         second = dict(zip(present, pull(tuple(cotangents[k] for k in asked)), strict=True))
-        return *[None] * 7, *(second.get(k) for k in range(12)), *[None] * 8
+        return *[None] * 11, *(second.get(k) for k in range(count + 4)), *[None] * count
 
 
 class LSTMFunction(torch.autograd.Function):
-    """One layer and direction.
+    """The directions of a layer, or a stack of layers: M members.
 
-    Inputs: x (T, B, I) or (rows, I) packed; h0 (B, Hout); c0 (B, H); weight_ih (4H, I); weight_hh (4H, Hout);
-    bias_ih, bias_hh (4H) or None; weight_hr (P, H) or None; the sequence's seven; save: keep what backward needs;
-    states: also return the cells of all steps; ieee: float32 products in full precision; chunk: keep the states between
-    chunks of so many steps alone, and recompute the rest in backward; 0: keep h, c and gates of every step.
-    Outputs: y like x with Hout features; hn (B, Hout); cn (B, H); the cells like x with H features, None without
-    states; and, kept for backward only, h, c and gates, or of recomputing the states h and c between the chunks.
+    Inputs: x (T, B, I) or (rows, I) packed; h0 (M, B, Hout); c0 (M, B, H); the sequence's seven; the Members' three;
+    save: keep what backward needs; states: also return the cells of all steps, not of a stack; ieee: float32 products
+    in full precision; chunk: keep the states between chunks of so many steps alone, and recompute the rest in backward;
+    0: keep h, c and gates of every step; then of each member weight_ih (4H, I), weight_hh (4H, Hout), bias_ih and
+    bias_hh (4H) or None, weight_hr (P, H) or None.
+    Outputs: y like x with D*Hout features; hn (M, B, Hout); cn (M, B, H); the cells like x with D*H features, None
+    without states; and, kept for backward only, y of all layers of a stack, h, c and gates, or of recomputing the
+    states h and c between the chunks of each direction.
     """
 
     generate_vmap_rule = True
@@ -76,24 +88,34 @@ class LSTMFunction(torch.autograd.Function):
     def forward(  # type: ignore[override]
         x: Tensor, h0: Tensor, c0: Tensor, *rest: Any
     ) -> tuple[Tensor | None, ...]:
-        weights, sequence, (save, states, ieee, chunk) = rest[:5], Sequence(*rest[5:12]), rest[12:]
+        sequence, members, (save, states, ieee, chunk) = Sequence(*rest[:7]), Members(*rest[7:10]), rest[10:14]
+        weights = by_member(rest[14:])
         if chunk:
-            places = *sequence.layout, sequence.earlier, sequence.reverse, sequence.reset_to_hx
-            y, hn, cn, cells, h, c = chunks.forward(x, h0, c0, *weights, *places, states, chunk, ieee)
-            return y, hn, cn, cells if states else None, h, c, None
-        y, hn, cn, h, c, gates = layer.forward(x, h0, c0, weights, sequence, (h0, c0), save or states, ieee)
+            parts = []
+            for d, own in enumerate(sequence.each(len(weights))):
+                parts.append(chunks.forward(x, h0[d], c0[d], *weights[d], *places(own), states, chunk, ieee))
+            of_y, of_h, of_c, of_cells, *between = (list(tensors) for tensors in zip(*parts, strict=True))
+            kept = None, *map(stacked, between), None
+            return together(of_y), stacked(of_h), stacked(of_c), together(of_cells) if states else None, *kept
+        y, hn, cn, h, c, gates = layer.forward(x, h0, c0, weights, sequence, members, (h0, c0), save or states, ieee)
         cells = c.to(x.dtype, copy=True) if states else None
-        return y, hn, cn.to(c0.dtype), cells, None if h is y else h, c, gates
+        top, of_layers = y, None
+        if members.layers:
+            # Without backward a copy, or the last layer's y would hold those of all.
+            top, of_layers = (y[-1], y) if save else (y[-1].clone(), None)
+        return top, hn, cn.to(c0.dtype), cells, of_layers, None if h is y else h, c, gates
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, reverse, reset_to_hx, save, _, ctx.ieee, ctx.chunk = inputs
-        ctx.flags = reverse, reset_to_hx
-        y, _, _, _, h, c, gates = output
-        ctx.mark_non_differentiable(*(t for t in (h, c, gates) if t is not None))
+        x, h0, c0, *places, reverse, reset_to_hx, layers, seed, keep, save, _, ctx.ieee, ctx.chunk = inputs[:17]
+        ctx.flags = reverse, reset_to_hx, layers
+        y, _, _, _, *kept = output
+        ctx.mark_non_differentiable(*(t for t in kept if t is not None))
         ctx.set_materialize_grads(False)
         if save:
-            ctx.save_for_backward(*tensors, y, h, c, gates)
+            of_layers, *rest = kept
+            y = y if of_layers is None else of_layers
+            ctx.save_for_backward(*places, seed, keep, y, *rest, x, h0, c0, *inputs[17:])
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -103,9 +125,10 @@ class LSTMFunction(torch.autograd.Function):
         with torch.no_grad():
             grads = LSTMFunction.gradients(ctx, saved, dy, dhn, dcn, dcells)
         if torch.is_grad_enabled():  # someone wants to differentiate once more
-            tensors, sequence = saved[:8], saved[8:13]
-            grads = Gradients.apply(*sequence, *ctx.flags, *tensors, dy, dhn, dcn, dcells, *grads)
-        return *grads, *[None] * 11
+            tensors = saved[11:]
+            cotangents = dy, dhn, dcn, dcells
+            grads = Gradients.apply(*ctx.flags, *saved[:7], len(tensors), *tensors, *cotangents, *grads)
+        return *grads[:3], *[None] * 14, *grads[3:]
 
     @staticmethod
     def gradients(
@@ -117,30 +140,63 @@ class LSTMFunction(torch.autograd.Function):
         dcells: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """The gradient of each tensor that forward() takes, None where none is needed."""
-        x, h0, c0, *weights = saved[:8]
-        y, h, c, gates = saved[13:]
-        sequence, needs = Sequence(*saved[8:13], *ctx.flags), list(ctx.needs_input_grad[:8])
-        dy = torch.zeros_like(y) if dy is None else dy
+        sequence, members = Sequence(*saved[:5], *ctx.flags[:2]), Members(ctx.flags[2], *saved[5:7])
+        y, h, c, gates, x, h0, c0 = saved[7:14]
+        weights = by_member(saved[14:])
+        needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[17:]]
+        dy = torch.zeros_like(y[-1] if members.layers else y) if dy is None else dy
         dhn = torch.zeros_like(h0) if dhn is None else dhn
         dcn = torch.zeros_like(c0) if dcn is None else dcn
-        inputs = x, h0, c0
         if ctx.chunk:
-            places = *sequence.layout, sequence.earlier, *ctx.flags
-            given = chunks.backward(
-                dy, dhn, dcn, dcells, *inputs, *weights, *places, y, h, c, needs, ctx.chunk, ctx.ieee
-            )
-            dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr = given
+            grads = LSTMFunction.in_chunks(ctx, dy, dhn, dcn, dcells, x, h0, c0, weights, sequence, y, h, c, needs)
         else:
-            hx = h0, c0
-            grads = layer.gradients(
-                dy, dhn, dcn, dcells, *inputs, tuple(weights), sequence, hx, y, h, c, gates, needs, ctx.ieee
+            hx, of_time = (h0, c0), (y, h, c, gates)
+            found = layer.gradients(
+                dy, dhn, dcn, dcells, x, *hx, weights, sequence, members, hx, *of_time, needs, ctx.ieee
             )
-            dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr, dh_reset, dc_reset = grads
-            if dc_reset is not None:
-                dc0 = dc0 + dc_reset
-            if dh0 is not None and dh_reset is not None:
-                dh0 = dh0 + dh_reset
-            dc0 = dc0.to(c0.dtype)
-        dbiases = dbias, dbias.clone() if dbias is not None and needs[6] else None
-        results = dx, dh0, dc0, dweight_ih, dweight_hh, *dbiases, dweight_hr
-        return tuple(grad if needed else None for grad, needed in zip(results, needs, strict=True))
+            dh0, dc0 = found.h0, found.c0
+            if found.c_reset is not None:
+                dc0 = dc0 + found.c_reset
+            if dh0 is not None and found.h_reset is not None:
+                dh0 = dh0 + found.h_reset
+            grads = [found.x, dh0, dc0.to(c0.dtype)]
+            for m, (dweight_ih, dweight_hh, dbias, dweight_hr) in enumerate(found.weights):
+                other = dbias.clone() if dbias is not None and needs[6 + OF_MEMBER * m] else None
+                grads += [dweight_ih, dweight_hh, dbias, other, dweight_hr]
+        return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+
+    @staticmethod
+    def in_chunks(
+        ctx: Any,
+        dy: Tensor,
+        dhn: Tensor,
+        dcn: Tensor,
+        dcells: Tensor | None,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        weights: list[Weights],
+        sequence: Sequence,
+        y: Tensor,
+        h: Tensor,
+        c: Tensor,
+        needs: list[bool],
+    ) -> list[Tensor | None]:
+        """As gradients(); each direction's chunks in an order of their own."""
+        D, of_x, of_states, grads = len(weights), [], [], []
+        for d, own in enumerate(sequence.each(D)):
+            asked = needs[:3] + needs[3 + OF_MEMBER * d : 8 + OF_MEMBER * d]
+            by_y, by_cells = dy.chunk(D, -1)[d], None if dcells is None else dcells.chunk(D, -1)[d]
+            inputs = x, h0[d], c0[d], *weights[d], *places(own), y.chunk(D, -1)[d], h[d], c[d]
+            given = chunks.backward(by_y, dhn[d], dcn[d], by_cells, *inputs, asked, ctx.chunk, ctx.ieee)
+            dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr = given
+            of_x.append(dx)
+            of_states.append((dh0, dc0))
+            grads += [dweight_ih, dweight_hh, dbias, dbias.clone(), dweight_hr]
+        dh0, dc0 = (stacked(list(states)) for states in zip(*of_states, strict=True))
+        return [sum(of_x[1:], of_x[0]), dh0, dc0, *grads]
+
+
+def places(sequence: Sequence) -> tuple[Any, ...]:
+    """What the operators of chunks.py take of a sequence."""
+    return *sequence.layout, sequence.earlier, sequence.reverse, sequence.reset_to_hx

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import layer
 from .kernels.launch import accumulator
 from .kernels.scan import scan
-from .layer import Sequence, Weights, matmul_precision
+from .layer import Members, Sequence, Weights, matmul_precision
 from .operators import one_by_one
 
 
@@ -47,11 +47,12 @@ def forward(
     for k, (part, span, B) in enumerate(_chunks(sequence, x, h0, chunk)):
         if k > 0:
             between.append((h, c))
-        hx = h0[:B], c0[:B]
-        y[span], hn, cn, _, c_steps, _ = layer.forward(x[span], h[:B], c[:B], weights, part, hx, states, ieee)
+        hx = h0[None, :B], c0[None, :B]
+        given = x[span], h[None, :B], c[None, :B], [weights], part
+        y[span], hn, cn, _, c_steps, _ = layer.forward(*given, Members(), hx, states, ieee)
         if states:
             cells[span] = c_steps
-        h, c = torch.cat([hn, h[B:]]), torch.cat([cn, c[B:]])
+        h, c = torch.cat([hn[0], h[B:]]), torch.cat([cn[0], c[B:]])
     return y, h, c.to(c0.dtype, copy=True), cells, *_stacked(between, h, c)
 
 
@@ -124,15 +125,16 @@ def backward(
         gates, c_steps, h_steps = _recompute(x[span], h, c, weights, part, hx, y[span], ieee)
         grads = layer.gradients(
             dy[span],
-            dh[:B],
-            dc[:B],
+            dh[None, :B],
+            dc[None, :B],
             None if dcells is None else dcells[span],
             x[span],
-            h,
-            c,
-            weights,
+            h[None],
+            c[None],
+            [weights],
             part,
-            hx,
+            Members(),
+            (hx[0][None], hx[1][None]),
             y[span],
             h_steps,
             c_steps,
@@ -144,8 +146,9 @@ def backward(
         if grads.x is not None:
             dx[span] = grads.x
         assert grads.h0 is not None
-        dh, dc = torch.cat([grads.h0, dh[B:]]), torch.cat([grads.c0, dc[B:]])
-        for of, grad in enumerate(grads[3:]):
+        dh, dc = torch.cat([grads.h0[0], dh[B:]]), torch.cat([grads.c0[0], dc[B:]])
+        of_resets = (None if grad is None else grad[0] for grad in (grads.h_reset, grads.c_reset))
+        for of, grad in enumerate((*grads.weights[0], *of_resets)):
             total = totals[of]
             totals[of] = grad if total is None or grad is None else total.add_(grad)
     if totals[4] is not None and totals[5] is not None:  # resets have no packed sequences: of all batch rows
@@ -217,7 +220,7 @@ def _recompute(
     """gates, c, and under a projection h, as layer.forward() had them: y is known, so all but c is parallel in time."""
     weight_hh, weight_hr = weights[1], weights[4]
     with matmul_precision(x, ieee):
-        gates = layer.gates_of(x, h0, weights, sequence, reset_to[0])
+        gates = layer.gates_of(x, h0[None], [weights], [sequence], reset_to[0][None])
         _, _, current, previous = sequence.places(len(h0), len(gates))
         h_prev, c_reset = y.reshape(-1, y.shape[-1])[previous], None
         if sequence.starts is not None:

@@ -1,4 +1,4 @@
-"""One layer and direction composed of torch operations: a loop over the steps, for what torch's own LSTM cannot give.
+"""The recurrence composed of torch operations: a loop over the steps, for what torch's own LSTM cannot give.
 
 It runs everywhere, in every dtype, and can be differentiated as often as one likes; it is slow.
 """
@@ -12,10 +12,34 @@ from torch.nn.functional import linear
 from .reference import steps
 
 if TYPE_CHECKING:
-    from .layer import Sequence
+    from .layer import Members, Sequence, Weights
 
 
-def layer(
+def members(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: "list[Weights]",
+    sequence: "Sequence",
+    members: "Members",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Takes what layer.forward() takes; returns y, hn, cn, and of all steps the cells and the activated gates, like x
+    with D times Hout, H and 4H features; of a stack those of its last layer."""
+    sequences, ends, several = sequence.each(members.directions(len(weights))), [], []
+    for m, own in enumerate(weights):
+        y, *end, cells, gates = one(x, h0[m], c0[m], *own, sequences[0 if members.layers else m])
+        ends.append(end)
+        several.append((y, cells, gates))
+        if members.layers and m < len(weights) - 1:
+            x = y * members.drop(y.new_ones(y.shape), m, h0.shape[1], sequence)
+    hn, cn = (torch.stack(states) for states in zip(*ends, strict=True))
+    if members.layers:
+        return several[-1][0], hn, cn, *several[-1][1:]
+    y, cells, gates = (torch.cat(tensors, -1) for tensors in zip(*several, strict=True))
+    return y, hn, cn, cells, gates
+
+
+def one(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
@@ -26,8 +50,7 @@ def layer(
     weight_hr: Tensor | None,
     sequence: "Sequence",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Takes what LSTMFunction takes; returns y, hn, cn, and of all steps the cells and the activated gates, like x with
-    H and 4H features."""
+    """members() of a single one."""
     input_gates = linear(x.reshape(-1, x.shape[-1]), weight_ih, bias_ih) + (0 if bias_hh is None else bias_hh)
     h, c, rows_of, y, cells, gates = h0, c0, [], [], [], []
     for rows, active in steps(x, h0.shape[0], sequence.reverse, sequence.layout):

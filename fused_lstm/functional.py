@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,9 @@ from torch.autograd import forward_ad
 
 from . import composed, operators, segments
 from .autograd import LSTMFunction
-from .kernels.launch import DEBUG, DENSE, Layout
-from .kernels.plan import Plan, choose, choose_one_step, keeping, why_torch
-from .layer import Sequence
+from .kernels.launch import DEBUG, DENSE, Layout, accumulator
+from .kernels.plan import Plan, choose, choose_one_step, keeping, layers_together, why_torch
+from .layer import Members, Sequence, together
 
 # Steps between the states that recompute=True keeps. With fewer the workspace is smaller, but there are more launches;
 # with so many the states are below 1% of what is kept without recompute.
@@ -98,7 +99,7 @@ def lstm(
     x = input.transpose(0, 1) if batch_first else input
     save = record is not None or (torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)))
     per_cell = len(weights) // (num_layers * directions)
-    drops = training and dropout > 0 and num_layers > 1
+    drops = bool(training and dropout > 0 and num_layers > 1)
     plain = batch_sizes is None and layout is DENSE and not (return_states or forward_mode)
     if plain and takes_one_step(x.shape[0], bidirectional, per_cell % 2 == 1, save, drops):
         hn, cn = operators.one_step(x[0], *hx, weights, bias, full_precision())
@@ -108,42 +109,46 @@ def lstm(
         sequence = Sequence.padded(layout, to_hx)
     else:
         sequence = Sequence.packed(batch_sizes, x.device)
-    sequences = [sequence, sequence.reversed()] if bidirectional else [sequence]
     ieee = full_precision()
     if not save or record is not None:
         chunk = 0  # nothing is kept, or all is asked for
 
+    alone = bidirectional or return_states or record is not None or on_torch or forward_mode or to_hx
+    groups = groups_of(input, (hx[1].shape[1], hx[1].shape[2]), num_layers, bool(alone or per_cell % 2 or chunk))
+
     ends: list[tuple[Tensor, Tensor]] = []
     states = States((), ())
-    for layer in range(num_layers):
-        outputs: list[Tensor] = []
-        cells: list[Tensor] = []
-        for direction, sequence in enumerate(sequences):
-            cell = layer * directions + direction
-            parameters = named(weights[cell * per_cell : (cell + 1) * per_cell], bias)
-            tensors = (x, hx[0][cell], hx[1][cell], *parameters)
-            if on_torch or forward_mode:
-                y, h, c, c_steps, gates = composed.layer(*tensors, sequence)
-                c_saved = c_steps
-            else:
-                results = LSTMFunction.apply(*tensors, *sequence, save, return_states, ieee, chunk)
-                y, h, c, c_steps, _, c_saved, gates = results
-            if record is not None:
-                if layout.lengths is not None:  # the kernels leave the gates of the padding as the memory was
-                    time = torch.arange(len(gates), device=gates.device)
-                    gates = gates.masked_fill((time[:, None] >= layout.lengths)[..., None], 0)
-                record(y, c_saved, gates)
-            outputs.append(y)
-            cells.append(c_steps)
-            ends.append((h, c))
-        x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
+    begin = 0
+    for layers in groups:
+        end = begin + layers * directions
+        parameters = [named(weights[k * per_cell : (k + 1) * per_cell], bias) for k in range(begin, end)]
+        members = Members(layers > 1)
+        if drops and layers > 1:
+            seed = torch.randint(2**62, (1,), device=x.device)
+            members = Members(True, seed, x.new_full((1,), 1 - dropout, dtype=accumulator(x.dtype)))
+        tensors = x, hx[0][begin:end], hx[1][begin:end]
+        if on_torch or forward_mode:
+            x, hn, cn, cells, gates = composed.members(*tensors, parameters, sequence, members)
+            c_saved = cells
+        else:
+            flat = (tensor for own in parameters for tensor in own)
+            results = LSTMFunction.apply(*tensors, *sequence, *members, save, return_states, ieee, chunk, *flat)
+            x, hn, cn, cells, _, _, c_saved, gates = results
+        if record is not None:
+            if layout.lengths is not None:  # the kernels leave the gates of the padding as the memory was
+                time = torch.arange(len(gates), device=gates.device)
+                gates = gates.masked_fill((time[:, None] >= layout.lengths)[..., None], 0)
+            for of_direction in zip(*(t.chunk(directions, -1) for t in (x, c_saved, gates)), strict=True):
+                record(*of_direction)
+        ends.append((hn, cn))
         if return_states:
-            states = States((*states.y, x), (*states.c, cells[0] if directions == 1 else torch.cat(cells, dim=-1)))
-        if dropout and training and layer < num_layers - 1:
+            states = States((*states.y, x), (*states.c, cells))
+        begin = end
+        if drops and begin < num_layers * directions:
             x = torch.dropout(x, dropout, True)
     if batch_first:
         x, states = x.transpose(0, 1), States(*(tuple(t.transpose(0, 1) for t in tensors) for tensors in states))
-    hn, cn = (torch.stack(tensors) for tensors in zip(*ends, strict=True))
+    hn, cn = (together(list(tensors), 0) for tensors in zip(*ends, strict=True))
     return x, hn, cn, states if return_states else None
 
 
@@ -250,10 +255,31 @@ def named(weights: list[Tensor], bias: bool) -> tuple[Tensor, Tensor, Tensor | N
     return weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
 
 
-def plan_for(input: Tensor, B: int, H: int, P: int = 0, chunk: int = 0) -> Plan:
+def groups_of(input: Tensor, states: tuple[int, int], num_layers: int, alone: bool) -> list[int]:
+    """How many layers each launch of a stack has; states: (B, H). alone: one, whatever they cost."""
+    if alone or num_layers == 1:
+        return [1] * num_layers
+    B, H = states
+    if torch.compiler.is_compiling():
+        return compiled_groups(autocast_dtype(input), H, num_layers, input.device)
+    return layers_together(autocast_dtype(input), B, H, num_layers, input.device, full_precision())
+
+
+@torch.compiler.assume_constant_result
+def compiled_groups(dtype: torch.dtype, H: int, num_layers: int, device: torch.device) -> list[int]:
+    """groups_of() for a graph, which is to be the same for every B: the groups of a middling one."""
+    return layers_together(dtype, 16, H, num_layers, device, full_precision())
+
+
+def plan_for(
+    input: Tensor, B: int, H: int, P: int = 0, chunk: int = 0, num_layers: int = 1, bidirectional: bool = False
+) -> Plan:
     """The plan of a call, in the dtype that autocast gives it; P: proj_size; chunk: as chunk_of() gives it."""
-    dtype = autocast_dtype(input)
-    return keeping(choose(dtype, B, H, input.device, full_precision()), dtype, H, P, chunk)
+    dtype, groups = autocast_dtype(input), groups_of(input, (B, H), num_layers, bool(P or chunk or bidirectional))
+    plan = choose(dtype, B, H, input.device, full_precision(), 2 if bidirectional else 1, groups[0])
+    if groups[0] > 1 and len(groups) > 1:
+        plan = replace(plan, why=f"{plan.why}; the launches have {', '.join(map(str, groups))} layers")
+    return keeping(plan, dtype, H, P, chunk)
 
 
 def plan_for_one_step(input: Tensor) -> Plan:

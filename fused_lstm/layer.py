@@ -1,6 +1,7 @@
-"""One layer and direction around the kernels: where its steps lie, and the products that are parallel over time."""
+"""What runs in one launch, around the kernels: a layer's directions, or a stack of layers; where the steps lie, and the
+products that are parallel over time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .kernels.launch import Layout, accumulator
+from .kernels.launch import ALONE, Layout, accumulator
 
 Rows = slice | Tensor
 # weight_ih (4H, I), weight_hh (4H, Hout), bias_ih and bias_hh (4H) or None, weight_hr (P, H) or None.
@@ -73,6 +74,10 @@ class Sequence(NamedTuple):
                 starts &= following < self.lengths
         return self._replace(starts=starts, reverse=not self.reverse)
 
+    def each(self, directions: int) -> list["Sequence"]:
+        """That of each direction; this is the first's."""
+        return [self] if directions == 1 else [self, self.reversed()]
+
     def places(self, B: int, rows: int) -> tuple[Rows, Rows, Rows, Rows]:
         """The rows of each batch row's first step in the direction's order, of its last, of all steps but the first,
         and of the step before each of those."""
@@ -130,40 +135,105 @@ def outer(a: Tensor, b: Tensor, sum: Tensor | None = None, wide: bool = False) -
     return a.T @ b if sum is None else torch.addmm(sum, a.T, b)
 
 
+class Members(NamedTuple):
+    """What the members of a launch are to each other.
+
+    layers: layers, each of which takes what the one below gives; otherwise the directions of one layer.
+    seed, keep: of the dropout between layers, as the kernels take them; None without.
+    """
+
+    layers: bool = False
+    seed: Tensor | None = None
+    keep: Tensor | None = None
+
+    def arguments(self, weights: list[Weights]) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """kernels.launch.Stack, flat."""
+        if not self.layers:
+            return ALONE
+        upper = weights[1:]
+        biases = biases_of(upper) or [w[0].new_zeros(len(w[0])) for w in upper]
+        return torch.stack([w[0] for w in upper]), torch.stack(biases), self.seed, self.keep
+
+    def directions(self, M: int) -> int:
+        """D of M members."""
+        return 1 if self.layers else M
+
+    def each(self, tensor: Tensor, M: int) -> list[Tensor]:
+        """The (rows, features) of each member in a tensor of all M, as the kernels lay them out."""
+        if self.layers:
+            return list(tensor.reshape(M, -1, tensor.shape[-1]).unbind())
+        return list(tensor.reshape(-1, tensor.shape[-1]).chunk(M, -1))
+
+    def drop(self, y: Tensor, layer: int, B: int, sequence: Sequence) -> Tensor:
+        """What the layer above takes of a layer's y, flat as y is."""
+        if self.seed is None or self.keep is None:
+            return y
+        given = y if sequence.offsets is not None else y.view(-1, B, y.shape[-1])
+        return operators.dropout(given, self.seed, self.keep, *sequence.layout, layer, B).view(y.shape)
+
+
+def biases_of(weights: list[Weights]) -> list[Tensor]:
+    """(4H) of each member; none without."""
+    return [b_ih + b_hh for _, _, b_ih, b_hh, _ in weights if b_ih is not None and b_hh is not None]
+
+
+def together(tensors: list[Tensor], dim: int = -1) -> Tensor:
+    """torch.cat, without a copy of a single one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """torch.stack, without a copy of a single one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def projected(each: list[Tensor], by: list[Tensor]) -> Tensor:
+    """The (rows, features) of all directions, each multiplied by its own matrix."""
+    return together([rows @ matrix for rows, matrix in zip(each, by, strict=True)])
+
+
+def recurrent(weights: list[Weights]) -> Tensor:
+    """(M, 4H, H), the product that a step of each member takes; see forward()."""
+    return stacked([w_hh if w_hr is None else w_hh @ w_hr for _, w_hh, _, _, w_hr in weights])
+
+
 def gates_of(
     x: Tensor,
     h0: Tensor | None,
-    weights: Weights,
-    sequence: Sequence,
+    weights: list[Weights],
+    sequences: list[Sequence],
     h_reset: Tensor,
 ) -> Tensor:
-    """x W_ih^T + b, (rows, 4H), with W_hh h of the states that the layer is set to: h0 (B, Hout) in the first step, if
-    it is not the kernels' to add, and h_reset (B, Hout) at resets to hx."""
-    weight_ih, weight_hh, bias_ih, bias_hh, _ = weights
-    bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
-    gates = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight_ih, bias)
-    starts = None if sequence.starts is None else sequence.starts.reshape(-1, 1)
-    if h0 is not None:
-        begin, _, _, _ = sequence.places(h0.shape[0], gates.shape[0])
-        gates_of_h0 = h0 @ weight_hh.T
-        gates[begin] += gates_of_h0 if starts is None else gates_of_h0 * ~starts[begin]
-    if starts is not None and sequence.reset_to_hx:
-        every_step = (h_reset @ weight_hh.T).expand(*x.shape[:-1], -1).reshape(gates.shape)
-        gates.addcmul_(starts.to(x.dtype), every_step)
-    return gates
+    """x W_ih^T + b, (rows, D*4H), with W_hh h of the states that each direction is set to: h0 (D, B, Hout) in the first
+    step, if it is not the kernels' to add, and h_reset (D, B, Hout) at resets to hx."""
+    biases = biases_of(weights)
+    weight_ih, bias = together([w[0] for w in weights], 0), together(biases, 0) if biases else None
+    of_all = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight_ih, bias)
+    for d, (sequence, w) in enumerate(zip(sequences, weights, strict=True)):
+        gates = of_all.chunk(len(weights), -1)[d]
+        starts = None if sequence.starts is None else sequence.starts.reshape(-1, 1)
+        if h0 is not None:
+            begin, _, _, _ = sequence.places(h0.shape[1], gates.shape[0])
+            gates_of_h0 = h0[d] @ w[1].T
+            gates[begin] += gates_of_h0 if starts is None else gates_of_h0 * ~starts[begin]
+        if starts is not None and sequence.reset_to_hx:
+            every_step = (h_reset[d] @ w[1].T).expand(*x.shape[:-1], -1).reshape(gates.shape)
+            gates.addcmul_(starts.to(x.dtype), every_step)
+    return of_all
 
 
 def forward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    weights: Weights,
+    weights: list[Weights],
     sequence: Sequence,
+    members: Members,
     reset_to: tuple[Tensor, Tensor],
     save: bool,
     ieee: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Runs the layer.
+    """Runs the directions of a layer, or a stack of layers.
 
     A projection W_hr needs no kernel of its own: with y_t = W_hr h_t, the recurrent term W_hh y_{t-1} equals
     (W_hh W_hr) h_{t-1}. So the kernels run on h with the product of both weights, only the first step takes
@@ -171,55 +241,62 @@ def forward(
     h = 0, and where the state becomes hx, W_hh h0 is in input_gates.
 
     Args:
-        x: (T, B, I), or (rows, I) packed. h0: (B, Hout). c0: (B, H), in its dtype or the accumulator's.
+        x: (T, B, I), or (rows, I) packed. h0: (M, B, Hout). c0: (M, B, H), in its dtype or the accumulator's.
+        weights: of each member; those of a stack neither project nor reset to hx.
+        sequence: the first direction's.
         reset_to: the state at resets to hx, of the shapes of h0 and c0.
         save: keep c and gates. ieee: float32 products in full precision.
 
     Returns:
-        y: like x with Hout features; hn: (B, Hout); cn: (B, H) in the accumulator's dtype; h: like x with H features, y
-        itself without a projection; c and gates, as the kernel saves them, empty without save.
+        y: like x with D*Hout features, of a stack the same of each layer, (L, ...); hn: (M, B, Hout); cn: (M, B, H) in
+        the accumulator's dtype; h: like y with D*H features, y itself without a projection; c and gates, as the kernel
+        saves them, empty without save.
     """
-    weight_hh, weight_hr = weights[1], weights[4]
-    lead = x.shape[:-1]
+    projects, M, lead = weights[0][4] is not None, len(weights), x.shape[:-1]
+    sequences = sequence.each(members.directions(M))
+    layout, c_reset = sequence.layout, None
     with matmul_precision(x, ieee):
-        input_gates = gates_of(x, None if weight_hr is None else h0, weights, sequence, reset_to[0])
-        recurrent, start, layout, c_reset = weight_hh, h0, sequence.layout, None
+        input_gates = gates_of(x, h0 if projects else None, weights[: len(sequences)], sequences, reset_to[0])
         if layout.starts is not None:
+            layout = layout._replace(starts=together([s.starts for s in sequences if s.starts is not None], 0))
             c_reset = reset_to[1] if sequence.reset_to_hx else torch.zeros_like(c0)
             c_reset = c_reset.to(accumulator(c0.dtype)).contiguous()
-        if weight_hr is not None:
-            recurrent, start = weight_hh @ weight_hr, torch.zeros_like(c0, dtype=x.dtype)
         h, cn, c, gates = operators.forward(
             input_gates.view(*lead, input_gates.shape[-1]),
-            recurrent,
-            start,
+            recurrent(weights),
+            torch.zeros_like(c0, dtype=x.dtype) if projects else h0,
             c0,
             c_reset,
             *layout,
+            *members.arguments(weights),
             sequence.reverse,
             save,
             ieee,
         )
-        y = h if weight_hr is None else h @ weight_hr.T
-    _, end, _, _ = sequence.places(h0.shape[0], input_gates.shape[0])
-    hn = y.view(-1, y.shape[-1])[end]
+        y = h
+        if projects:
+            y = projected(members.each(h, M), [w[4].T for w in weights if w[4] is not None])
+            y = y.view(*lead, y.shape[-1])
+    ends = []
+    for m, own in enumerate(members.each(y, M)):
+        _, end, _, _ = sequences[0 if members.layers else m].places(h0.shape[1], input_gates.shape[0])
+        ends.append(own[end])
+    hn = torch.stack(ends)  # shares no memory with y
     if (without_steps := sequence.without_steps()) is not None:
         hn = torch.where(without_steps, h0, hn)
-    elif isinstance(end, slice):
-        hn = hn.clone()  # shares no memory with y
     return y, hn, cn, h, c, gates
 
 
 class Grads(NamedTuple):
-    """The gradients of what the layer takes, and of the states that its resets go to; None where none is needed."""
+    """The gradients of what forward() takes, and of the states that its resets go to; None where none is needed.
+
+    weights: of each member those of weight_ih, weight_hh, either bias, and weight_hr.
+    """
 
     x: Tensor | None
     h0: Tensor | None
     c0: Tensor
-    weight_ih: Tensor | None
-    weight_hh: Tensor | None
-    bias: Tensor | None
-    weight_hr: Tensor | None
+    weights: list[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
     h_reset: Tensor | None
     c_reset: Tensor | None
 
@@ -232,82 +309,113 @@ def gradients(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    weights: Weights,
+    weights: list[Weights],
     sequence: Sequence,
+    members: Members,
     reset_to: tuple[Tensor, Tensor],
     y: Tensor,
     h: Tensor | None,
     c: Tensor,
     gates: Tensor,
-    needs: Iterable[bool],
+    needs: list[bool],
     ieee: bool,
     wide: bool = False,
 ) -> Grads:
     """The gradients of forward().
 
     Args:
-        dy, dhn, dcn: as y, hn and cn; dcells: as c, None if the cells of all steps have none.
+        dy: as y, of a stack that of its last layer; dhn, dcn: as hn and cn; dcells: as c, None if the cells of all
+            steps have none, as those of a stack.
         x to reset_to: as given to forward(). y, c, gates: as it returned them; h too, under a projection.
-        needs: whether x, h0, c0 and the five weights need one. ieee: as given to forward().
+        needs: whether x, h0, c0 and the five weights of each member need one. ieee: as given to forward().
         wide: those of the weights in the accumulator's dtype.
 
     Returns:
         The Grads, that of c0 and c_reset in the accumulator's dtype.
     """
-    weight_ih, weight_hh, bias, _, weight_hr = weights
-    layout, needs = sequence.layout, list(needs)
-    dx = dh0 = dweight_ih = dweight_hh = dbias = dweight_hr = from_reset = None
+    projects, M, B = weights[0][4] is not None, len(weights), h0.shape[1]
+    sequences = sequence.each(members.directions(M))
+    layout, c_first, c_reset = sequence.layout, c0.to(c.dtype).contiguous(), None
     with matmul_precision(x, ieee):
-        dh, dh_end, recurrent = dy, dhn, weight_hh
-        if weight_hr is not None:
-            dh, dh_end, recurrent = dy @ weight_hr, dhn @ weight_hr, weight_hh @ weight_hr
-        c_first, c_reset = c0.to(c.dtype).contiguous(), None
+        dh, dh_end = dy, dhn
+        if projects:
+            projections = [w[4] for w in weights if w[4] is not None]
+            dh = projected(members.each(dy, M), projections)
+            dh = dh.view(*dy.shape[:-1], dh.shape[-1])
+            dh_end = dhn @ torch.stack(projections)
         if layout.starts is not None:
+            layout = layout._replace(starts=together([s.starts for s in sequences if s.starts is not None], 0))
             c_reset = reset_to[1].to(c.dtype).contiguous() if sequence.reset_to_hx else torch.zeros_like(c_first)
-        dgates, dc0, dc_reset = operators.backward(
+        upper, _, *dropout = members.arguments(weights)
+        of_all, dc0, dc_reset = operators.backward(
             dh,
             dh_end,
             dcn,
-            recurrent,
+            recurrent(weights),
             c_first,
             c,
             gates,
             dcells,
             c_reset,
             *layout,
+            upper,
+            *dropout,
             sequence.reverse,
             ieee,
         )
 
         # From here on everything is parallel over time; the numbers are those of kernels/README.md.
-        dgates, y = dgates.view(-1, dgates.shape[-1]), y.view(-1, y.shape[-1])
-        start, end, current, previous = sequence.places(h0.shape[0], dgates.shape[0])
-        # What went into the gates from h0, (B, 4H), and from the step before.
-        from_h0, from_h = dgates[start], dgates[current]
-        if layout.starts is not None:
-            starts = layout.starts.reshape(-1, 1)
-            from_h0, from_h = from_h0 * ~starts[start], from_h * ~starts[current]
-            if sequence.reset_to_hx:
-                from_reset = (dgates * starts).view(-1, *from_h0.shape).sum(0)
+        dx, of_weights = None, []
+        of_h0: list[Tensor] = []
+        of_resets: list[Tensor] = []
         if needs[0]:
-            dx = (dgates @ weight_ih).view(x.shape)  # (9)
-        if needs[1]:
-            dh0 = from_h0 @ weight_hh  # (10)
-            if (without_steps := sequence.without_steps()) is not None:
-                dh0 = torch.where(without_steps, dhn, dh0)
-        if needs[3]:
-            dweight_ih = outer(dgates, x.reshape(-1, x.shape[-1]), None, wide)  # (11)
-        if needs[4]:
-            of_h0 = outer(from_h0, h0, None, wide)
-            if from_reset is not None:
-                of_h0 = outer(from_reset, reset_to[0], of_h0, wide)
-            dweight_hh = outer(from_h, y[previous], of_h0, wide)  # (12)
-        if bias is not None and (needs[5] or needs[6]):
-            dbias = dgates.sum(0, dtype=accumulator(x.dtype) if wide else None)  # (13)
-        if needs[7] and h is not None:
-            h = h.view(-1, h.shape[-1])
-            ends = outer(dy.reshape(-1, dy.shape[-1]), h, outer(dhn, h[end], None, wide), wide)
-            dweight_hr = outer(from_h @ weight_hh, h[previous], ends, wide)  # (14)
-        dh_reset = from_reset @ weight_hh if from_reset is not None and needs[1] else None
-    dc_reset = dc_reset if from_reset is not None else None
-    return Grads(dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr, dh_reset, dc_reset)
+            weight_ih = together([w[0] for w in weights[: len(sequences)]], 0)
+            lowest = of_all[0] if members.layers else of_all
+            dx = (lowest.reshape(-1, weight_ih.shape[0]) @ weight_ih).view(x.shape)  # (9)
+        all_dgates, all_y = members.each(of_all, M), members.each(y, M)
+        all_dy, all_h = (None, None) if h is None else (members.each(dy, M), members.each(h, M))
+        for m in range(M):
+            own, needed = sequences[0 if members.layers else m], needs[3 + 5 * m : 8 + 5 * m]
+            _, weight_hh, bias, _, _ = weights[m]
+            dgates = all_dgates[m]
+            start, end, current, previous = own.places(B, dgates.shape[0])
+            # What went into the gates from h0, (B, 4H), from the step before, and at resets to hx.
+            from_h0, from_h, from_reset = dgates[start], dgates[current], None
+            if own.starts is not None:
+                starts = own.starts.reshape(-1, 1)
+                from_h0, from_h = from_h0 * ~starts[start], from_h * ~starts[current]
+                if own.reset_to_hx:
+                    from_reset = (dgates * starts).view(-1, *from_h0.shape).sum(0)
+            dweight_ih = dweight_hh = dbias = dweight_hr = None
+            if needs[1]:
+                dh0 = from_h0 @ weight_hh  # (10)
+                if (without_steps := own.without_steps()) is not None:
+                    dh0 = torch.where(without_steps, dhn[m], dh0)
+                of_h0.append(dh0)
+                if from_reset is not None:
+                    of_resets.append(from_reset @ weight_hh)
+            if needed[0]:
+                below = x.reshape(-1, x.shape[-1])
+                if members.layers and m > 0:
+                    below = members.drop(all_y[m - 1], m - 1, B, sequence)
+                dweight_ih = outer(dgates, below, None, wide)  # (11)
+            if needed[1]:
+                by_h0 = outer(from_h0, h0[m], None, wide)
+                if from_reset is not None:
+                    by_h0 = outer(from_reset, reset_to[0][m], by_h0, wide)
+                dweight_hh = outer(from_h, all_y[m][previous], by_h0, wide)  # (12)
+            if bias is not None and (needed[2] or needed[3]):
+                dbias = dgates.sum(0, dtype=accumulator(x.dtype) if wide else None)  # (13)
+            if needed[4] and all_h is not None and all_dy is not None:
+                ends = outer(all_dy[m], all_h[m], outer(dhn[m], all_h[m][end], None, wide), wide)
+                dweight_hr = outer(from_h @ weight_hh, all_h[m][previous], ends, wide)  # (14)
+            of_weights.append((dweight_ih, dweight_hh, dbias, dweight_hr))
+    to_hx = layout.starts is not None and sequence.reset_to_hx
+    return Grads(
+        dx,
+        stacked(of_h0) if of_h0 else None,
+        dc0,
+        of_weights,
+        stacked(of_resets) if of_resets else None,
+        dc_reset if to_hx else None,
+    )

@@ -233,7 +233,8 @@ class LSTM(_Unquantized, nn.RNNBase):
         return self._plan(input, B)
 
     def _plan(self, input: Tensor, B: int) -> Plan:
-        return plan_for(input, B, self.hidden_size, self.proj_size, chunk_of(self.recompute))
+        chunk = chunk_of(self.recompute)
+        return plan_for(input, B, self.hidden_size, self.proj_size, chunk, self.num_layers, self.bidirectional)
 
 
 class LSTMCell(_Unquantized, nn.LSTMCell):

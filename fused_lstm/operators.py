@@ -1,5 +1,5 @@
-"""The launchers as torch operators, fused_lstm::forward, ::backward and ::one_step: what torch.compile and torch.func
-see."""
+"""The launchers as torch operators, fused_lstm::forward, ::backward, ::dropout and ::one_step: what torch.compile and
+torch.func see."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .kernels import backward as backward_kernel
+from .kernels import dropout as dropout_kernel
 from .kernels import forward as forward_kernel
 from .kernels import one_step as one_step_kernel
-from .kernels.launch import Layout, accumulator
+from .kernels.launch import Layout, Stack, accumulator
 from .kernels.plan import choose, choose_one_step
 
 
@@ -24,17 +25,22 @@ def forward(
     lengths: Tensor | None,
     offsets: Tensor | None,
     starts: Tensor | None,
+    weight_ih: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    keep: Tensor | None,
     reverse: bool,
     save: bool,
     ieee: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """kernels.forward.forward under the plan for its sizes; c and gates are empty without save."""
-    _check(c0, weight_hh, input_gates)
-    plan = choose(h0.dtype, *h0.shape, h0.device, ieee)
+    members = _check(c0, weight_hh, input_gates, weight_ih)
+    plan = choose(h0.dtype, *h0.shape[-2:], h0.device, ieee, **members)
     tensors = (tensor.contiguous() for tensor in (input_gates, weight_hh, h0, c0))
     layout = Layout(lengths, offsets, None if starts is None else starts.contiguous())
+    stack = Stack(weight_ih, bias, seed, keep)
     y, cn, c, gates = forward_kernel.forward(
-        *tensors, plan=plan, reverse=reverse, layout=layout, c_reset=c_reset, save=save
+        *tensors, plan=plan, reverse=reverse, layout=layout, c_reset=c_reset, stack=stack, save=save
     )
     return y, cn, cn.new_empty(0) if c is None else c, y.new_empty(0) if gates is None else gates
 
@@ -49,15 +55,20 @@ def _(
     lengths: Tensor | None,
     offsets: Tensor | None,
     starts: Tensor | None,
+    weight_ih: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    keep: Tensor | None,
     reverse: bool,
     save: bool,
     ieee: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = input_gates.new_empty((*input_gates.shape[:-1], h0.shape[1]))
+    lead = (*(h0.shape[:1] if weight_ih is not None else ()), *input_gates.shape[:-1])
+    y = input_gates.new_empty((*lead, input_gates.shape[-1] // 4))
     cn = c0.new_empty(c0.shape, dtype=accumulator(c0.dtype))
     if not save:
         return y, cn, cn.new_empty(0), y.new_empty(0)
-    return y, cn, cn.new_empty(y.shape), input_gates.new_empty(input_gates.shape)
+    return y, cn, cn.new_empty(y.shape), input_gates.new_empty((*lead, input_gates.shape[-1]))
 
 
 @torch.library.custom_op("fused_lstm::backward", mutates_args=())
@@ -74,17 +85,21 @@ def backward(
     lengths: Tensor | None,
     offsets: Tensor | None,
     starts: Tensor | None,
+    weight_ih: Tensor | None,
+    seed: Tensor | None,
+    keep: Tensor | None,
     reverse: bool,
     ieee: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """kernels.backward.backward under the plan for its sizes; dc_reset is empty without starts."""
-    _check(c0, weight_hh, gates)
-    plan = choose(dy.dtype, *c0.shape, dy.device, ieee)
+    members = _check(c0, weight_hh, gates, weight_ih)
+    plan = choose(dy.dtype, *c0.shape[-2:], dy.device, ieee, **members)
     tensors = (tensor.contiguous() for tensor in (dy, dhn, dcn, weight_hh, c0, c, gates))
     layout = Layout(lengths, offsets, None if starts is None else starts.contiguous())
     dc_steps = None if dc_steps is None else dc_steps.contiguous()
+    stack = Stack(weight_ih, None, seed, keep)
     dgates, dc0, dc_reset = backward_kernel.backward(
-        *tensors, plan=plan, reverse=reverse, layout=layout, c_reset=c_reset, dc_steps=dc_steps
+        *tensors, plan=plan, reverse=reverse, layout=layout, c_reset=c_reset, stack=stack, dc_steps=dc_steps
     )
     return dgates, dc0, dc0.new_empty(0) if dc_reset is None else dc_reset
 
@@ -103,10 +118,42 @@ def _(
     lengths: Tensor | None,
     offsets: Tensor | None,
     starts: Tensor | None,
+    weight_ih: Tensor | None,
+    seed: Tensor | None,
+    keep: Tensor | None,
     reverse: bool,
     ieee: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return gates.new_empty(gates.shape), c0.new_empty(c0.shape), c0.new_empty(0 if c_reset is None else c0.shape)
+
+
+@torch.library.custom_op("fused_lstm::dropout", mutates_args=())
+def dropout(
+    y: Tensor,
+    seed: Tensor,
+    keep: Tensor,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    starts: Tensor | None,
+    layer: int,
+    B: int,
+) -> Tensor:
+    """kernels.dropout.dropout."""
+    return dropout_kernel.dropout(y.contiguous(), seed, keep, layer, B, Layout(lengths, offsets, starts))
+
+
+@dropout.register_fake
+def _(
+    y: Tensor,
+    seed: Tensor,
+    keep: Tensor,
+    lengths: Tensor | None,
+    offsets: Tensor | None,
+    starts: Tensor | None,
+    layer: int,
+    B: int,
+) -> Tensor:
+    return y.new_empty(y.shape)
 
 
 @torch.library.custom_op("fused_lstm::one_step", mutates_args=())
@@ -117,7 +164,7 @@ def one_step(x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], bias: boo
     for layer in range(h0.shape[0]):
         own = weights[each * layer : each * (layer + 1)]
         inputs = x.shape[-1] if layer == 0 else h0.shape[-1]
-        _check(c0, own[1], own[0].T)
+        _check(c0[:1], own[1][None], own[0].T)
         if own[0].shape[1] != inputs or c0.shape != h0.shape or x.shape[0] != h0.shape[1]:
             raise RuntimeError(f"{tuple(own[0].shape)} takes {own[0].shape[1]} features, got {inputs}")
         tensors = [weight.contiguous() for weight in own]
@@ -131,26 +178,33 @@ def _(x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], bias: bool, ieee
     return h0.new_empty(h0.shape), c0.new_empty(c0.shape)
 
 
-def _check(c0: Tensor, weight_hh: Tensor, gates: Tensor) -> None:
+def _check(c0: Tensor, weight_hh: Tensor, gates: Tensor, weight_ih: Tensor | None = None) -> dict[str, int]:
+    """How many directions and layers there are."""
     # The kernels take the sizes of all tensors from c0: a weight of another size would be read out of bounds.
-    H = c0.shape[-1]
-    if weight_hh.shape != (4 * H, H) or gates.shape[-1] != 4 * H:
+    *members, _, H = c0.shape
+    M = members[0] if members else 1
+    directions, layers = (M, 1) if weight_ih is None else (1, M)
+    upper = [] if weight_ih is None else [tuple(weight_ih.shape) == (M - 1, 4 * H, H)]
+    if weight_hh.shape != (*members, 4 * H, H) or gates.shape[-1] != directions * 4 * H or not all(upper):
         raise RuntimeError(
             f"hidden size {H} takes weight_hh of size {(4 * H, H)} and {4 * H} gates, "
-            f"got {tuple(weight_hh.shape)} and {gates.shape[-1]}"
+            f"got {tuple(weight_hh.shape[-2:])} and {gates.shape[-1] // directions}"
         )
+    return {"directions": directions, "layers": layers}
 
 
 def _vmap(operator: Any) -> Callable[..., tuple[Any, Any]]:
     """The rule of torch.vmap: what shares its weights runs at once, as more rows; what does not, one by one."""
     names = [argument.name for argument in operator._opoverload._schema.arguments]
-    at = {"weight_hh": None, "weights": None, "offsets": None, "lengths": -1, "starts": -1}
+    shared = ("weight_hh", "weight_ih", "bias", "weights", "offsets", "seed", "keep")
+    at = {"lengths": -1, "starts": -1, **dict.fromkeys(shared)}
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         V = info.batch_size
         places = [at.get(name, -2) if isinstance(arg, Tensor) else None for name, arg in zip(names, args, strict=True)]
-        packed = "offsets" in names and args[names.index("offsets")] is not None
-        if packed or any(at.get(name, 0) is None and _mapped(dim) for name, dim in zip(names, in_dims, strict=True)):
+        # Of dropout each element has the mask that it has alone.
+        alone = any(name in ("offsets", "seed") and arg is not None for name, arg in zip(names, args, strict=True))
+        if alone or any(at.get(name, 0) is None and _mapped(dim) for name, dim in zip(names, in_dims, strict=True)):
             return one_by_one(operator)(info, in_dims, *args)
 
         def fold(arg: Any, dim: int | None, rows: int | None) -> Any:
@@ -172,7 +226,10 @@ def one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         single = ([_select(*pair, k) for pair in zip(args, in_dims, strict=True)] for k in range(info.batch_size))
-        elements = tuple(map(torch.stack, zip(*(operator(*given) for given in single), strict=True)))
+        results = [operator(*given) for given in single]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        elements = tuple(map(torch.stack, zip(*results, strict=True)))
         return elements, (0,) * len(elements)
 
     return rule
@@ -190,3 +247,4 @@ def _select(arg: Any, dim: Any, k: int) -> Any:
 
 for _operator in (forward, backward, one_step):
     _operator.register_vmap(_vmap(_operator))
+dropout.register_vmap(one_by_one(dropout))

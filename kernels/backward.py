@@ -6,24 +6,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .cell import cell_backward, dot
-from .launch import DENSE, Layout, launch, programs_of
+from .dropout import drop
+from .launch import ALONE, DENSE, SIZES, Layout, Stack, launch, programs_of
 from .plan import Plan
 from .sync import publish, wait
 
 
 @triton.jit
-def load_weight(weight_hh, units, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """K-chunk k of this program's columns of W_hh, transposed; a chunk lies in one gate: (BLOCK_H, BLOCK_K)."""
+def load_weight(weight, units, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """K-chunk k of columns of a weight (4H, H), transposed; a chunk lies in one gate: (units, BLOCK_K)."""
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     k_units = k % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
     rows = (k // CHUNKS * H + k_units).to(tl.int64)
     mask = (units < H)[:, None] & (k_units < H)[None, :]
-    return tl.load(weight_hh + rows[None, :] * H + units[:, None], mask=mask, other=0.0)
+    return tl.load(weight + rows[None, :] * H + units[:, None], mask=mask, other=0.0)
 
 
 @triton.jit
 def load_dgates(dgates_rows, active_rows, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """K-chunk k of dgates_{t+1}, whose row pointers are given: (BLOCK_K, batch rows)."""
+    """K-chunk k of rows of dgates, whose pointers are given: (BLOCK_K, batch rows)."""
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     k_units = k % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
     columns = k // CHUNKS * H + k_units
@@ -31,40 +32,49 @@ def load_dgates(dgates_rows, active_rows, k, H: tl.constexpr, BLOCK_K: tl.conste
     return tl.load(dgates_rows[None, :] + columns[:, None], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["T", "B", "row_begin", "step_begin", "step_end"])
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    dy,  # (rows, H) in; rows = T * B, or the rows of the packed sequence
-    dhn,  # (B, H) in: gradient of each row's last h
-    weight_hh,  # (4H, H) in
-    c0,  # (B, H) in
-    c,  # (rows, H) in: saved by forward
-    gates,  # (rows, 4H) in: saved by forward
-    dc_steps,  # (rows, H) in: gradient of c of every step, beside its part in h; only if DC_STEPS
-    dc_state,  # (B, H) in: gradient of the cell from the steps after; out: from step_end on, dc0 in the end
-    c_reset,  # (B, H) in: the cell from which a reset row goes on; only if RESET
-    dc_reset,  # (B, H) in/out: its gradient, summed over the resets; only if RESET
+    dy,  # (rows, D, H) in; rows = T * B, or the rows of the packed sequence; of a stack (rows, H), of its last layer
+    dhn,  # (M, B, H) in: gradient of each row's last h
+    weight_hh,  # (M, 4H, H) in: a matrix for each member
+    c0,  # (M, B, H) in
+    c,  # (rows, D, H), of a stack (M, rows, H) in: saved by forward
+    gates,  # (rows, D, 4H), of a stack (M, rows, 4H) in: saved by forward
+    dc_steps,  # as dy, in: gradient of c of every step, beside its part in h; only if DC_STEPS
+    dc_state,  # (M, B, H) in: gradient of the cell from the steps after; out: from step_end on, dc0 in the end
+    c_reset,  # (M, B, H) in: the cell from which a reset row goes on; only if RESET
+    dc_reset,  # (M, B, H) in/out: its gradient, summed over the resets; only if RESET
     lengths,  # (B,) in: steps of each batch row; only if LENGTHS
     offsets,  # (T,) in: first row of each step; only if PACKED
-    starts,  # (rows,) in: the steps before which a row is reset; only if RESET
-    dgates,  # (rows, 4H) out: w.r.t. the pre-activations; also the buffer through which programs exchange it
-    products,  # (TEAM, B, H) between the programs of a team: each one's part of dgates_{t+1} W_hh; only if TEAM > 1
-    team_flags,  # (batch groups, teams) in/out: what each team has counted, zero at launch; only if TEAM > 1
-    flags,  # (batch groups, T) in/out: step flags, zero at launch; only if GRID
+    starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
+    order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
+    weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
+    seed,  # (1,) in: of the dropout between layers; only if DROP
+    keep,  # (1,) in: the share of units that it keeps; only if DROP
+    dgates,  # as gates, out: w.r.t. the pre-activations; also the buffer through which programs exchange it
+    products,  # (M, TEAM, B, H) between the programs of a team: each one's part of dh; only if TEAM > 1
+    team_flags,  # (M, batch groups, teams) in/out: what each team has counted, zero at launch; only if TEAM > 1
+    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
     B,
+    total_rows,  # of a (rows, ...) tensor
+    member_begin,  # first member of this launch
     row_begin,  # first batch row of this launch, a multiple of BLOCK_B
-    step_begin,  # steps [step_begin, step_end) in the order of this pass, from the direction's last to its first
-    step_end,
+    step_begin,  # steps [step_begin, step_end) in the order of this pass, from the direction's last to its first; a
+    step_end,  # layer of a stack is as many steps behind as layers are above it
     H: tl.constexpr,
     LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
     GRID: tl.constexpr,  # programs hand dgates to each other through flags; neither: one launch a step
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
-    REVERSE: tl.constexpr,  # the direction ran from the last step to the first, so this pass runs from the first
+    DIRECTIONS: tl.constexpr,  # D; of two the second ran from the last step to the first
+    REVERSE: tl.constexpr,  # a single direction ran so, and this pass runs from the first
     LENGTHS: tl.constexpr,  # each batch row has its own length
     PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
     RESET: tl.constexpr,  # rows are reset within the sequence
-    DC_STEPS: tl.constexpr,  # the cells of all steps have a gradient of their own
+    STACK: tl.constexpr,  # the members are layers, not directions; not if LOCAL
+    DROP: tl.constexpr,  # dropout between the layers
+    DC_STEPS: tl.constexpr,  # the cells of all steps have a gradient of their own; not if STACK
     DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
     BLOCK_B: tl.constexpr,  # batch rows of a program
@@ -75,27 +85,53 @@ def backward_kernel(
 ):
     ACC: tl.constexpr = dc_state.dtype.element_ty
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K  # of one gate
+    member = 0
+    if DIRECTIONS > 1 or STACK:
+        member = (member_begin + tl.program_id(2)).to(tl.int64)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     rows = row_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    batch_group = row_begin // BLOCK_B + tl.program_id(1)
     real_rows = rows < B
     mask = (units < H)[:, None] & real_rows[None, :]
     active_rows = real_rows
     active = mask
     rows = rows.to(tl.int64)
-    state = rows[None, :] * H + units[:, None]  # this program's tile in a (B, H) tensor
+    if LENGTHS and not PACKED:
+        rows = tl.load(order + rows, mask=real_rows, other=0)
+    states = member * B + rows  # the member's rows in a (M, B, H) tensor
+    state = states[None, :] * H + units[:, None]
+
+    # Where this member's rows lie among those of all: step t's at places, from the step's first on.
+    places = rows * DIRECTIONS + member
+    backwards = member > 0 if DIRECTIONS > 1 else REVERSE
+    if STACK:
+        # The last layer takes dy, and has the products of the others with zeros for dgates.
+        depth = tl.num_programs(2) - 1 - tl.program_id(2)
+        places = member * total_rows + rows
+    weight_hh += member * (4 * H * H)
+    group = member * tl.cdiv(B, BLOCK_B) + row_begin // BLOCK_B + tl.program_id(1)
+    if GRID:
+        step_flags = flags + group.to(tl.int64) * T
+        if STACK:
+            flags_above = step_flags + tl.cdiv(B, BLOCK_B) * T
 
     # The chunks of W_hh^T that this program multiplies: those of all gates for its own units, or of one gate for the
     # units of its whole team. So many of them stay on chip for all steps.
     team = tl.program_id(0) // TEAM
-    first = tl.program_id(0) % TEAM * CHUNKS
+    chunk_begin = tl.program_id(0) % TEAM * CHUNKS
     team_units = team * TEAM * BLOCK_H + tl.arange(0, TEAM * BLOCK_H)
     team_mask = (team_units < H)[:, None] & real_rows[None, :]
     OWN: tl.constexpr = 4 // TEAM * CHUNKS
     HELD: tl.constexpr = (KEPT if KEPT > 0 else OWN) if LOCAL or GRID else 0
     weights = ()
     for k in tl.static_range(HELD):
-        weights = weights + (load_weight(weight_hh, team_units, first + k, H, BLOCK_K),)
+        weights = weights + (load_weight(weight_hh, team_units, chunk_begin + k, H, BLOCK_K),)
+    if STACK:
+        weight_ih += tl.minimum(member, tl.num_programs(2) - 2) * (4 * H * H)
+        weights_above = ()
+        for k in tl.static_range(HELD):
+            weights_above = weights_above + (load_weight(weight_ih, team_units, chunk_begin + k, H, BLOCK_K),)
+        step_begin = tl.maximum(step_begin - depth, 0)
+        step_end = tl.minimum(step_end - depth, T)
 
     if LENGTHS:
         length = tl.load(lengths + rows, mask=real_rows, other=0)
@@ -111,9 +147,9 @@ def backward_kernel(
 
     for step in range(step_begin, step_end):
         # t_next comes after t in the direction's own order and was done in the previous turn; t_prev comes next here.
-        t = step if REVERSE else last - step
-        t_next = t - 1 if REVERSE else t + 1
-        t_prev = t + 1 if REVERSE else t - 1
+        t = tl.where(backwards, step, last - step)
+        t_next = tl.where(backwards, t - 1, t + 1)
+        t_prev = tl.where(backwards, t + 1, t - 1)
         has_next = real_rows & (step > 0)
         has_prev = real_rows & (step < last)
         if LENGTHS:
@@ -122,61 +158,88 @@ def backward_kernel(
             has_next = has_next & (t_next < length)
             has_prev = has_prev & (t_prev < length)
         if PACKED:
-            row = tl.load(offsets + t) + rows
-            row_next = tl.load(offsets + t_next, mask=step > 0, other=0) + rows
-            row_prev = tl.load(offsets + t_prev, mask=step < last, other=0) + rows
+            begin = tl.load(offsets + t)
+            begin_next = tl.load(offsets + t_next, mask=step > 0, other=0)
+            begin_prev = tl.load(offsets + t_prev, mask=step < last, other=0)
         else:
-            row = t.to(tl.int64) * B + rows
-            row_next = t_next.to(tl.int64) * B + rows
-            row_prev = t_prev.to(tl.int64) * B + rows
-        c_rows = tl.where(has_prev, c + row_prev * H, c0 + rows * H)
+            begin = t.to(tl.int64) * B
+            begin_next = t_next.to(tl.int64) * B
+            begin_prev = t_prev.to(tl.int64) * B
+        place = begin * DIRECTIONS + places
+        c_rows = tl.where(has_prev, c + (begin_prev * DIRECTIONS + places) * H, c0 + states * H)
         linked_next = active_rows & has_next
         if RESET:
-            start = tl.load(starts + row, mask=active_rows, other=0) != 0
-            c_rows = tl.where(start, c_reset + rows * H, c_rows)
-            linked_next = linked_next & (tl.load(starts + row_next, mask=has_next, other=0) == 0)
+            start_rows = starts + rows if STACK else starts + member * total_rows + rows
+            start = tl.load(start_rows + begin, mask=active_rows, other=0) != 0
+            c_rows = tl.where(start, c_reset + states * H, c_rows)
+            linked_next = linked_next & (tl.load(start_rows + begin_next, mask=has_next, other=0) == 0)
 
         # All that does not wait for dgates of t_next is loaded before the flag is awaited.
-        gate = row[None, :] * (4 * H) + units[:, None]
-        hidden = row[None, :] * H + units[:, None]
+        gate = place[None, :] * (4 * H) + units[:, None]
+        hidden = place[None, :] * H + units[:, None]
         i = tl.load(gates + gate, mask=active, other=0.0)
         f = tl.load(gates + gate + H, mask=active, other=0.0)
         g = tl.load(gates + gate + 2 * H, mask=active, other=0.0)
         o = tl.load(gates + gate + 3 * H, mask=active, other=0.0)
         c_t = tl.load(c + hidden, mask=active, other=0.0)
         c_prev = tl.load(c_rows[None, :] + units[:, None], mask=active, other=0.0)
-        dy_t = tl.load(dy + hidden, mask=active, other=0.0)
+        if STACK:
+            dy_t = tl.load(dy + hidden - member * total_rows * H, mask=active & (depth == 0), other=0.0)
+        else:
+            dy_t = tl.load(dy + hidden, mask=active, other=0.0)
         dhn_t = tl.load(dhn + state, mask=active & (~has_next)[None, :], other=0.0)
         if DC_STEPS:
             dc += tl.load(dc_steps + hidden, mask=active, other=0.0).to(ACC)
 
-        dgates_rows = dgates + row_next * (4 * H)
+        dgates_rows = dgates + (begin_next * DIRECTIONS + places) * (4 * H)
         if LOCAL:
             dh = dh_next
         else:
             dh = tl.zeros((TEAM * BLOCK_H, BLOCK_B), ACC)
+            if STACK:
+                # The layer above is ahead: its part of the sum is made while this layer's own dgates are on the way.
+                if GRID:
+                    if depth > 0:
+                        wait(flags_above + step, tl.num_programs(0), step + 1, report, TURNS)
+                linked_above = active_rows & (depth > 0)
+                rows_above = dgates + (place + total_rows) * (4 * H)
+                for k in tl.static_range(HELD):
+                    dgates_above = load_dgates(rows_above, linked_above, chunk_begin + k, H, BLOCK_K)
+                    dh = dot(weights_above[k], dgates_above, dh, DOT, PRECISION)
+                if HELD < OWN:
+                    for chunk in tl.range(HELD, OWN, num_stages=3):
+                        weight = load_weight(weight_ih, team_units, chunk_begin + chunk, H, BLOCK_K)
+                        dgates_above = load_dgates(rows_above, linked_above, chunk_begin + chunk, H, BLOCK_K)
+                        dh = dot(weight, dgates_above, dh, DOT, PRECISION)
+                if DROP:
+                    dh = drop(dh, seed, keep, member, t, rows[None, :] * H + team_units[:, None])
             if GRID:
                 if step > 0:
-                    wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0), step, report, TURNS)
+                    wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
             for k in tl.static_range(HELD):
-                dgates_next = load_dgates(dgates_rows, linked_next, first + k, H, BLOCK_K)
+                dgates_next = load_dgates(dgates_rows, linked_next, chunk_begin + k, H, BLOCK_K)
                 dh = dot(weights[k], dgates_next, dh, DOT, PRECISION)
             if HELD < OWN:
                 for chunk in tl.range(HELD, OWN, num_stages=3):
-                    weight = load_weight(weight_hh, team_units, first + chunk, H, BLOCK_K)
-                    dgates_next = load_dgates(dgates_rows, linked_next, first + chunk, H, BLOCK_K)
+                    weight = load_weight(weight_hh, team_units, chunk_begin + chunk, H, BLOCK_K)
+                    dgates_next = load_dgates(dgates_rows, linked_next, chunk_begin + chunk, H, BLOCK_K)
                     dh = dot(weight, dgates_next, dh, DOT, PRECISION)
         dh_t = dy_t.to(ACC) + dhn_t.to(ACC)  # (5)
         if TEAM > 1:
             # Everyone in the team writes its gate's part for all units, and sums the four parts of its own units. The
             # next step overwrites them: by then the team has counted this one's dgates in, and so has read them.
-            plane = B.to(tl.int64) * H
-            tl.store(products + first // CHUNKS * plane + rows[None, :] * H + team_units[:, None], dh, mask=team_mask)
-            team_flag = team_flags + batch_group * (tl.num_programs(0) // TEAM) + team
+            part, own = B.to(tl.int64) * H, rows[None, :] * H
+            tl.store(
+                products + (member * TEAM + chunk_begin // CHUNKS) * part + own + team_units[:, None],
+                dh,
+                mask=team_mask,
+            )
+            team_flag = team_flags + group * (tl.num_programs(0) // TEAM) + team
             publish(team_flag)
             wait(team_flag, TEAM * (step + 1), step + 1, report, TURNS)
             for gate_of_team in tl.static_range(TEAM):
-                dh_t += tl.load(products + gate_of_team * plane + state, mask=mask, other=0.0)
+                of_gate = products + (member * TEAM + gate_of_team) * part
+                dh_t += tl.load(of_gate + own + units[:, None], mask=mask, other=0.0)
         else:
             dh_t += dh
 
@@ -194,7 +257,7 @@ def backward_kernel(
         tl.store(dgates + gate + 2 * H, dg, mask=active)
         tl.store(dgates + gate + 3 * H, do, mask=active)
         if GRID:
-            publish(flags + batch_group.to(tl.int64) * T + step)
+            publish(step_flags + step)
         if LOCAL:
             # The product for the step before, at once: one tile to carry instead of four. Rows that have not begun in
             # this pass have none, and none goes past a reset.
@@ -225,46 +288,49 @@ def backward(
     reverse: bool = False,
     layout: Layout = DENSE,
     c_reset: Tensor | None = None,
+    stack: Stack = ALONE,
     dc_steps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Runs the recurrence of one layer and direction backwards.
+    """Runs the recurrences of one layer's directions, or of a stack of layers, backwards.
 
     Args:
-        dy: (T, B, H), or (rows, H) of a packed sequence, contiguous.
-        dhn, dcn: (B, H), gradients of each row's last h and c.
-        weight_hh: (4H, H).
-        c0: (B, H) in the accumulator's dtype.
+        dy: (T, B, D*H), or (rows, D*H) of a packed sequence, contiguous; of a stack that of its last layer.
+        dhn, dcn: (M, B, H), gradients of each row's last h and c; (B, H) of a single member, as c0 is then.
+        weight_hh: (M, 4H, H).
+        c0: (M, B, H) in the accumulator's dtype.
         c, gates: as saved by forward().
-        plan, reverse, layout, c_reset: as given to forward().
-        dc_steps: as c, the gradient of the cells of all steps; None: they have none.
+        plan, reverse, layout, c_reset, stack: as given to forward().
+        dc_steps: as dy, the gradient of the cells of all steps; None: they have none. Not of a stack.
 
     Returns:
         dgates: as gates, the gradient w.r.t. the pre-activations; zero past a row's length.
-        dc0: (B, H) in the accumulator's dtype.
+        dc0: as c0.
         dc_reset: the same of c_reset; None without resets.
     """
-    B, H = c0.shape
+    B, H = c0.shape[-2:]
     T = dy.shape[0] if layout.offsets is None else layout.offsets.shape[0]
     dgates = torch.zeros_like(gates) if layout.padded else torch.empty_like(gates)
     dc0 = dcn.to(c0.dtype, copy=True)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
     products = team_flags = None
     if plan.mode == "grid" and (team := plan.backward.team) > 1:
-        products = c0.new_empty((team, B, H))
+        products = c0.new_empty((*c0.shape[:-2], team, B, H))
         programs = programs_of(plan.backward, H, B)
-        team_flags = torch.zeros((programs[1], programs[0] // team), dtype=torch.int32, device=dy.device)
+        sizes = (*c0.shape[:-2], programs[1], programs[0] // team)
+        team_flags = torch.zeros(sizes, dtype=torch.int32, device=dy.device)
     if B > 0:
+        weight_ih, _, *dropout = stack
+        given = dy, dhn, weight_hh, c0, c, gates, dc_steps, dc0, c_reset, dc_reset, *layout, layout.order, weight_ih
         launch(
             backward_kernel,
-            (dy, dhn, weight_hh, c0, c, gates, dc_steps, dc0, c_reset, dc_reset, *layout, dgates, products, team_flags),
+            (*given, *dropout, dgates, products, team_flags),
             plan,
             plan.backward,
             T,
-            B,
-            H,
-            dy.dtype,
-            REVERSE=reverse,
+            c0,
+            reverse,
             **layout.flags,
+            **stack.flags,
             DC_STEPS=dc_steps is not None,
         )
     return dgates, dc0, dc_reset

@@ -1,4 +1,8 @@
-"""The forward recurrence: one kernel for the whole sequence, and its launcher."""
+"""The forward recurrence: one kernel for the whole sequence, and its launcher.
+
+A launch has one or more members, each a recurrence of its own: the directions of a layer, or the layers of a stack, of
+which each takes what the one below has left a step ago.
+"""
 
 import torch
 import triton
@@ -6,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .cell import cell_forward, dot, split_gates
-from .launch import DENSE, Layout, accumulator, launch
+from .dropout import drop
+from .launch import ALONE, DENSE, SIZES, Layout, Stack, accumulator, launch
 from .plan import Plan
 from .sync import publish, wait
 
@@ -29,34 +34,45 @@ def load_columns(rows, active_rows, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     return tl.load(rows[None, :] + columns[:, None], mask=(columns < K)[:, None] & active_rows[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["T", "B", "row_begin", "step_begin", "step_end"])
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    input_gates,  # (rows, 4H) in: x W_ih^T + b; rows = T * B, or the rows of the packed sequence
-    weight_hh,  # (4H, H) in
-    h0,  # (B, H) in
-    c_state,  # (B, H) in: the cell before step_begin; out: the cell after step_end
-    c_reset,  # (B, H) in: the cell from which a reset row goes on, its h being 0; only if RESET
+    input_gates,  # (rows, D, 4H) in: x W_ih^T + b; rows = T * B, or the rows of the packed sequence; D = 1 in a stack
+    weight_hh,  # (M, 4H, H) in: a matrix for each member
+    h0,  # (M, B, H) in
+    c_state,  # (M, B, H) in: the cell before step_begin; out: the cell after step_end
+    c_reset,  # (M, B, H) in: the cell from which a reset row goes on, its h being 0; only if RESET
     lengths,  # (B,) in: steps of each batch row; only if LENGTHS
     offsets,  # (T,) in: first row of each step; only if PACKED
-    starts,  # (rows,) in: the steps before which a row is reset; only if RESET
-    y,  # (rows, H) out: h of every step; also the buffer through which programs exchange it
-    c,  # (rows, H) out: c of every step; only if SAVE
-    gates,  # (rows, 4H) out: activated gates; only if SAVE
-    flags,  # (batch groups, T) in/out: step flags, zero at launch; only if GRID
+    starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
+    order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
+    weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
+    bias,  # (M - 1, 4H) in: of the same; only if STACK
+    seed,  # (1,) in: of the dropout between layers; only if DROP
+    keep,  # (1,) in: the share of units that it keeps; only if DROP
+    y,  # (rows, D, H), of a stack (M, rows, H) out: h of every step; also the buffer through which programs exchange it
+    dropped,  # (M - 1, rows, H) out: y with dropout, for the layer above; only if DROP
+    c,  # as y, out: c of every step; only if SAVE
+    gates,  # (rows, D, 4H), of a stack (M, rows, 4H) out: activated gates; only if SAVE
+    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
     B,
+    total_rows,  # of a (rows, ...) tensor
+    member_begin,  # first member of this launch
     row_begin,  # first batch row of this launch, a multiple of BLOCK_B
-    step_begin,  # steps [step_begin, step_end) in the direction's own order
+    step_begin,  # steps [step_begin, step_end) in the direction's own order; layer m of a stack is m steps behind
     step_end,
     H: tl.constexpr,
     LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
     GRID: tl.constexpr,  # programs hand h to each other through flags; neither: one launch a step
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
-    REVERSE: tl.constexpr,  # the direction runs from the last step to the first
+    DIRECTIONS: tl.constexpr,  # D; of two the second runs from the last step to the first
+    REVERSE: tl.constexpr,  # a single direction runs so
     LENGTHS: tl.constexpr,  # each batch row has its own length
     PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
     RESET: tl.constexpr,  # rows are reset within the sequence
+    STACK: tl.constexpr,  # the members are layers, not directions; not if LOCAL
+    DROP: tl.constexpr,  # dropout between the layers
     SAVE: tl.constexpr,  # keep c and gates for backward
     DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
@@ -67,6 +83,9 @@ def forward_kernel(
 ):
     ACC: tl.constexpr = c_state.dtype.element_ty
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    member = 0
+    if DIRECTIONS > 1 or STACK:
+        member = (member_begin + tl.program_id(2)).to(tl.int64)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     rows = row_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     batch_group = row_begin // BLOCK_B + tl.program_id(1)
@@ -75,12 +94,42 @@ def forward_kernel(
     active_rows = real_rows
     active = mask
     rows = rows.to(tl.int64)
-    state = rows[None, :] * H + units[:, None]  # this program's tile in a (B, H) tensor
+    if LENGTHS and not PACKED:
+        rows = tl.load(order + rows, mask=real_rows, other=0)
+    states = member * B + rows  # the member's rows in a (M, B, H) tensor
+    state = states[None, :] * H + units[:, None]
+
+    # Where this member's rows lie among those of all: step t's at places, from the step's first on.
+    places = rows * DIRECTIONS + member
+    backwards = member > 0 if DIRECTIONS > 1 else REVERSE
+    if STACK:
+        # The first layer takes input_gates, and has the products of the others with zeros for an input.
+        above = member > 0
+        below = tl.maximum(member - 1, 0)
+        places = member * total_rows + rows
+    weight_hh += member * (4 * H * H)
+    if GRID:
+        step_flags = flags + (member * tl.cdiv(B, BLOCK_B) + batch_group).to(tl.int64) * T
+        if STACK:
+            flags_below = flags + (below * tl.cdiv(B, BLOCK_B) + batch_group) * T
 
     HELD: tl.constexpr = (KEPT if KEPT > 0 else CHUNKS) if LOCAL or GRID else 0
     weights = ()
     for k in tl.static_range(HELD):
         weights = weights + (load_weight(weight_hh, k, H, H, BLOCK_H, BLOCK_K),)
+    if STACK:
+        weight_ih += below * (4 * H * H)
+        bias += below * (4 * H)
+        weights_below = ()
+        for k in tl.static_range(HELD):
+            weights_below = weights_below + (load_weight(weight_ih, k, H, H, BLOCK_H, BLOCK_K),)
+        of_unit = (units < H) & above
+        bias_i = tl.load(bias + units, mask=of_unit, other=0.0).to(ACC)[:, None]
+        bias_f = tl.load(bias + H + units, mask=of_unit, other=0.0).to(ACC)[:, None]
+        bias_g = tl.load(bias + 2 * H + units, mask=of_unit, other=0.0).to(ACC)[:, None]
+        bias_o = tl.load(bias + 3 * H + units, mask=of_unit, other=0.0).to(ACC)[:, None]
+        step_begin = tl.maximum(step_begin - member.to(tl.int32), 0)
+        step_end = tl.minimum(step_end - member.to(tl.int32), T)
 
     if LENGTHS:
         length = tl.load(lengths + rows, mask=real_rows, other=0)
@@ -96,42 +145,62 @@ def forward_kernel(
 
     for step in range(step_begin, step_end):
         # Where the step's rows lie, and where the previous step of this direction left h (h0 for a row's first).
-        t = last - step if REVERSE else step
-        t_prev = t + 1 if REVERSE else t - 1
+        t = tl.where(backwards, last - step, step)
+        t_prev = tl.where(backwards, t + 1, t - 1)
         has_prev = step > 0
         if LENGTHS:
             active_rows = real_rows & (t < length)
             active = mask & active_rows[None, :]
             has_prev = has_prev & (t_prev < length)
         if PACKED:
-            row = tl.load(offsets + t) + rows
-            row_prev = tl.load(offsets + t_prev, mask=step > 0, other=0) + rows
+            begin = tl.load(offsets + t)
+            begin_prev = tl.load(offsets + t_prev, mask=step > 0, other=0)
         else:
-            row = t.to(tl.int64) * B + rows
-            row_prev = t_prev.to(tl.int64) * B + rows
-        h_rows = tl.where(has_prev, y + row_prev * H, h0 + rows * H)
+            begin = t.to(tl.int64) * B
+            begin_prev = t_prev.to(tl.int64) * B
+        place = begin * DIRECTIONS + places
+        h_rows = tl.where(has_prev, y + (begin_prev * DIRECTIONS + places) * H, h0 + states * H)
         linked_rows = active_rows
         if RESET:
-            start = tl.load(starts + row, mask=active_rows, other=0) != 0
+            start_rows = begin + rows if STACK else member * total_rows + begin + rows
+            start = tl.load(starts + start_rows, mask=active_rows, other=0) != 0
             linked_rows = active_rows & ~start
             c_tile = tl.where(start[None, :], c_reset_tile, c_tile)
             if LOCAL:
                 h_tile = tl.where(start[None, :], 0.0, h_tile)
 
         # All that does not wait for h is loaded before the flag is awaited.
-        gate = row[None, :] * (4 * H) + units[:, None]
-        pre_i = tl.load(input_gates + gate, mask=active, other=0.0)
-        pre_f = tl.load(input_gates + gate + H, mask=active, other=0.0)
-        pre_g = tl.load(input_gates + gate + 2 * H, mask=active, other=0.0)
-        pre_o = tl.load(input_gates + gate + 3 * H, mask=active, other=0.0)
+        gate = place[None, :] * (4 * H) + units[:, None]
+        has_input = active
+        if STACK:
+            has_input = active & (member == 0)
+        pre_i = tl.load(input_gates + gate, mask=has_input, other=0.0)
+        pre_f = tl.load(input_gates + gate + H, mask=has_input, other=0.0)
+        pre_g = tl.load(input_gates + gate + 2 * H, mask=has_input, other=0.0)
+        pre_o = tl.load(input_gates + gate + 3 * H, mask=has_input, other=0.0)
 
         recurrent = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)  # (1)
+        if STACK:
+            # The layer below is ahead: its part of the sum is made while this layer's own h is on the way.
+            if GRID:
+                if above:
+                    wait(flags_below + step, tl.num_programs(0), step + 1, report, TURNS)
+            taken_rows = active_rows & above
+            x_rows = (dropped if DROP else y) + (place - total_rows) * H
+            for k in tl.static_range(HELD):
+                x = load_columns(x_rows, taken_rows, k, H, BLOCK_K)
+                recurrent = dot(weights_below[k], x, recurrent, DOT, PRECISION)
+            if HELD < CHUNKS:
+                for chunk in tl.range(HELD, CHUNKS, num_stages=3):
+                    weight = load_weight(weight_ih, chunk, H, H, BLOCK_H, BLOCK_K)
+                    x = load_columns(x_rows, taken_rows, chunk, H, BLOCK_K)
+                    recurrent = dot(weight, x, recurrent, DOT, PRECISION)
         if LOCAL:
             recurrent = dot(weights[0], h_tile, recurrent, DOT, PRECISION)
         else:
             if GRID:
                 if step > 0:
-                    wait(flags + batch_group.to(tl.int64) * T + step - 1, tl.num_programs(0), step, report, TURNS)
+                    wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
             for k in tl.static_range(HELD):
                 h = load_columns(h_rows, linked_rows, k, H, BLOCK_K)
                 recurrent = dot(weights[k], h, recurrent, DOT, PRECISION)
@@ -146,16 +215,24 @@ def forward_kernel(
         rec_f += pre_f.to(ACC)
         rec_g += pre_g.to(ACC)
         rec_o += pre_o.to(ACC)
+        if STACK:
+            rec_i += bias_i
+            rec_f += bias_f
+            rec_g += bias_g
+            rec_o += bias_o
         i, f, g, o, c_next, h = cell_forward(rec_i, rec_f, rec_g, rec_o, c_tile)
         c_tile = tl.where(active, c_next, c_tile)
         h = h.to(y.dtype.element_ty)
         if LOCAL:
             h_tile = tl.where(active, h, h_tile)
 
-        hidden = row[None, :] * H + units[:, None]
+        hidden = place[None, :] * H + units[:, None]
         tl.store(y + hidden, h, mask=active)
+        if DROP:
+            x = drop(h, seed, keep, member, t, rows[None, :] * H + units[:, None])
+            tl.store(dropped + hidden, x, mask=active & (member < tl.num_programs(2) - 1))
         if GRID:
-            publish(flags + batch_group.to(tl.int64) * T + step)
+            publish(step_flags + step)
         if SAVE:
             tl.store(c + hidden, c_next, mask=active)
             tl.store(gates + gate, i, mask=active)
@@ -176,45 +253,49 @@ def forward(
     reverse: bool = False,
     layout: Layout = DENSE,
     c_reset: Tensor | None = None,
+    stack: Stack = ALONE,
     save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Runs the recurrence of one layer and direction.
+    """Runs the recurrences of one layer's directions, or of a stack of layers.
 
     Args:
-        input_gates: (T, B, 4H), or (rows, 4H) of a packed sequence: x W_ih^T + b.
-        weight_hh: (4H, H).
-        h0, c0: (B, H), contiguous, of the dtype of input_gates.
+        input_gates: (T, B, D*4H), or (rows, D*4H) of a packed sequence: x W_ih^T + b, of the first layer of a stack.
+        weight_hh: (M, 4H, H); (4H, H) of a single one, as the states below are then (B, H).
+        h0, c0: (M, B, H), contiguous, of the dtype of input_gates.
         plan: mode and tiles.
-        reverse: run from the last step to the first.
+        reverse: of a single direction, run from the last step to the first. Of two the second does.
         layout: where the sequences lie.
-        c_reset: (B, H) in the accumulator's dtype, with layout.starts: the cell from which a reset row goes on. Its h
-            is 0: the product of another one belongs to input_gates.
+        c_reset: (M, B, H) in the accumulator's dtype, with layout.starts: the cell from which a reset row goes on. Its
+            h is 0: the product of another one belongs to input_gates.
+        stack: what leads from one member to the next, which then are layers.
         save: also return what backward needs.
 
     Returns:
-        y: as input_gates with H features, h of every step; zero past a row's length.
-        cn: (B, H) in the accumulator's dtype (float32; float64 for float64), each row's last cell.
-        c: as y in the accumulator's dtype, and gates, as input_gates, activated; None without save.
+        y: as input_gates with D*H features, h of every step, zero past a row's length; of a stack (L, T, B, H).
+        cn: as c0 in the accumulator's dtype (float32; float64 for float64), each row's last cell.
+        c: as y in the accumulator's dtype, and gates, as input_gates, activated, of a stack as y with 4H features; None
+        without save.
     """
-    B, H = h0.shape
+    B = h0.shape[-2]
     T = input_gates.shape[0] if layout.offsets is None else layout.offsets.shape[0]
+    shape = (*(h0.shape[:1] if stack.flags["STACK"] else ()), *input_gates.shape[:-1])
     new = input_gates.new_zeros if layout.padded else input_gates.new_empty
-    y = new((*input_gates.shape[:-1], H))
+    y = new((*shape, input_gates.shape[-1] // 4))
+    dropped = torch.empty_like(y[1:]) if stack.flags["DROP"] else None
     c = new(y.shape, dtype=accumulator(y.dtype)) if save else None
-    gates = torch.empty_like(input_gates) if save else None
+    gates = input_gates.new_empty((*shape, input_gates.shape[-1])) if save else None
     cn = c0.to(accumulator(c0.dtype), copy=True)
     if B > 0:
         launch(
             forward_kernel,
-            (input_gates, weight_hh, h0, cn, c_reset, *layout, y, c, gates),
+            (input_gates, weight_hh, h0, cn, c_reset, *layout, layout.order, *stack, y, dropped, c, gates),
             plan,
             plan.forward,
             T,
-            B,
-            H,
-            h0.dtype,
-            REVERSE=reverse,
+            h0,
+            reverse,
             **layout.flags,
+            **stack.flags,
             SAVE=save,
         )
     return y, cn, c, gates

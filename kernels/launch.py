@@ -3,6 +3,7 @@
 import os
 import threading
 from contextlib import AbstractContextManager
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ DEBUG = os.environ.get("FUSED_LSTM_DEBUG") == "1"
 TURNS = 10_000_000 if DEBUG else 0
 
 
+# The integers that both kernels take. None is a constant of theirs: no size but H compiles anything.
+SIZES = ["T", "B", "total_rows", "member_begin", "row_begin", "step_begin", "step_end"]
+
 # The interpreter keeps the program's position in globals: two threads cannot be in it at once.
 _INTERPRETER = threading.RLock()
 
@@ -34,7 +38,8 @@ class Layout(NamedTuple):
     lengths: (B,) int64, steps of each batch row; None: every row has all T.
     offsets: (T,) int64, first row of each step of a packed sequence, whose rows are sorted as torch packs them; None: B
         rows a step.
-    starts: (rows,) bool, the steps before which the state is set to the reset state; None: none.
+    starts: (rows,) bool, the steps before which the state is set to the reset state, of two directions (2, rows); None:
+        none.
     """
 
     lengths: Tensor | None = None
@@ -47,6 +52,12 @@ class Layout(NamedTuple):
         return self.lengths is not None and self.offsets is None
 
     @property
+    def order(self) -> Tensor | None:
+        """(B,) int64, the batch rows as they are dealt to programs, the longest first: a program ends with the longest
+        of its rows, so those of like lengths go together. None where that is their own order."""
+        return self.lengths.argsort(descending=True) if self.lengths is not None and self.padded else None
+
+    @property
     def flags(self) -> dict[str, bool]:
         """The constexpr arguments by which a layout enters a kernel."""
         given = {"LENGTHS": self.lengths, "PACKED": self.offsets, "RESET": self.starts}
@@ -54,6 +65,28 @@ class Layout(NamedTuple):
 
 
 DENSE = Layout()  # T steps of B rows
+
+
+class Stack(NamedTuple):
+    """What leads from a layer to the next where several run in one launch.
+
+    weight_ih: (L - 1, 4H, H), of the layers above the first. bias: (L - 1, 4H), the sum of both, of the same.
+    seed: (1,) int64, of the dropout between the layers; None: no dropout. keep: (1,) in the accumulator's dtype, the
+        share of units that it keeps.
+    """
+
+    weight_ih: Tensor | None = None
+    bias: Tensor | None = None
+    seed: Tensor | None = None
+    keep: Tensor | None = None
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """The constexpr arguments by which a stack enters a kernel."""
+        return {"STACK": self.weight_ih is not None, "DROP": self.seed is not None}
+
+
+ALONE = Stack()  # one layer
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
@@ -107,40 +140,46 @@ def launch(
     plan: Plan,
     tiles: Tiles,
     T: int,
-    B: int,
-    H: int,
-    dtype: torch.dtype,
-    **flags: Any,
+    states: Tensor,
+    reverse: bool,
+    **flags: bool,
 ) -> None:
-    """Launches a recurrence kernel over all steps and batch rows, in the plan's mode, on the tensors' device.
+    """Launches a recurrence kernel over all members, steps and batch rows, in the plan's mode, on the tensors' device.
+
+    Args:
+        tensors: in the kernel's order, but its flags and its report. states: (M, B, H), or (B, H) of a single member.
 
     Raises:
         RuntimeError: under FUSED_LSTM_DEBUG=1, a program that waited in vain for another, and at which step.
     """
-    device = tensors[0].device
-    constants, options = specialized(kernel, plan, tiles, H, dtype)
+    device, stacked = states.device, flags["STACK"]
+    B, H = states.shape[-2:]
+    members = states.shape[0] if states.dim() == 3 else 1
+    constants, options = specialized(kernel, plan, tiles, H, tensors[0].dtype)
     unit_blocks, batch_groups = programs_of(tiles, H, B)
     step_flags = report = None
-    groups_at_once = batch_groups
+    at_once = members, batch_groups
     if plan.mode == "grid":
-        step_flags = torch.zeros((batch_groups, T), dtype=torch.int32, device=device)
+        step_flags = torch.zeros((members, batch_groups, T), dtype=torch.int32, device=device)
         report = torch.zeros(4, dtype=torch.int32, device=device) if TURNS else None
-        # Only as many batch groups as can be resident together; the others follow in further launches.
-        groups_at_once = max(1, plan.resident // unit_blocks)
-    turns = [(step, step + 1) for step in range(T)] if plan.mode == "step" else [(0, T)]
+        at_once = together(plan.resident // unit_blocks, members, batch_groups, stacked)
+    last = T + members - 1 if stacked else T  # each layer is a step behind the one that it takes from
+    turns = [(step, step + 1) for step in range(last)] if plan.mode == "step" else [(0, last)]
+    sizes = T, B, tensors[0].shape[:-1].numel()
+    flags_of = {"DIRECTIONS": 1 if stacked else members, "REVERSE": reverse, **flags}
     with on_device(device):
-        for group in range(0, batch_groups, groups_at_once):
-            programs = (unit_blocks, min(groups_at_once, batch_groups - group))
+        for member, group in product(range(0, members, at_once[0]), range(0, batch_groups, at_once[1])):
+            programs = (unit_blocks, min(at_once[1], batch_groups - group), min(at_once[0], members - member))
             for turn in turns:
-                arguments = (*tensors, step_flags, report, T, B, group * tiles.batch, *turn)
+                arguments = (*tensors, step_flags, report, *sizes, member, group * tiles.batch, *turn)
                 try:
-                    kernel[programs](*arguments, **constants, **flags, **options)
+                    kernel[programs](*arguments, **constants, **flags_of, **options)
                 except RuntimeError as error:
-                    if plan.mode != "grid" or group > 0 or "cooperative" not in str(error):
+                    if plan.mode != "grid" or (member, group) != (0, 0) or "cooperative" not in str(error):
                         raise
                     # The device refused before anything ran. The form that needs no company takes over for good.
                     refuse(device, str(error))
-                    return launch(kernel, tensors, by_steps(plan, str(error)), tiles, T, B, H, dtype, **flags)
+                    return launch(kernel, tensors, by_steps(plan, str(error)), tiles, T, states, reverse, **flags)
     if report is not None:
         stuck, program, group, step = report.tolist()
         if stuck:
@@ -148,3 +187,13 @@ def launch(
                 f"program {program} of batch group {group} waited in vain for step {step - 1} of the others, "
                 f"in {kernel.__name__} under {plan}"
             )
+
+
+def together(slots: int, members: int, batch_groups: int, stacked: bool) -> tuple[int, int]:
+    """How many members and batch groups a launch has where `slots` groups of a member can be resident; the others
+    follow in further launches. Layers of a stack wait for each other, so all are in each launch."""
+    both = members, max(1, min(batch_groups, slots // members))
+    alone = 1, max(1, min(batch_groups, slots))
+    if stacked or (slots >= members and ceil_div(batch_groups, both[1]) <= members * ceil_div(batch_groups, alone[1])):
+        return both
+    return alone

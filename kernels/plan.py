@@ -23,7 +23,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one layer and direction runs.
+    """How a layer runs, or several.
 
     mode: "local", "grid" or "step" (the three forms of the recurrence's kernels), "one step" (a kernel of its own for
         one step of inference), or "torch" (torch's own LSTM).
@@ -31,6 +31,7 @@ class Plan:
     resident: programs that the device runs at once, one a multiprocessor; 0 where the mode does not depend on it.
     precision: of float32 products, "tf32", "tf32x3" (three TF32 products, as exact as float32) or "ieee".
     why: the reason, in words.
+    directions, layers: how many of them run in one launch; layers one step behind the other.
     chunk: steps between the states that are kept under recompute; 0: gates and cells of every step are kept.
     saved_bytes: what a step, row, layer and direction keeps for backward, beside its input and output; None: unknown.
     """
@@ -41,6 +42,8 @@ class Plan:
     resident: int
     precision: str
     why: str
+    directions: int = 1
+    layers: int = 1
     chunk: int = 0
     saved_bytes: int | None = None
 
@@ -92,24 +95,33 @@ def why_torch(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def choose(dtype: torch.dtype, B: int, H: int, device: torch.device, ieee: bool) -> Plan:
+def choose(
+    dtype: torch.dtype, B: int, H: int, device: torch.device, ieee: bool, directions: int = 1, layers: int = 1
+) -> Plan:
     """Returns the plan for a recurrence of H hidden units over B rows of `dtype` on `device`.
 
-    ieee: float32 products in full precision.
+    ieee: float32 products in full precision. directions, layers: in one launch; layers as layers_together() says.
     """
     why = why_torch(dtype, device)
     if why is not None:
         return Plan("torch", None, None, 0, "ieee", why)
     if device.type == "cuda":
-        plan = choose_kernel(dtype, B, H, cuda_device(device), ieee)
+        plan = choose_kernel(dtype, B, H, cuda_device(device), ieee, directions, layers)
         if plan.mode == "grid" and device in _refused:
             return by_steps(plan, _refused[device])
         return plan
-    plan = replace(choose_kernel(dtype, B, H, H100, ieee), precision="ieee")
+    plan = replace(choose_kernel(dtype, B, H, H100, ieee, directions, layers), precision="ieee")
     if plan.mode == "grid":
         # Programs run one after another in the interpreter: one that waits for another would wait for ever.
         return by_steps(plan, "the interpreter runs programs one after another")
     return plan
+
+
+def layers_together(dtype: torch.dtype, B: int, H: int, layers: int, device: torch.device, ieee: bool) -> list[int]:
+    """How many layers each launch of a stack of `layers` has, the first launch first."""
+    if why_torch(dtype, device) is not None:
+        return [1] * layers
+    return grouped(dtype, B, H, layers, cuda_device(device) if device.type == "cuda" else H100, ieee)
 
 
 def choose_one_step(dtype: torch.dtype, device: torch.device, ieee: bool) -> Plan:
@@ -159,17 +171,40 @@ def cuda_device(device: torch.device) -> Device:
     )
 
 
+def weight_size(dtype: torch.dtype, ieee: bool) -> int:
+    """Bytes that a weight takes on chip: in full precision it is two TF32 numbers."""
+    return 8 if dtype == torch.float32 and ieee else dtype.itemsize
+
+
 @cache
-def choose_kernel(dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool) -> Plan:
+def grouped(dtype: torch.dtype, B: int, H: int, layers: int, device: Device, ieee: bool) -> list[int]:
+    """layers_together() on a device: the sizes, as even as can be, whose launches cost least by cost()."""
+    size = weight_size(dtype, ieee)
+
+    def step(layers: int) -> float:
+        plan = choose_kernel(dtype, B, H, device, ieee, 1, layers)
+        if plan.mode != "grid":
+            return 0.0 if layers == 1 else float("inf")  # alone, these need no flags
+        passes = (plan.forward, H), (plan.backward, 4 * H)
+        return sum(cost(tiles, B, H, width, size, device, 1, layers) for tiles, width in passes if tiles)
+
+    def sizes(launches: int) -> list[int]:
+        return [layers // launches + (k < layers % launches) for k in range(launches)]
+
+    return min(map(sizes, range(1, layers + 1)), key=lambda sizes: sum(map(step, sizes)))
+
+
+@cache
+def choose_kernel(
+    dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool, directions: int = 1, layers: int = 1
+) -> Plan:
     """Returns the plan among the kernels' three forms.
 
     ieee: float32 products in full precision, which take three TF32 products and so hold the weights twice.
+    directions, layers: in one launch; layers that do not fit together have a plan in mode "step".
     """
-    precision = "ieee"
-    size = dtype.itemsize
-    if dtype == torch.float32:
-        precision = "tf32x3" if ieee else "tf32"
-        size = 8 if ieee else 4
+    size = weight_size(dtype, ieee)
+    precision = "ieee" if dtype != torch.float32 else "tf32x3" if ieee else "tf32"
     chunk = 128 if size == 2 else 64 if size == 4 else 32
 
     # Whether 16-byte loads divide a row.
@@ -180,7 +215,8 @@ def choose_kernel(dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool
 
     # Local: all of W_hh on one multiprocessor, with a fifth of its memory left to the layout conversions of a step.
     padded = max(16, triton.next_power_of_2(H))
-    if padded <= (32 if split else 64 if H % 4 else 128) and 4 * padded * padded * size <= 0.8 * device.shared:
+    largest = 0 if layers > 1 else 32 if split else 64 if H % 4 else 128
+    if padded <= largest and 4 * padded * padded * size <= 0.8 * device.shared:
         # At 64 units eight warps spill in TF32 (Triton 3.7, A100), four in 16 bit (Triton 3.7, B200).
         warps = min(8, padded // 8) if (padded, size) != (64, 4) else 4
         tiles = Tiles(batch=16, units=padded, chunk=padded, warps=warps)
@@ -188,43 +224,51 @@ def choose_kernel(dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool
         sixteen = (split and padded > 16) or (device.capability[0] == 10 and padded == 128)
         forward = replace(tiles, warps=16) if sixteen else tiles
         why = f"W_hh of H {H} in {name(dtype)} fits on one multiprocessor"
-        return Plan("local", forward, tiles, 0, precision, why)
+        return Plan("local", forward, tiles, 0, precision, why, directions)
 
     # Grid: a slice of W_hh on each of the multiprocessors.
-    forward, backward = grid_tiles(H, size, chunk, wide, split, device)
+    forward, backward = grid_tiles(H, size, chunk, wide, split, device, layers)
     if forward and backward:
-        best = cheapest(forward, B, H, H, size, device)
+        best, back = (
+            cheapest(candidates, B, H, width, size, device, directions, layers)
+            for candidates, width in ((forward, H), (backward, 4 * H))
+        )
         why = (
             f"W_hh of H {H} in {name(dtype)} is spread over {ceil_div(H, best.units)} multiprocessors, "
             f"{best.units} units on each{'; what does not fit is loaded at every step' if best.kept else ''}"
         )
-        return Plan("grid", best, cheapest(backward, B, H, 4 * H, size, device), device.multiprocessors, precision, why)
+        if layers > 1:
+            why += f"; so are W_hh and W_ih of all {layers} layers, each a step behind the one that it takes from"
+        return Plan("grid", best, back, device.multiprocessors, precision, why, directions, layers)
 
     tiles = Tiles(batch=32, units=16, chunk=chunk // 2, warps=4 if wide else 8)
     why = f"W_hh of H {H} in {name(dtype)} does not fit on {device.multiprocessors} multiprocessors: one launch a step"
-    return Plan("step", tiles, tiles, 0, precision, why)
+    return Plan("step", tiles, tiles, 0, precision, why, directions, layers)
 
 
 def grid_tiles(
-    H: int, size: int, chunk: int, wide: bool, split: bool, device: Device
+    H: int, size: int, chunk: int, wide: bool, split: bool, device: Device, layers: int = 1
 ) -> tuple[list[Tiles], list[Tiles]]:
     """The tiles of the grid form, forward and backward, that keep registers and shared memory under every Triton of
     bench/results/offline; none where too few multiprocessors are there.
 
     size: bytes that an element of W_hh takes on chip. chunk: units of a plain chunk. wide, split: of choose_kernel().
+    layers: all of them at once, with W_ih beside W_hh of all but the first.
     """
     forward: list[Tiles] = []
     backward: list[Tiles] = []
     columns = ceil_div(H, chunk) * chunk
     capability = device.capability[0]
+    weights = 1 if layers == 1 else 2  # that a program has
     in_1k, in_2k = H * size <= 1024, H * size <= 2048
 
     def fits(units: int) -> bool:
-        programs = ceil_div(H, units)
+        programs = layers * ceil_div(H, units)
         if split and not wide:
             return False  # spills at any tile
         share = 0.8 if size < 8 else 0.65 if capability == 8 and wide else 0.75  # full precision over more spills
-        return programs <= device.multiprocessors and 4 * units * columns * size <= share * device.shared
+        share = min(share, 0.8 if layers == 1 else 0.7)  # and so do two products a step
+        return programs <= device.multiprocessors and weights * 4 * units * columns * size <= share * device.shared
 
     if not wide or size == 8:
         # Narrow loads keep their many addresses, and full precision two numbers for one: the smallest tiles.
@@ -272,7 +316,17 @@ def grid_tiles(
             backward.append(Tiles(16, 32, chunk, 8))
             if size == 2:
                 backward += [Tiles(batch, 32, chunk, 8) for batch in (32, 64)]
-    if fits(16) or not wide or split:
+    if layers > 1:
+        # Two products a step leave less room for the rows of large tiles, and an A100's four warps none.
+        forward = [tiles for tiles in forward if tiles.batch < 64 or (in_1k and capability == 9)]
+        small = [t for t in backward if t.batch == 16 or (t.batch == 32 and t.units < 32 and t.team == 1)]
+        small = [replace(t, batch=16, chunk=min(t.chunk, chunk)) for t in small]
+        backward = [replace(t, warps=8) for t in small] if capability == 8 else small
+        if size == 8:
+            backward = [Tiles(16, 16, chunk, 8)] if capability > 8 else []
+        if not wide or capability == 10:
+            return [], []  # the addresses of two products spill, and on a B200 the products themselves
+    if layers > 1 or fits(16) or not wide or split:
         return forward, backward
 
     # A part of W_hh for which there is no place is loaded at every step, from L2 if that holds it. Two fifths of the
@@ -298,31 +352,36 @@ def grid_tiles(
 EXCHANGE, SHARED, PRODUCT = 5e6, 23, 1.5
 
 
-def cheapest(candidates: list[Tiles], B: int, H: int, width: int, size: int, device: Device) -> Tiles:
+def cheapest(
+    candidates: list[Tiles], B: int, H: int, width: int, size: int, device: Device, directions: int, layers: int
+) -> Tiles:
     """The candidate of the least cost()."""
     if len(candidates) == 1:
         return candidates[0]
-    return min(candidates, key=lambda tiles: cost(tiles, B, H, width, size, device))
+    return min(candidates, key=lambda tiles: cost(tiles, B, H, width, size, device, directions, layers))
 
 
-def cost(tiles: Tiles, B: int, H: int, width: int, size: int, device: Device) -> float:
+def cost(
+    tiles: Tiles, B: int, H: int, width: int, size: int, device: Device, directions: int = 1, layers: int = 1
+) -> float:
     """What a step of the grid form costs, as bytes that L2 would have delivered in the time.
 
-    width: of what a program gathers, h (H) or dgates (4H). size: as in grid_tiles().
+    width: of what a program gathers, h (H) or dgates (4H). size: as in grid_tiles(). directions, layers: in one launch.
     """
-    programs = tiles.team * ceil_div(H, tiles.team * tiles.units)
+    programs = layers * tiles.team * ceil_div(H, tiles.team * tiles.units)
     at_once = max(1, device.multiprocessors // programs)
     if programs > device.multiprocessors:
         return float("inf")
-    groups = ceil_div(B, tiles.batch)
+    groups = directions * ceil_div(B, tiles.batch)
     together = min(groups, at_once)
-    weights = 4 * tiles.units * H * size
+    sources = 1 if layers == 1 else 2  # a layer above another gathers from that too, and multiplies it by W_ih
+    weights = sources * 4 * tiles.units * H * size
     streamed = 1 - tiles.kept * tiles.chunk * tiles.team / width if tiles.kept else 0
     slowest = max(
-        programs * min(B, together * tiles.batch) * width // tiles.team * size,
+        sources * programs * min(directions * B, together * tiles.batch) * width // tiles.team * size,
         programs * together * weights * streamed,
         SHARED * weights * (1 - streamed),
-        PRODUCT * (size / 2) * 4 * tiles.batch * tiles.units * H,
+        PRODUCT * (size / 2) * sources * 4 * tiles.batch * tiles.units * H,
     )
     # Groups that do not fit beside the others follow them; a team exchanges twice.
     return ceil_div(groups, at_once) * ((2 if tiles.team > 1 else 1) * EXCHANGE + slowest)

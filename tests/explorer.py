@@ -24,8 +24,8 @@ import torch
 from triton.runtime import interpreter
 
 BUILDER = interpreter.interpreter_builder
-# Turns that may pass without a store, a publish or a program's end. Far more than any fair schedule needs.
-PATIENCE = 4000
+# Turns a program that may pass without a store, a publish or a program's end. Far more than any fair schedule needs.
+PATIENCE = 1000
 
 
 class Broken(Exception):
@@ -110,7 +110,8 @@ class Memory:
 
     def places(self, pointers: np.ndarray, mask: np.ndarray) -> Places:
         """The exchanged elements among these addresses."""
-        pointers = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)
+        # A mask that a scalar has gone into holds integers, which would be taken for indices.
+        pointers = pointers[np.broadcast_to(mask.astype(bool), pointers.shape)].astype(np.int64)
         places = [(tensor, tensor.elements(pointers)) for tensor in self.tensors]
         return [(tensor, at) for tensor, at in places if len(at)]
 
@@ -197,7 +198,7 @@ class Launch:
         program = self.current
         self.explorer.switches += 1
         self.idle += 1
-        if self.idle > PATIENCE:
+        if self.idle > PATIENCE * len(self.programs):
             self.failure = self.failure or Broken(f"deadlock: programs {self.alive} wait for flags that nobody sets")
         if self.failure is None:
             chosen = self.choose(self.alive, program, waits)
@@ -244,12 +245,13 @@ class Explorer:
         named = dict(zip(executor.arg_names, tensors, strict=False))
         if named.get("flags") is None:
             return original(executor, *tensors, **options)
-        exchanged = [named[name] for name in ("y", "dgates", "products") if named.get(name) is not None]
-        group = named["row_begin"] // options["BLOCK_B"]
-        groups = executor.grid[1]
-        team_flags = named.get("team_flags")
-        if named["flags"][group : group + groups].any() or (team_flags is not None and team_flags.any() and group == 0):
-            raise self._named(Broken("the flags are not zero at launch"))
+        exchanged = [named[name] for name in ("y", "dropped", "dgates", "products") if named.get(name) is not None]
+        member, group = named["member_begin"], named["row_begin"] // options["BLOCK_B"]
+        _, groups, members = executor.grid
+        for flags in (named["flags"], named.get("team_flags")):
+            own = () if flags is None else flags.view(-1, *flags.shape[-2:])[member : member + members]
+            if len(own) and own[:, group : group + groups].any():
+                raise self._named(Broken("the flags are not zero at launch"))
 
         def start(programs: list[tuple[int, int, int]], body: Callable[[], None]) -> None:
             self.launch = Launch(self, exchanged, programs)

@@ -157,7 +157,7 @@ def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(monkeypatch):
     grid = plan.Plan("grid", tiles, tiles, 8, "ieee", "")
     tensors = [torch.randn(size) for size in [(3, 2, 24), (24, 6), (2, 6), (2, 6)]]
     y, *_ = forward.forward(*tensors, plan=grid)
-    assert refused == [(3, 1)]
+    assert refused == [(3, 1, 1)]
     torch.testing.assert_close(y, reference.forward(*tensors)[0])
 
     cuda = torch.device("cuda", 0)

@@ -63,6 +63,9 @@ UNSORTED = "test_parity.py::test_packed[cpu-packed-dtype3]"
 FLOAT32_CELL = "test_recurrence.py::test_cell_is_float32_across_the_loop[cpu-fp16]"
 SMALL = "test_recurrence.py::test_small_activations_keep_their_relative_accuracy[cpu]"
 DROPOUT = "test_dispatch.py::test_dropout_draws_the_masks_of_nn_lstm"
+ONE_LAUNCH = "test_stack.py::test_parity[cpu-3-3-36-4-dtype3]"
+MASKS = "test_stack.py::test_dropout_by_its_own_masks[dtype3]"
+DEALT = "test_stack.py::test_rows_are_dealt_by_their_lengths"
 DERIVATIVE = "test_reference.py::test_backward_is_the_derivative_of_forward[dense-False]"
 TRACE = "test_trace.py::test_torch_cell[two layers, both directions-hx]"
 TRACE_OF_PADDING = "test_trace.py::test_reference[cpu-one layer-lengths]"
@@ -80,7 +83,7 @@ FAULTS = {
         "tanh without its series": ("tl.abs(x) < 0.25", "tl.abs(x) < 0.0", SMALL),
     },
     "kernels/forward.py": {
-        "stride of the input gates": ("row[None, :] * (4 * H)", "row[None, :] * (3 * H)", ONE_ROW),
+        "stride of the input gates": ("gate = place[None, :] * (4 * H)", "gate = place[None, :] * (3 * H)", ONE_ROW),
         "h0 taken as zero": ("h_tile = tl.load(", "h_tile = 0 * tl.load(", ONE_ROW),
         "cell rounded to 16 bits": ("active, c_next, c_tile", "active, c_next.to(tl.float16).to(ACC), c_tile", ONE_ROW),
         "cell kept in the dtype of h": (
@@ -89,33 +92,71 @@ FAULTS = {
             FLOAT32_CELL,
         ),
         "cell of rows that have ended": ("tl.where(active, c_next, c_tile)", "c_next", PACKED),
-        "order of the reverse direction": ("t = last - step if REVERSE else step", "t = step", REVERSE),
+        "order of the reverse direction": (
+            "t = tl.where(backwards, last - step, step)",
+            "t = step",
+            REVERSE,
+        ),
         "a reset that keeps h": ("linked_rows = active_rows & ~start", "linked_rows = active_rows", RESET_STEP),
         "a reset that keeps h on chip": ("tl.where(start[None, :], 0.0, h_tile)", "h_tile", RESET),
         "a reset that keeps c": ("tl.where(start[None, :], c_reset_tile, c_tile)", "c_tile", RESET),
         "padding left as it was": ("new_zeros if layout.padded else input_gates.new_empty", "new_empty", PADDED),
-        "h of the wrong neighbour": ("t_prev = t + 1 if REVERSE else t - 1", "t_prev = t", REVERSE_STEP),
+        "the layer below a step late": (
+            "(place - total_rows) * H",
+            "(begin_prev + places - total_rows) * H",
+            ONE_LAUNCH,
+        ),
+        "bias of the layer below": ("bias += below * (4 * H)", "bias += 0 * below", ONE_LAUNCH),
+        "h without dropout for the layer above": ("(dropped if DROP else y)", "y", MASKS),
+        "h of the wrong neighbour": (
+            "t_prev = tl.where(backwards, t + 1, t - 1)",
+            "t_prev = t",
+            REVERSE_STEP,
+        ),
     },
     "kernels/backward.py": {
         "dc of rows that have ended": ("tl.where(active, dc_prev, dc)", "dc_prev", PACKED),
-        "order of the reverse direction": ("t = step if REVERSE else last - step", "t = last - step", REVERSE),
-        "dgates of the wrong neighbour": ("t_next = t - 1 if REVERSE else t + 1", "t_next = t", REVERSE_STEP),
-        "cell of the wrong neighbour": ("t_prev = t + 1 if REVERSE else t - 1", "t_prev = t", REVERSE),
+        "order of the reverse direction": (
+            "tl.where(backwards, step, last - step)",
+            "last - step",
+            REVERSE,
+        ),
+        "the layer above a step late": (
+            "(place + total_rows) * (4 * H)",
+            "(begin_next + places + total_rows) * (4 * H)",
+            ONE_LAUNCH,
+        ),
+        "dy for every layer": ("active & (depth == 0)", "active", ONE_LAUNCH),
+        "gradient past what was dropped": ("dh = drop(dh,", "drop(dh,", MASKS),
+        "dgates of the wrong neighbour": (
+            "t_next = tl.where(backwards, t - 1, t + 1)",
+            "t_next = t",
+            REVERSE_STEP,
+        ),
+        "cell of the wrong neighbour": (
+            "t_prev = tl.where(backwards, t + 1, t - 1)",
+            "t_prev = t",
+            REVERSE,
+        ),
         "c0 taken as zero": (
             "o.to(ACC), c_prev,",
             "o.to(ACC), c_prev * (step < last),",
             ONE_ROW,
         ),
-        "c0 taken from c": ("c0 + rows * H)", "c + row * H)", ONE_ROW),
+        "c0 taken from c": ("c0 + states * H)", "c + place * H)", ONE_ROW),
         "dgates across a reset": ("linked_next = linked_next & (", "linked_next = linked_next | (", RESET_STEP),
         "dgates across a reset on chip": ("linked = active & ~start[None, :]", "linked = active", RESET),
         "dc across a reset": ("dc_prev = tl.where(start[None, :], 0.0, dc_prev)", "dc_prev = dc_prev", RESET),
         "dc_reset dropped": ("dc_reset_tile += tl.where(start[None, :], dc_prev, 0.0)", "dc_reset_tile += 0.0", RESET),
-        "cell from before a reset": ("tl.where(start, c_reset + rows * H, c_rows)", "c_rows", RESET),
+        "cell from before a reset": ("tl.where(start, c_reset + states * H, c_rows)", "c_rows", RESET),
         "gradient of the cells dropped": ("dc += tl.load(dc_steps", "dc += 0 * tl.load(dc_steps", ONE_ROW),
         "dgates of the padding left as they were": ("torch.zeros_like(gates) if layout.padded else", "", PADDED),
         "dhn dropped": ("active & (~has_next)[None, :]", "active & False", ONE_ROW),
         "dhn of the longest rows only": ("active & (~has_next)[None, :]", "active & (step == 0)", PACKED),
+    },
+    "kernels/dropout.py": {
+        "the layers' masks the same": ("zero + layer.to(tl.uint32)", "zero", MASKS),
+        "what is kept not scaled": ("x.to(share.dtype) / share", "x.to(share.dtype)", MASKS),
     },
     "kernels/scan.py": {
         "order of the reverse direction": ("t = length - 1 - step if REVERSE else step", "t = step", RECOMPUTED),
@@ -130,36 +171,38 @@ FAULTS = {
         "no acquire": ('sem="acquire"', 'sem="relaxed"', COMPILED),
     },
     "kernels/launch.py": {
+        "rows dealt as they come": ("argsort(descending=True)", "new_ones(0).argsort().new_tensor(range(4))", DEALT),
         "loads of the next step before its flag": ('"num_stages": 1', '"num_stages": 3', COMPILED),
     },
     "fused_lstm/layer.py": {
+        "input of an upper layer without dropout": ("below = members.drop(", "below, _ = all_y[m - 1], (", MASKS),
         "bias gradient without the first step": ("dgates.sum(0,", "dgates[current].sum(0,", LAYERS),
-        "W_hh gradient without h0": ("outer(from_h0, h0,", "outer(0 * from_h0, h0,", LAYERS),
+        "W_hh gradient without h0": ("outer(from_h0, h0[m],", "outer(0 * from_h0, h0[m],", LAYERS),
         "W_hh gradient across a reset": ("from_h * ~starts[current]", "from_h", RESET_TO_ZERO),
         "h0 taken where a reset is": ("from_h0 * ~starts[start]", "from_h0", RESET_TO_ZERO),
         "h0 gradient without the resets": ("(dgates * starts).view", "(0 * dgates * starts).view", STATES),
         "h0 of the resets dropped": ("addcmul_(starts.to(x.dtype)", "addcmul_(0 * starts.to(x.dtype)", STATES),
-        "gradient of a row without steps": ("torch.where(without_steps, dhn, dh0)", "dh0", LENGTHS),
+        "gradient of a row without steps": ("torch.where(without_steps, dhn[m], dh0)", "dh0", LENGTHS),
         "end of a row without steps": ("torch.where(without_steps, h0, hn)", "hn", LENGTHS),
         "cut one step late in the other direction": ("[starts[1:], torch.zeros_like(starts[:1])]", "[starts]", STATES),
         "cut where the other direction begins": ("starts &= following <", "following <", BOTH),
         "hn from the wrong end": ("(last, first, earlier, later) if", "(last, last, earlier, later) if", LAYERS),
         "W_hr gradient without the recurrence": (
-            "outer(from_h @ weight_hh, h[previous], ends, wide)",
+            "outer(from_h @ weight_hh, all_h[m][previous], ends, wide)",
             "ends",
             PROJECTION,
         ),
     },
     "fused_lstm/chunks.py": {
-        "no gradient from the chunk after": ("torch.cat([grads.h0,", "torch.cat([0 * grads.h0,", RECOMPUTED),
+        "no gradient from the chunk after": ("torch.cat([grads.h0[0],", "torch.cat([0 * grads.h0[0],", RECOMPUTED),
         "weights of one chunk": ("else total.add_(grad)", "else grad", RECOMPUTED),
         "h across a reset": ("h_prev = h_prev * ~sequence", "_ = h_prev * ~sequence", RECOMPUTED),
         "h0 taken for the state between chunks": ("h, c = h_between[k - 1, :B],", "h, c = h,", RECOMPUTED),
         "resets' gradients dropped": ("dh + totals[4], dc + totals[5]", "dh, dc", RECOMPUTED),
     },
     "fused_lstm/autograd.py": {
-        "c0 gradient without the resets": ("dc0 = dc0 + dc_reset", "dc0 = dc0", STATES),
-        "h0 gradient without the resets": ("dh0 = dh0 + dh_reset", "dh0 = dh0", STATES),
+        "c0 gradient without the resets": ("dc0 = dc0 + found.c_reset", "dc0 = dc0", STATES),
+        "h0 gradient without the resets": ("dh0 = dh0 + found.h_reset", "dh0 = dh0", STATES),
     },
     "fused_lstm/composed.py": {
         "a reset that keeps h": ("torch.where(start, h_reset, h_prev)", "h_prev", STATES),
@@ -175,7 +218,7 @@ FAULTS = {
         ),
     },
     "fused_lstm/functional.py": {
-        "dropout after the last layer": (" and layer < num_layers - 1", "", DROPOUT),
+        "dropout after the last layer": (" and begin < num_layers * directions", "", DROPOUT),
         "gates of the padding as they were": ("gates = gates.masked_fill(", "gates.masked_fill(", TRACE_OF_PADDING),
     },
     "fused_lstm/lstm.py": {

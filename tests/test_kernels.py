@@ -10,6 +10,7 @@ from fused_lstm.kernels.forward import forward
 from fused_lstm.kernels.launch import Layout
 from fused_lstm.kernels.plan import Plan, Tiles, choose
 
+from . import members
 from .layouts import NAMES, layout_of
 from .parity import assert_close
 
@@ -84,6 +85,15 @@ def test_step_with_many_programs(dtype, reverse, device):
 @pytest.mark.parametrize("form", NAMES[1:])
 def test_layouts(plan, reverse, form, device):
     check(plan, torch.float32, 5, 5, 16 if plan.mode == "local" else 20, device, reverse, form)
+
+
+@pytest.mark.parametrize("form", NAMES)
+@pytest.mark.parametrize("of", members.FORMS)
+def test_several_members_in_a_launch(of, form):
+    B = 17 if form == "lengths" else 5  # two batch groups of uneven rows
+    members.check(STEP, of, form, 3, B, 20)
+    if of == "directions":
+        members.check(local(16), of, form, 3, B, 7)
 
 
 @pytest.mark.parametrize("form", ["lengths", "lengths and reset"])

@@ -33,12 +33,14 @@ from bench.offline import (
 )
 
 ROOT = Path(__file__).parents[1]
-TRITONS = ("3.6.0", "3.7.1", "3.9.0")
+TRITONS = ("3.6.0", "3.7.1")
 VARIANTS = {
     "dense": (),
     "packed reverse": ("--packed", "--reverse"),
     "lengths and resets": ("--lengths", "--reset"),
     "inference": ("--inference",),
+    "both directions": ("--directions", "2"),
+    "layers": ("--layers", "2", "--drop"),
 }
 
 
@@ -68,27 +70,31 @@ def faults(row):
         return [row["error"]]
     found, options, device = row["resources"], row["options"], DEVICES[row["device"]]
     forward, grid, step = row["kernel"] == "forward", row["mode"] == "grid", row["mode"] == "step"
-    tiles, team = row["tiles"], row["tiles"]["team"] > 1
-    programs = tiles["team"] * triton.cdiv(row["H"], tiles["team"] * tiles["units"])
+    tiles, team, stack = row["tiles"], row["tiles"]["team"] > 1, row["stack"]
+    programs = row["layers"] * tiles["team"] * triton.cdiv(row["H"], tiles["team"] * tiles["units"])
     weights = tiles["kept"] or triton.cdiv(row["H"], tiles["chunk"]) * (1 if forward else 4 // tiles["team"])
     # A step's own: the input gates; in backward the gates, c, c_prev, dy and dhn. From the other programs: the flag,
     # and h or dgates, as many tiles as W_hh has; in a team another flag and a product of each. With offsets, one for
-    # each step that these belong to; with resets, one for the step, in backward also for the next. Not W_hh's.
+    # each step that these belong to; with resets, one for the step, in backward also for the next. In a stack the other
+    # layer's flag and as many tiles of its h or dgates; with dropout, seed and share. Not W_hh's, nor W_ih's.
     own, offsets, resets = (4, 1, 1) if forward else (8, 2, 2)
     loads = own + grid * (1 + weights) + team * (1 + tiles["team"])
+    loads += stack * (1 + weights) + row.get("drop", False) * 2
     loads += row.get("packed", False) * (offsets + grid) + row.get("reset", False) * (resets + grid)
     broken = {
         f"{found['spills']} spills in the time loop": found["spills"] > 0,
         f"{found['shared']} bytes of shared memory, of {device.shared}": found["shared"] > device.shared,
         f"{found['tensor']} columns of tensor memory, of {TENSOR_MEMORY}": found["tensor"] > TENSOR_MEMORY,
         f"{found['loads']} tiles loaded a step, not {loads}": not (step or tiles["kept"]) and found["loads"] != loads,
-        f"{found['resident']} tiles on chip, W_hh has {weights}": not step and found["resident"] < weights,
+        f"{found['resident']} tiles on chip, W_hh has {weights}, and W_ih": not step
+        and found["resident"] < weights * (1 + stack),
         "no matrix instruction": not found["matrix"],
         "more programs than multiprocessors": grid and programs > device.multiprocessors,
         "not cooperative": grid and not options["cooperative"],
         f"{options['stages']} stages: h may be loaded before its flag": options["stages"] != 1,
         f"{found['read_only']} loads past the coherent caches": found["read_only"] > 0,
-        f"{found['acquires']} acquires and {found['releases']} releases in order": found["acquires"] != grid + team
+        f"{found['acquires']} acquires and {found['releases']} releases in order": found["acquires"]
+        != grid + team + stack
         or found["releases"] != grid + team,
     }
     return [fault for fault, is_broken in broken.items() if is_broken]
@@ -160,11 +166,12 @@ def test_time_loop_has_what_was_moved_out_of_it():
 def sample():
     """Places in groups() of one kernel for each device, pass and form, the least H; dtype and alignment take turns."""
     every = plans()
-    kinds = product(DEVICES, KERNELS, ("local", "grid", "step"))
+    forms = [("local", False), ("grid", False), ("step", False), ("grid", True)]
     places = []
-    for turn, (device, kernel, mode) in enumerate(kinds):
-        # 18 kinds and 4 dtypes: each device, pass and form meets another dtype.
-        kind = {"device": device, "dtype": list(DTYPES)[turn % 4], "kernel": kernel, "mode": mode}
+    for turn, (device, kernel, (mode, stack)) in enumerate(product(DEVICES, KERNELS, forms)):
+        # Each device, pass and form meets another dtype; of stacks those that every device has.
+        dtype = list(DTYPES)[(turn + turn // 4) % (3 if stack else 4)]
+        kind = {"device": device, "dtype": dtype, "kernel": kernel, "mode": mode, "stack": stack}
         fitting = [place for place, group in enumerate(every) if kind.items() <= group.items()]
         taken = [place for place in fitting if every[place]["aligned"] == (turn % 5 < 3)] or fitting
         places.append(min(taken, key=lambda place: every[place]["H"]))

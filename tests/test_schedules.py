@@ -14,6 +14,7 @@ from fused_lstm.kernels import forward as forward_module
 from fused_lstm.kernels import launch
 from fused_lstm.kernels.plan import Plan, Tiles
 
+from . import members
 from .explorer import SCHEDULES, Broken, explore
 from .layouts import NAMES, layout_of
 
@@ -63,11 +64,27 @@ def run(
     return explorer.switches
 
 
+def run_members(schedule, seed, strict=False, of="layers", *, sizes=(2, 4), plan=PLAN, form="dense", **modules):
+    """run() for a launch of two directions, or of three layers."""
+    B, H = sizes
+
+    def within(both):
+        with explore(schedule, seed, strict):
+            return both()
+
+    members.check(replace(plan, resident=64), of, form, T, B, H, seed, within=within, **modules)
+
+
 def sweep(first, count):
-    """`count` runs, each under another seed, going round the schedules and the forms of input."""
+    """`count` runs, each under another seed, going round the schedules and the forms of input; every eighth of them
+    of several members, and so of more programs."""
     names = list(SCHEDULES)
     for seed in range(first, first + count):
         form = seed // len(names)
+        if seed % 8 == 7:
+            of, plan = members.FORMS[seed // 8 % len(members.FORMS)], PLANS[seed // 24 % len(PLANS)]
+            run_members(names[seed % len(names)], seed, form % 6 == 0, of, plan=plan, form=NAMES[form % len(NAMES)])
+            continue
         sizes = TWO_GROUPS if form % 2 else ONE_GROUP
         options = {"sizes": sizes, "reverse": form % 4 > 1, "form": NAMES[form % len(NAMES)]}
         options["plan"] = PLANS[form % len(PLANS)]
@@ -77,7 +94,7 @@ def sweep(first, count):
 # In slices, so that workers share them.
 @pytest.mark.parametrize("part", range(8))
 def test_hundreds_of_schedules(part):
-    sweep(part * 40, 40)
+    sweep(part * 32, 32)
 
 
 @pytest.mark.slow
@@ -126,16 +143,17 @@ def plant(tmp_path, monkeypatch):
     return load
 
 
-FLAG_OF_STEP = "flags + batch_group.to(tl.int64) * T + step)"
-FLAG_OF_PREVIOUS = "flags + batch_group.to(tl.int64) * T + step - 1"
+FLAG_OF_STEP = "step_flags + step)"
+FLAG_OF_PREVIOUS = "step_flags + step - 1"
+TARGET = "step - 1, tl.num_programs(0),"
 FAULTS = {
     "a publish is missing": (
         f"publish({FLAG_OF_STEP}",
         f"if step < {T - 2}:\n                publish({FLAG_OF_STEP}",
         "deadlock",
     ),
-    "the target is off by one": ("tl.num_programs(0),", "tl.num_programs(0) - 1,", "nobody has written|race"),
-    "the target is out of reach": ("tl.num_programs(0),", "tl.num_programs(0) + 1,", "deadlock"),
+    "the target is off by one": (TARGET, TARGET.replace("(0)", "(0) - 1"), "nobody has written|race"),
+    "the target is out of reach": (TARGET, TARGET.replace("(0)", "(0) + 1"), "deadlock"),
     "the flag of the step before": (
         FLAG_OF_PREVIOUS,
         FLAG_OF_PREVIOUS.replace("- 1", "- 2 * (step > 1)"),
@@ -143,7 +161,7 @@ FAULTS = {
     ),
     "another group's flag": (
         f"wait({FLAG_OF_PREVIOUS}",
-        f"wait({FLAG_OF_PREVIOUS.replace('batch_group', '(1 - batch_group)')}",
+        f"wait({FLAG_OF_PREVIOUS} + (1 - 2 * tl.program_id(1)) * T",
         "nobody has written|race",
     ),
     "no wait at all": (
@@ -185,10 +203,60 @@ def test_planted_fault_in_a_team_is_found(plant, fault):
             run(schedule, seed, plan=TEAMS, sizes=ONE_GROUP, backward=module)
 
 
+WAIT_BELOW = "wait(flags_below + step,"
+WAIT_ABOVE = "wait(flags_above + step,"
+# By the pass, what there are several of, and the fault.
+FAULTS_OF_MEMBERS = {
+    "a layer a step ahead": ("forward", "layers", WAIT_BELOW, "wait(flags_below + tl.maximum(step - 1, 0),"),
+    "a layer a step ahead, backward": ("backward", "layers", WAIT_ABOVE, "wait(flags_above + tl.maximum(step - 1, 0),"),
+    "no wait for the layer below": ("forward", "layers", "if above:\n", "if below > above:\n"),
+    "no wait for the layer above": ("backward", "layers", "if depth > 0:\n", "if depth > 9:\n"),
+    "own flags for those of the layer below": ("forward", "layers", WAIT_BELOW, "wait(step_flags + step,"),
+    "the lowest layer's flags": ("backward", "layers", WAIT_ABOVE, "wait(flags + group * 0 + step,"),
+    "a wrong direction's counter": (
+        "forward",
+        "directions",
+        "wait(step_flags + step",
+        "wait(flags + (1 - member) * T + step",
+    ),
+    "a wrong direction's counter, backward": (
+        "backward",
+        "directions",
+        "wait(step_flags + step",
+        "wait(flags + (1 - group) * T + step",
+    ),
+    "counted in before dropout's part is written": (
+        "forward",
+        "layers with dropout",
+        "        tl.store(y + hidden, h, mask=active)\n",
+        "        tl.store(y + hidden, h, mask=active)\n        publish(step_flags + step)\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_MEMBERS)
+def test_planted_fault_between_members_is_found(plant, fault):
+    which, of, old, new = FAULTS_OF_MEMBERS[fault]
+    module = plant(forward_module if which == "forward" else backward_module, old, new)
+    with pytest.raises(Broken, match=r"nobody has written|race|deadlock"):
+        for seed, schedule in enumerate(SCHEDULES):
+            run_members(schedule, seed, of=of, **{which: module})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_directions_that_do_not_fit_together_follow_in_further_launches(schedule):
+    def within(both):
+        with explore(schedule):
+            return both()
+
+    members.check(replace(PLAN, resident=2), "directions", "lengths", T, 3, 4, within=within)
+
+
 def test_flag_published_before_the_data(plant):
-    store = "        tl.store(y + hidden, h, mask=active)\n"
-    publish = f"        if GRID:\n            publish({FLAG_OF_STEP}\n"
-    module = plant(forward_module, store + publish, publish + store)
+    source = Path(forward_module.__file__).read_text()
+    store, publish = "        tl.store(y + hidden, h, mask=active)\n", f"            publish({FLAG_OF_STEP}\n"
+    both = source[source.index(store) : source.index(publish) + len(publish)]
+    module = plant(forward_module, both, both.removeprefix(store) + store)
     with pytest.raises(Broken, match=r"nobody has written|race"):
         run("uniform", 0, forward=module)
 
@@ -196,7 +264,9 @@ def test_flag_published_before_the_data(plant):
 def test_buffer_reused_a_step_too_early(plant):
     """h of step t goes where h of step t-1 lies, which slower programs of the group have not read yet."""
     module = plant(
-        forward_module, "hidden = row[None, :] * H", "hidden = tl.where(step > 1, row_prev, row)[None, :] * H"
+        forward_module,
+        "hidden = place[None, :] * H",
+        "hidden = (tl.where(step > 1, begin_prev, begin) + places)[None, :] * H",
     )
     with pytest.raises(Broken, match=r"overwrote|race"):
         run("uniform", 0, forward=module)

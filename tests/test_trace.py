@@ -137,10 +137,13 @@ def test_the_numbers_are_those_that_the_kernels_save(options, device, monkeypatc
     saved, forward = [], operators.forward
     monkeypatch.setattr(operators, "forward", lambda *args: saved.append(forward(*args)) or saved[-1])
     y, _ = module(x, hx)
-    ours, calls = trace(module, x, hx), 0 if module.plan(x).mode == "torch" else len(module.all_weights)
+    ours, calls = trace(module, x, hx), 0 if module.plan(x).mode == "torch" else module.num_layers
     assert len(saved) == 2 * calls
     # A call with gradients saves c and gates for backward; each call of trace gave the same.
-    for (layer, direction, _), (_, _, c, gates) in zip(cells_of(module), saved[:calls], strict=calls > 0):
+    D = 2 if module.bidirectional else 1
+    of_layers = [zip(c.chunk(D, -1), gates.chunk(D, -1), strict=True) for _, _, c, gates in saved[:calls]]
+    of_directions = [both for of_layer in of_layers for both in of_layer]
+    for (layer, direction, _), (c, gates) in zip(cells_of(module), of_directions, strict=calls > 0):
         at = [
             v[..., layer, direction, :].transpose(0, 1) if module.batch_first else v[..., layer, direction, :]
             for v in ours

@@ -1,0 +1,67 @@
+"""Dropout between the layers of a stack: masks from a counter, the same again in backward, of which none is stored."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import DENSE, Layout, on_device
+from .plan import ceil_div
+
+
+@triton.jit
+def drop(x, seed, keep, layer, t, places):
+    """x / keep where the unit is kept and 0 elsewhere: of Philox with the counter (place in (B, H), t, layer, 0) the
+    first number decides, so that a mask does not depend on how a launch is cut or where its rows lie."""
+    place = places.to(tl.uint32)
+    zero = place * 0
+    number, _, _, _ = tl.philox(tl.load(seed), place, zero + t.to(tl.uint32), zero + layer.to(tl.uint32), zero)
+    share = tl.load(keep)
+    return tl.where(tl.uint_to_uniform_float(number) < share, x.to(share.dtype) / share, 0.0).to(x.dtype)
+
+
+@triton.jit(do_not_specialize=["B", "layer"])
+def drop_kernel(
+    x,  # (rows, H) in: y of a layer
+    lengths,  # (B,) in: steps of each batch row; only if LENGTHS
+    offsets,  # (T,) in: first row of each step; only if PACKED
+    seed,  # (1,) in
+    keep,  # (1,) in: the share of units that is kept
+    dropped,  # (rows, H) out: what the layer above takes
+    B,
+    layer,
+    H: tl.constexpr,
+    LENGTHS: tl.constexpr,  # each batch row has its own length
+    PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
+    BLOCK: tl.constexpr,  # places in (B, H) of a program, which has one step
+):
+    t = tl.program_id(0)
+    places = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rows = places // H
+    mask = rows < B
+    if LENGTHS:
+        mask = mask & (t < tl.load(lengths + rows, mask=mask, other=0))
+    begin = tl.load(offsets + t) if PACKED else t.to(tl.int64) * B
+    tile = tl.load(x + begin * H + places, mask=mask, other=0.0)
+    tl.store(dropped + begin * H + places, drop(tile, seed, keep, layer, t, places), mask=mask)
+
+
+def dropout(x: Tensor, seed: Tensor, keep: Tensor, layer: int, B: int, layout: Layout = DENSE) -> Tensor:
+    """What the layer above `layer` of a stack takes of its output.
+
+    Args:
+        x: (T, B, H), or (rows, H) of a packed sequence, contiguous. seed, keep: of the Stack. layer: its
+            place in it. B: batch rows. layout: as forward.forward takes it.
+
+    Returns:
+        As x; zero past a row's length.
+    """
+    H = x.shape[-1]
+    T = x.shape[0] if layout.offsets is None else layout.offsets.shape[0]
+    dropped = x.new_zeros(x.shape) if layout.padded else x.new_empty(x.shape)
+    if B > 0:
+        flags = {name: layout.flags[name] for name in ("LENGTHS", "PACKED")}
+        with on_device(x.device):
+            drop_kernel[(T, ceil_div(B * H, 512))](
+                x, layout.lengths, layout.offsets, seed, keep, dropped, B, layer, H, **flags, BLOCK=512
+            )
+    return dropped
