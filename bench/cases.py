@@ -57,6 +57,12 @@ def _square(T: int, H: int, B: int, dtype: str, mode: str) -> Case:
     return Case(mode=mode, T=T, B=B, I=H, H=H, dtype=dtype)
 
 
+# What is kept for backward, as sequences grow: by providers that keep less, too. On a GPU, on a CPU, in a dry run.
+_LONG = [_square(T, 512, 16, "bf16", "forward+backward") for T in (256, 1024, 4096, 16384)]
+_LONG_ON_CPU = [_square(T, 64, 4, "fp32", "forward+backward") for T in (256, 1024)]
+_LONG_IF_DRY = [Case("forward+backward", T=9, B=2, I=5, H=7, dtype="fp32")]
+MEMORY = [*_LONG, *_LONG_ON_CPU, *_LONG_IF_DRY]
+
 _MAIN = ("bf16", "tf32")
 _ALL = (*_MAIN, "fp16", "fp32")
 GPU = [
@@ -79,6 +85,7 @@ GPU = [
         )
     ),
     *(Case(mode, T=2048, B=16, I=80, H=650, dtype=dtype) for dtype, mode in product(_MAIN, BOTH)),
+    *_LONG,
 ]
 
 CPU = [
@@ -89,6 +96,7 @@ CPU = [
         Case(mode, T=128, B=16, I=256, H=256, dtype="fp32", form=form)
         for form, mode in product(["packed", "lengths", "reset"], BOTH)
     ),
+    *_LONG_ON_CPU,
 ]
 
 # Small enough for Triton's interpreter.
@@ -96,4 +104,5 @@ DRY = [
     *(Case(mode, T=3, B=2, I=5, H=7, dtype=dtype) for dtype, mode in product(_ALL, MODES)),
     *(Case(mode, T=3, B=2, I=5, H=20, dtype="fp32", layers=2, directions=2, form="packed") for mode in BOTH),
     *(Case(mode, T=3, B=2, I=5, H=20, dtype="fp32", form=form) for form, mode in product(["lengths", "reset"], BOTH)),
+    *_LONG_IF_DRY,
 ]

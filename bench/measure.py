@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import fused_lstm
 from tests import parity
 
-from . import store
+from . import memory, store
 from .cases import Case
 from .providers import BASELINE, PROVIDERS
 from .timing import Call, alternate
@@ -143,10 +143,13 @@ def check(case: Case, provider: str, device: torch.device) -> None:
     """
     case = replace(case, T=min(case.T, CHECKED_STEPS))
     lstm, x, hx = build(case, device)
+    module = PROVIDERS[provider].build(lstm)
+    if getattr(module, "recompute", False):
+        module.recompute = CHECKED_STEPS // 2  # what goes by chunks is checked in a second one too
     backward = case.mode == "forward+backward"
     with torch.set_grad_enabled(backward):
         theirs = parity.run(called(case, lstm), x, hx, backward=backward)
-        ours = parity.run(called(case, PROVIDERS[provider].build(lstm)), x, hx, backward=backward)
+        ours = parity.run(called(case, module), x, hx, backward=backward)
     try:
         assert ours.keys() == theirs.keys(), f"results {sorted(ours)}, nn.LSTM's are {sorted(theirs)}"
         for name in theirs:
@@ -165,29 +168,38 @@ def step(case: Case, module: nn.Module, x: Tensor | PackedSequence, hx: tuple[Te
 
     def both() -> tuple[Tensor, ...]:
         y, _ = module(x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf, hx)
-        return torch.autograd.grad(y.data if isinstance(y, PackedSequence) else y, leaves, dy)
+        y = y.data if isinstance(y, PackedSequence) else y
+        memory.holds(leaf, y)  # whoever calls has them
+        return torch.autograd.grad(y, leaves, dy)
 
     return both
 
 
-def peak_memory(call: Call, device: torch.device) -> int | None:
-    """The bytes that a call takes beyond what was allocated before it; None on a device that does not count."""
-    if device.type != "cuda":
-        return None
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    return torch.cuda.max_memory_allocated(device) - before
+class Steps(NamedTuple):
+    """What is timed on one case: the calls of the provider and of nn.LSTM on the same input, by name, and the modules
+    with the same weights which they call; the provider's Plan as a dict, None if it has none."""
+
+    calls: dict[str, Call]
+    modules: dict[str, nn.Module]
+    plan: dict[str, Any] | None
+
+    def memory(self, provider: str, device: torch.device) -> dict[str, int | None]:
+        """The part of a row that says what both take of memory."""
+        found: dict[str, int | None] = {}
+        for prefix, name in (("", provider), ("baseline_", BASELINE)):
+            call, weights = self.calls[name], list(self.modules[name].parameters())
+            found[f"{prefix}memory"] = memory.peak(call, device)
+            found[f"{prefix}kept"] = memory.beside(memory.kept(call)[0], weights)
+        return found
 
 
-def steps(case: Case, provider: str, device: torch.device) -> tuple[dict[str, Call], dict[str, Any] | None]:
-    """Returns the calls of the provider and of nn.LSTM on the same weights and inputs, by name, and the provider's
-    Plan as a dict, None if it has none."""
+def steps(case: Case, provider: str, device: torch.device) -> Steps:
+    """Returns the Steps of a provider on a case."""
     lstm, x, hx = build(case, device)
     module = PROVIDERS[provider].build(lstm)
     plan = asdict(module.plan(x)) if hasattr(module, "plan") else None
-    calls = {provider: module, BASELINE: lstm}
-    return {name: step(case, called(case, module), x, hx) for name, module in calls.items()}, plan
+    modules = {provider: module, BASELINE: lstm}
+    return Steps({name: step(case, called(case, each), x, hx) for name, each in modules.items()}, modules, plan)
 
 
 def row(
@@ -197,7 +209,8 @@ def row(
 
     status is "ok", or "refused" (broke the parity rule) or "failed", then with the reason in why. A row that is ok
     holds plan; ms and baseline_ms, the Times of the provider and of nn.LSTM in milliseconds, timed side by side; memory
-    and baseline_memory, their peaks in bytes (None on a CPU); and clock, the GPU's in MHz after the last round.
+    and baseline_memory, their peaks in bytes (None on a CPU); kept and baseline_kept, the bytes that their forward pass
+    keeps for backward, input and output included and weights not; and clock, the GPU's in MHz after the last round.
     """
     key = {"case": asdict(case), "provider": provider, "baseline": BASELINE, "environment": environment}
     return key | {"status": status, "why": why} | measured
@@ -210,14 +223,13 @@ def measure(
     try:
         with precision(case.dtype):
             check(case, provider, device)
-            calls, plan = steps(case, provider, device)
-            times = alternate(calls, device, seconds)
+            timed = steps(case, provider, device)
+            times = alternate(timed.calls, device, seconds)
             clock = store.clock() if device.type == "cuda" else None
-            memory, baseline_memory = (peak_memory(calls[name], device) for name in (provider, BASELINE))
+            taken = timed.memory(provider, device)
     except Refused as broken:
         return row(case, provider, environment, "refused", str(broken))
     except Exception as error:
         return row(case, provider, environment, "failed", f"{type(error).__name__}: {error}"[:2000])
     ms, baseline_ms = asdict(times[provider]), asdict(times[BASELINE])
-    measured = {"plan": plan, "ms": ms, "baseline_ms": baseline_ms, "clock": clock}
-    return row(case, provider, environment, "ok", memory=memory, baseline_memory=baseline_memory, **measured)
+    return row(case, provider, environment, "ok", plan=timed.plan, ms=ms, baseline_ms=baseline_ms, **taken, clock=clock)

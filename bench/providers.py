@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fused_lstm
 
-from .cases import Case
+from . import memory
+from .cases import MEMORY, Case
 
 BASELINE = "nn.LSTM"
 
@@ -34,6 +36,35 @@ def fused(lstm: nn.LSTM) -> nn.Module:
     module = copy.deepcopy(lstm)
     fused_lstm.swap(module)
     # A copy has its weights in separate pieces; a module that was swapped in place has not.
+    module.flatten_parameters()
+    return module
+
+
+def recomputing(lstm: nn.LSTM) -> nn.Module:
+    """The same, with its states kept between chunks of steps alone."""
+    module = fused(lstm)
+    module.recompute = True
+    return module
+
+
+class Checkpointed(nn.LSTM):
+    """nn.LSTM on one chunk of steps after the other, each under torch.utils.checkpoint; dense input."""
+
+    recompute = 128  # steps of a chunk: as many as ours keeps no states of on a CPU
+
+    def forward(self, x, hx):
+        outputs = []
+        for part in x.split(self.recompute):
+            memory.holds(part, *hx)  # checkpoint() has its arguments itself
+            y, hx = checkpoint(super().forward, part, hx, use_reentrant=False)
+            outputs.append(y)
+        return torch.cat(outputs), hx
+
+
+def checkpointed(lstm: nn.LSTM) -> nn.Module:
+    """nn.LSTM with the weights of `lstm`, Checkpointed."""
+    module = copy.deepcopy(lstm)
+    module.__class__ = Checkpointed
     module.flatten_parameters()
     return module
 
@@ -121,13 +152,19 @@ class FlashRNN(Stack):
         return y[0, :, :, 0].transpose(0, 1), end[0, :, 0, 0], end[1, :, 0, 0]
 
 
+def _remembers(case: Case) -> bool:
+    return case in MEMORY
+
+
 def _one_layer(case: Case) -> bool:
     return case.form == "dense" and case.layers == case.directions == 1
 
 
 PROVIDERS = {
     "fused_lstm": Provider(fused),
-    "compiled cell": Provider(CompiledCell, runs=lambda case: case.form == "dense"),
+    "fused_lstm, recompute": Provider(recomputing, runs=_remembers),
+    "nn.LSTM, checkpointed": Provider(checkpointed, runs=_remembers),
+    "compiled cell": Provider(CompiledCell, runs=lambda case: case.form == "dense" and not _remembers(case)),
     "TorchRL": Provider(TorchRL, lambda case: _one_layer(case) and case.torch_dtype == torch.float32, "torchrl"),
     "FlashRNN": Provider(FlashRNN, lambda case: _one_layer(case) and case.dtype != "tf32", "flashrnn"),
 }

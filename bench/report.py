@@ -49,19 +49,25 @@ def _cells(row: Row, measured: dict[str, float]) -> list[str]:
     case = Case(**row["case"])
     start = [case.dtype, case.mode, f"{case.shape} B{case.B}", row["provider"]]
     if row["status"] != "ok":
-        return [*start, row["status"], *[""] * 6]
+        return [*start, row["status"], *[""] * (len(HEAD) - len(start) - 1)]
     ratio, low, high = speed_up(row)
     share = share_of_floor(row, measured)
-    memory = [f"{row[name] / 2**20:.0f}" if row[name] is not None else "" for name in ("memory", "baseline_memory")]
+    # Rows of an older sweep have no count of what is kept.
+    memory = [f"{row[name] / 2**20:.1f}" if row.get(name) else "" for name in MEMORY]
     times = [f"{microseconds(row):.2f}", f"{1e3 * row['baseline_ms']['median'] / case.T:.2f}"]
     plan = row["plan"]["mode"] if row["plan"] else ""
     return [*start, f"{ratio:.2f} ({low:.2f}-{high:.2f})", *times, *memory, plan, f"{share:.0%}" if share else ""]
 
 
+MEMORY = ("memory", "baseline_memory", "kept", "baseline_kept")
 HEAD = [
     *("dtype", "mode", "sizes", "provider", "speed-up (20-80%)", "µs a step", "nn.LSTM's", "peak MiB", "nn.LSTM's"),
-    *("plan", "of the floor"),
+    *("kept MiB", "nn.LSTM's", "plan", "of the floor"),
 ]
+LEGEND = (
+    "Speed-up: nn.LSTM's median time over the provider's, timed side by side in turns. Kept: what forward leaves for "
+    "backward, input and output included and weights not. Peak: beyond the input, with the gradients."
+)
 
 
 def table(rows: list[Row], measured: dict[str, float]) -> str:
@@ -69,7 +75,7 @@ def table(rows: list[Row], measured: dict[str, float]) -> str:
     if not rows:
         return "no rows"
     versions = ", ".join(f"{name} {value}" for name, value in rows[0]["environment"].items() if value is not None)
-    lines = [versions, "", "Speed-up: nn.LSTM's median time over the provider's, timed side by side in turns.", ""]
+    lines = [versions, "", LEGEND, ""]
     lines += [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *(_cells(r, measured) for r in rows))]
     failures = [row for row in rows if row["status"] != "ok"]
     for row in failures:

@@ -132,7 +132,7 @@ def main() -> int:
         supervise(command, listed, path, environment, args.until)
         rows = store.read(path, environment)
         print(f"\n{path}: {len(rows)} of {len(listed)} rows{'; the same command goes on' * (len(rows) < len(listed))}")
-        failed = any(row["status"] != "ok" for row in rows if row["provider"] == "fused_lstm")
+        failed = any(row["status"] != "ok" for row in rows if row["provider"].startswith("fused_lstm"))
         failed |= args.dry and len(rows) < len(listed)
     missing = [name for name, provider in PROVIDERS.items() if not provider.installed()]
     print(f"\nnot installed, so not measured: {', '.join(missing)}\n" if missing else "")

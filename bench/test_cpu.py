@@ -20,12 +20,12 @@ def name(value):
 @pytest.mark.parametrize("case, provider", run.work(CPU), ids=name)
 def test_provider(benchmark, case, provider):
     measure.check(case, provider, DEVICE)
-    calls, plan = measure.steps(case, provider, DEVICE)
+    timed = measure.steps(case, provider, DEVICE)
     baseline = []
     # One round of nn.LSTM before each of the provider: what drifts on the machine hits both alike.
     benchmark.pedantic(
-        calls[provider],
-        setup=lambda: baseline.append(timing.host(calls[BASELINE])),
+        timed.calls[provider],
+        setup=lambda: baseline.append(timing.host(timed.calls[BASELINE])),
         rounds=ROUNDS,
         warmup_rounds=WARMUP,
     )
@@ -35,10 +35,9 @@ def test_provider(benchmark, case, provider):
             provider,
             store.environment(DEVICE),
             "ok",
-            plan=plan,
+            plan=timed.plan,
             ms=asdict(timing.summary([1e3 * seconds for seconds in benchmark.stats.stats.data])),
             baseline_ms=asdict(timing.summary(baseline[-ROUNDS:])),
-            memory=None,
-            baseline_memory=None,
+            **timed.memory(provider, DEVICE),
             clock=None,
         )

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import cases, measure, report, run, store, timing, worker
+from bench import cases, measure, memory, report, run, store, timing, worker
 from bench.model import TERMS, floor, predicted
-from bench.providers import PROVIDERS, Provider, fused
+from bench.providers import PROVIDERS, Provider, checkpointed, fused
 from fused_lstm.kernels.plan import H100, choose_kernel
 
 CPU = torch.device("cpu")
@@ -157,7 +157,7 @@ def test_the_table_of_a_known_device_gives_the_share_of_the_floor():
     assert report.share_of_floor(row, {"exchange_us": 1.8}) > share + 0.2
     cells = report.table([row], {}).splitlines()[-1].split(" | ")
     assert cells[2:] == [
-        *("T100 H512 B16", "fused_lstm", "3.00 (2.40-3.16)", "4.00", "12.00", "1", "2", "grid"),
+        *("T100 H512 B16", "fused_lstm", "3.00 (2.40-3.16)", "4.00", "12.00", "1.0", "2.0", "", "", "grid"),
         f"{share:.0%} |",
     ]
     assert report.share_of_floor(row | {"environment": {"device": "another"}}, {}) is None
@@ -192,6 +192,28 @@ def test_a_plan_is_predicted_above_the_floor_and_near_it(dtype, backward):
 def test_every_mode_and_form_is_checked_and_timed(path, case):
     measured = measure.measure(case, "fused_lstm", CPU, HERE, seconds=0.0)
     assert measured["status"] == "ok", measured["why"]
+
+
+def test_rows_say_what_is_kept_for_backward():
+    (case,) = (case for case in cases.MEMORY if case in cases.DRY)
+    x, y, hx = (4 * case.B * size for size in (case.T * case.I, case.T * case.H, 2 * case.H))
+    saved = {"fused_lstm": 5 * y, "fused_lstm, recompute": 0, "nn.LSTM, checkpointed": 0}
+    assert [name for listed, name in run.work([case])] == list(saved)
+    for name, size in saved.items():
+        row = measure.measure(case, name, CPU, HERE, seconds=0.0)
+        assert row["kept"] == x + y + hx + size and row["baseline_kept"] > x + 6 * y, name
+        cells = report.table([row | {"kept": 2**20, "baseline_kept": 2**21}], {}).splitlines()[-1].split(" | ")
+        assert cells[7:11] == ["", "", "1.0", "2.0"]
+    assert measure.measure(FORWARD, "fused_lstm", CPU, HERE, seconds=0.0)["kept"] == 0
+
+
+def test_what_a_checkpoint_holds_is_counted():
+    case = next(case for case in cases.MEMORY if case in cases.DRY)
+    lstm, x, hx = measure.build(case, CPU)
+    module = checkpointed(lstm)
+    module.recompute = 4
+    found, _ = memory.kept(lambda: module(x, hx)[0])
+    assert memory.beside(found, [x, *hx, *module.parameters()]) == 2 * 2 * hx[0].nbytes  # between three chunks
 
 
 def test_a_loop_over_a_compiled_cell_is_nn_lstm_too():

@@ -244,7 +244,7 @@ def tree(tmp_path):
     for source, target in {"fused_lstm": "fused_lstm", "kernels": "fused_lstm/kernels", "tests": "tests"}.items():
         shutil.copytree(ROOT / source, tmp_path / target, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "bench").mkdir()
-    for name in ("bench/__init__.py", "bench/model.py", "bench/offline.py"):
+    for name in ("bench/__init__.py", "bench/memory.py", "bench/model.py", "bench/offline.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_lstm
+from bench.memory import beside, kept
 from fused_lstm import LSTM
 
 from .parity import assert_parity, twin
@@ -97,25 +98,6 @@ def test_under_vmap():
 # Counted
 
 
-def saved(module, x, *args, **keywords):
-    """The storages that a call keeps for backward, by address: bytes."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = module(x, *args, **keywords)[0]
-    return storages, y
-
-
-def beside(storages, x, module):
-    """The bytes without the input and the parameters."""
-    known = {t.untyped_storage().data_ptr() for t in (x, *module.parameters())}
-    return sum(size for at, size in storages.items() if at not in known)
-
-
 @pytest.mark.parametrize("recompute", [False, 25])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"batch_first": True}, {"bidirectional": True}], ids=str)
@@ -124,13 +106,13 @@ def test_the_plan_says_what_is_kept(options, dtype, recompute):
     module = LSTM(I, H, **options, dtype=dtype, recompute=recompute)
     x = torch.randn(*((B, T) if module.batch_first else (T, B)), I).to(dtype)
     plan, D = module.plan(x), 2 if module.bidirectional else 1
-    count, _ = saved(module, x)
+    count, _ = kept(lambda: module(x)[0])
     output = T * B * D * (module.proj_size or H) * dtype.itemsize
     of_hx = D * B * ((module.proj_size or H) * dtype.itemsize + H * dtype.itemsize)
-    kept = beside(count, x, module) - output - of_hx
-    assert plan.chunk == recompute and 0 <= kept <= T * B * D * plan.saved_bytes
+    rest = beside(count, [x, *module.parameters()]) - output - of_hx
+    assert plan.chunk == recompute and 0 <= rest <= T * B * D * plan.saved_bytes
     if not recompute:
-        assert kept == T * B * plan.saved_bytes * D
+        assert rest == T * B * plan.saved_bytes * D
         if dtype != torch.bfloat16 and not module.proj_size:
             assert plan.saved_bytes == 5 * H * dtype.itemsize
 
@@ -138,17 +120,17 @@ def test_the_plan_says_what_is_kept(options, dtype, recompute):
 def test_a_layer_keeps_its_input_once_and_its_weights_as_they_are():
     """The output of a layer is the input of the next: saved by both, in memory once."""
     module, x = LSTM(H, H, num_layers=3, batch_first=True), torch.randn(4, 50, H)
-    count, _ = saved(module, x)
+    count, _ = kept(lambda: module(x)[0])
     of_hx = 2 * 3 * 4 * H * 4
     assert x.untyped_storage().data_ptr() in count
-    assert beside(count, x, module) == of_hx + 3 * 4 * 50 * (module.plan(x).saved_bytes + 4 * H)
+    assert beside(count, [x, *module.parameters()]) == of_hx + 3 * 4 * 50 * (module.plan(x).saved_bytes + 4 * H)
 
 
 def test_a_third_of_what_nn_lstm_keeps():
     """Of every step nn.LSTM must keep at least the four gates and c, whatever else cuDNN has in its reserve."""
     T, B, H = 256, 2, 32
     module, x = LSTM(H, H, recompute=True).bfloat16(), torch.randn(T, B, H).bfloat16()
-    count, _ = saved(module, x)
+    count, _ = kept(lambda: module(x)[0])
     ours = sum(size for size in count.values()) - sum(p.nbytes for p in module.parameters())
     assert ours <= T * B * H * 2 * (1 + 1 + 5) / 3
 
