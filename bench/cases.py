@@ -19,9 +19,10 @@ class Case:
     T, B, I, H: steps, batch rows, input features, hidden units.
     dtype: a key of DTYPES.
     layers, directions: as num_layers of torch.nn.LSTM, and 2 for bidirectional.
-    form: "dense"; or with rows of T to T / 8 steps, evenly spread and unsorted, "packed" (a PackedSequence) or
-        "lengths" (padded: nn.LSTM packs and pads again); or "reset" (episodes of 50 steps on average end anywhere:
-        nn.LSTM goes step by step).
+    form: "dense"; or with rows of uneven lengths, unsorted, "packed" (a PackedSequence) or "lengths" (padded: nn.LSTM
+        packs and pads again); or "reset" (episodes of 50 steps on average end anywhere: nn.LSTM goes step by step).
+    lengths: of uneven rows: "spread" (evenly from T to T / 8), "uniform" (at random from 1 to T) or "one long" (a row
+        of T among rows of T / 50).
     """
 
     mode: str
@@ -33,6 +34,7 @@ class Case:
     layers: int = 1
     directions: int = 1
     form: str = "dense"
+    lengths: str = "spread"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -41,12 +43,14 @@ class Case:
 
     @property
     def shape(self) -> str:
-        """All sizes but B, in words; what goes without saying (I = H, one layer, one direction) is left out."""
+        """All sizes but B, in words; what goes without saying (I = H, one layer, one direction, lengths spread) is left
+        out."""
         parts = [f"T{self.T}", f"H{self.H}"]
         parts += [f"I{self.I}"] if self.I != self.H else []
         parts += [f"L{self.layers}"] if self.layers > 1 else []
         parts += [f"D{self.directions}"] if self.directions > 1 else []
         parts += [self.form] if self.form != "dense" else []
+        parts += [self.lengths] if self.lengths != "spread" else []
         return " ".join(parts)
 
 
@@ -74,6 +78,18 @@ GPU = [
     *(
         Case(mode, T=512, B=16, I=512, H=512, dtype=dtype, layers=2, directions=directions)
         for dtype, directions, mode in product(_MAIN, [1, 2], BOTH)
+    ),
+    *(
+        Case(mode, T=2000, B=64, I=512, H=512, dtype=dtype, form="packed", lengths=lengths)
+        for lengths, dtype, mode in product(["uniform", "one long"], _MAIN, BOTH)
+    ),
+    *(
+        Case(mode, T=512, B=16, I=512, H=512, dtype=dtype, layers=layers)
+        for layers, dtype, mode in product([4, 6], _MAIN, BOTH)
+    ),
+    *(
+        Case(mode, T=512, B=16, I=H, H=H, dtype=dtype, directions=2)
+        for H, dtype, mode in product([512, 256], _MAIN, BOTH)
     ),
     *(_square(64, H, B, dtype, "one step") for H, B, dtype in product([512, 1024], [1, 16], _MAIN)),
     *(
@@ -104,5 +120,10 @@ DRY = [
     *(Case(mode, T=3, B=2, I=5, H=7, dtype=dtype) for dtype, mode in product(_ALL, MODES)),
     *(Case(mode, T=3, B=2, I=5, H=20, dtype="fp32", layers=2, directions=2, form="packed") for mode in BOTH),
     *(Case(mode, T=3, B=2, I=5, H=20, dtype="fp32", form=form) for form, mode in product(["lengths", "reset"], BOTH)),
+    *(
+        Case("forward+backward", T=5, B=3, I=5, H=7, dtype="fp32", form="packed", lengths=lengths)
+        for lengths in ["uniform", "one long"]
+    ),
+    *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", layers=4) for mode in BOTH),
     *_LONG_IF_DRY,
 ]

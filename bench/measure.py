@@ -63,7 +63,12 @@ def build(case: Case, device: torch.device) -> tuple[nn.LSTM, Tensor | PackedSeq
 
 def lengths_of(case: Case) -> Tensor:
     """(B,) int64 on the CPU, the same at every call."""
-    order = torch.randperm(case.B, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(case.B, generator=generator)
+    if case.lengths == "uniform":
+        return torch.randint(1, case.T + 1, (case.B,), generator=generator)
+    if case.lengths == "one long":
+        return torch.where(order == 0, case.T, max(1, case.T // 50))
     return torch.linspace(case.T, max(1, case.T // 8), case.B).long()[order]
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -241,6 +242,22 @@ def test_both_names_of_cudnns_switch_agree(dtype, tf32):
 
 def test_times_are_median_and_quantiles():
     assert timing.summary([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == timing.Times(3.5, 2.0, 5.0, 6)
+
+
+def test_lengths_are_as_the_case_says():
+    case = cases.Case("forward", T=2000, B=64, I=1, H=1, dtype="fp32", form="packed")
+    long, uniform = (replace(case, lengths=lengths) for lengths in ("one long", "uniform"))
+    spread, drawn = measure.lengths_of(case).sort().values, measure.lengths_of(uniform).sort().values
+    assert (spread[0], spread[-1], spread.diff().max() - spread.diff().min()) == (250, 2000, 1)
+    assert measure.lengths_of(long).sort().values.tolist() == [40] * 63 + [2000]
+    assert 1 <= drawn[0] < 250 and 1750 < drawn[-1] <= 2000 and 800 < drawn[32] < 1200
+    assert all(torch.equal(measure.lengths_of(each), measure.lengths_of(each)) for each in (case, long, uniform))
+    assert (case.shape, long.shape) == ("T2000 H1 packed", "T2000 H1 packed one long")
+
+
+def test_rows_from_before_lengths_differed_are_read():
+    case = {name: value for name, value in asdict(FORMS[0]).items() if name != "lengths"}
+    assert cases.Case(**case) == FORMS[0]
 
 
 def test_no_case_stands_twice_in_a_sweep():
