@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fused_lstm
+from fused_lstm.kernels.plan import CHUNK
 
 from . import memory
 from .cases import MEMORY, Case
@@ -50,7 +51,7 @@ def recomputing(lstm: nn.LSTM) -> nn.Module:
 class Checkpointed(nn.LSTM):
     """nn.LSTM on one chunk of steps after the other, each under torch.utils.checkpoint; dense input."""
 
-    recompute = 128  # steps of a chunk: as many as ours keeps no states of on a CPU
+    recompute = CHUNK  # steps of a chunk
 
     def forward(self, x, hx):
         outputs = []

@@ -12,12 +12,18 @@ from torch.autograd import forward_ad
 from . import composed, operators, segments
 from .autograd import LSTMFunction
 from .kernels.launch import DEBUG, DENSE, Layout, accumulator
-from .kernels.plan import Plan, choose, choose_one_step, keeping, layers_together, why_torch
+from .kernels.plan import (
+    CHUNK,
+    Plan,
+    choose,
+    choose_one_step,
+    chunk_for,
+    keeping,
+    layers_together,
+    memory_of,
+    why_torch,
+)
 from .layer import Members, Sequence, together
-
-# Steps between the states that recompute=True keeps. With fewer the workspace is smaller, but there are more launches;
-# with so many the states are below 1% of what is kept without recompute.
-CHUNK = 128
 
 
 class States(NamedTuple):
@@ -65,9 +71,9 @@ def lstm(
         reset_to: the state after a reset, "zero" or "hx".
         return_states: also return the states of all steps.
         recompute: for backward keep, beside input and output, the states between chunks of so many steps alone (True:
-            CHUNK), and make the gates and cells of a chunk again when backward comes to it: less memory for a forward
-            pass of the products and the cells more. Without gradients, with record, in forward mode
-            and on torch's path it has no effect.
+            as many as the device's memory suggests), and make the gates and cells of a chunk again when backward comes
+            to it: less memory for a forward pass of the products and the cells more. Without gradients, with record, in
+            forward mode and on torch's path it has no effect.
         record: called for each layer, then direction, with its y (T, B, Hout), c (T, B, H) and activated gates
             (T, B, 4H), or (rows, ...) packed, as they are saved for backward, zero past a row's end; only to be read:
             the kernels let no gradient through c and gates.
@@ -83,7 +89,7 @@ def lstm(
     """
     layout, to_hx = layout_of(input, batch_first, batch_sizes, lengths, reset, reset_to), reset_to == "hx"
     directions = 2 if bidirectional else 1
-    chunk = chunk_of(recompute)
+    check_recompute(recompute)
     on_torch = why_torch(autocast_dtype(input), input.device) is not None
     if on_torch and not return_states and record is None:
         options = {"weights": weights, "bias": bias, "num_layers": num_layers, "dropout": dropout}
@@ -110,8 +116,8 @@ def lstm(
     else:
         sequence = Sequence.packed(batch_sizes, x.device)
     ieee = full_precision()
-    if not save or record is not None:
-        chunk = 0  # nothing is kept, or all is asked for
+    # Without save nothing is kept, with record all is asked for.
+    chunk = chunk_of(recompute, x, *hx[1].shape[1:]) if save and record is None else 0
 
     alone = bidirectional or return_states or record is not None or on_torch or forward_mode or to_hx
     groups = groups_of(input, (hx[1].shape[1], hx[1].shape[2]), num_layers, bool(alone or per_cell % 2 or chunk))
@@ -152,16 +158,24 @@ def lstm(
     return x, hn, cn, states if return_states else None
 
 
-def chunk_of(recompute: bool | int) -> int:
-    """The steps of a chunk, 0 for none.
-
-    Raises:
-        TypeError: not a bool or an integer. ValueError: below 0.
-    """
+def check_recompute(recompute: bool | int) -> None:
+    """Raises TypeError: not a bool or an integer. ValueError: below 0."""
     if not isinstance(recompute, int):
         raise TypeError(f"recompute must be a bool or a number of steps, got {type(recompute).__name__}")
     if recompute < 0:
         raise ValueError(f"recompute must be a bool or a number of steps, got {recompute}")
+
+
+def chunk_of(recompute: bool | int, input: Tensor, B: int, H: int) -> int:
+    """The steps of a chunk, 0 for none. In a graph they follow no memory: it would be compiled for one B.
+
+    Raises:
+        TypeError, ValueError: as check_recompute().
+    """
+    check_recompute(recompute)
+    memory = memory_of(input.device) if recompute is True and not torch.compiler.is_compiling() else None
+    if memory is not None:
+        return chunk_for(autocast_dtype(input), B, H, memory)
     return CHUNK if recompute is True else int(recompute)
 
 
@@ -272,10 +286,17 @@ def compiled_groups(dtype: torch.dtype, H: int, num_layers: int, device: torch.d
 
 
 def plan_for(
-    input: Tensor, B: int, H: int, P: int = 0, chunk: int = 0, num_layers: int = 1, bidirectional: bool = False
+    input: Tensor,
+    B: int,
+    H: int,
+    P: int = 0,
+    recompute: bool | int = False,
+    num_layers: int = 1,
+    bidirectional: bool = False,
 ) -> Plan:
-    """The plan of a call, in the dtype that autocast gives it; P: proj_size; chunk: as chunk_of() gives it."""
-    dtype, groups = autocast_dtype(input), groups_of(input, (B, H), num_layers, bool(P or chunk or bidirectional))
+    """The plan of a call, in the dtype that autocast gives it; P: proj_size."""
+    dtype, chunk = autocast_dtype(input), chunk_of(recompute, input, B, H)
+    groups = groups_of(input, (B, H), num_layers, bool(P or chunk or bidirectional))
     plan = choose(dtype, B, H, input.device, full_precision(), 2 if bidirectional else 1, groups[0])
     if groups[0] > 1 and len(groups) > 1:
         plan = replace(plan, why=f"{plan.why}; the launches have {', '.join(map(str, groups))} layers")

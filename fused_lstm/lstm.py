@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import States, chunk_of, lstm, lstm_cell, plan_for, plan_for_one_step, takes_one_step
+from .functional import States, check_recompute, lstm, lstm_cell, plan_for, plan_for_one_step, takes_one_step
 from .kernels.plan import Plan
 
 
@@ -49,10 +49,11 @@ class LSTM(_Unquantized, nn.RNNBase):
         bidirectional: a second set of weights reads the sequence backwards; D = 2.
         proj_size: P > 0 projects h to P features (https://arxiv.org/abs/1402.1128).
         device, dtype: of the parameters.
-        recompute: True to keep for backward, beside input and output, the states between chunks of 128 steps alone, and
+        recompute: True to keep for backward, beside input and output, the states between chunks of steps alone, and
             make the gates and cells again chunk by chunk: the same gradients in less memory and a little more time. A
-            number is the length of the chunks. Also an attribute, to be set at any time; no part of the state_dict. On
-            torch's path, where the plan's mode is "torch", it has no effect.
+            number is the length of the chunks; that of True follows from the GPU's memory and is in the plan. Also an
+            attribute, to be set at any time; no part of the state_dict. On torch's path, where the plan's mode is
+            "torch", it has no effect.
 
     Raises:
         ValueError, TypeError: as torch.nn.LSTM, with its texts; a recompute that is below 0, or no bool or integer.
@@ -77,7 +78,7 @@ class LSTM(_Unquantized, nn.RNNBase):
         *,
         recompute: bool | int = False,
     ) -> None:
-        chunk_of(recompute)
+        check_recompute(recompute)
         super().__init__(
             "LSTM",
             input_size,
@@ -233,8 +234,8 @@ class LSTM(_Unquantized, nn.RNNBase):
         return self._plan(input, B)
 
     def _plan(self, input: Tensor, B: int) -> Plan:
-        chunk = chunk_of(self.recompute)
-        return plan_for(input, B, self.hidden_size, self.proj_size, chunk, self.num_layers, self.bidirectional)
+        sizes = B, self.hidden_size, self.proj_size
+        return plan_for(input, *sizes, self.recompute, self.num_layers, self.bidirectional)
 
 
 class LSTMCell(_Unquantized, nn.LSTMCell):

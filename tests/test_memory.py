@@ -2,6 +2,7 @@
 
 import copy
 import io
+from itertools import product
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_lstm
 from bench.memory import beside, kept
-from fused_lstm import LSTM
+from fused_lstm import LSTM, functional
+from fused_lstm.kernels.plan import chunk_for
 
 from .parity import assert_parity, twin
 from .test_sequences import LAYERS, LENGTHS, RESET, B, H, I, Loop, T, assert_oracle, given, module_and_input
@@ -133,6 +135,37 @@ def test_a_third_of_what_nn_lstm_keeps():
     count, _ = kept(lambda: module(x)[0])
     ours = sum(size for size in count.values()) - sum(p.nbytes for p in module.parameters())
     assert ours <= T * B * H * 2 * (1 + 1 + 5) / 3
+
+
+# The length of a chunk
+
+
+def test_a_chunk_fits_the_memory_at_hand():
+    GIB = 2**30
+    sizes = [(1, 64), (16, 512), (64, 1024), (1024, 2048), (2**14, 2**13)]
+    assert [chunk_for(torch.bfloat16, *size, 80 * GIB) for size in sizes] == [1024, 256, 128, 64, 16]
+    assert [chunk_for(torch.bfloat16, 256, 1024, memory * GIB) for memory in (1, 8, 80)] == [16, 64, 128]
+    # The next longer one would take a sixteenth, beyond which none is, or a thousandth.
+    for dtype, (rows, units) in product(DTYPES, sizes[1:-1]):
+        chunk = chunk_for(dtype, rows, units, 80 * GIB)
+        share = chunk * rows * units * (9 * dtype.itemsize + (8 if dtype == torch.float64 else 4)) / (80 * GIB)
+        assert share <= 1 / 16 and 2 * share > (1 / 16 if chunk < 128 else 1 / 1000)
+
+
+def test_the_plan_says_the_chunk_that_is_taken(monkeypatch):
+    module, x = LSTM(I, H, recompute=True), torch.randn(70, 3, I)
+    assert module.plan(x).chunk == 128  # of a CPU nothing is known
+    step = 3 * H * (9 * 4 + 4)
+    for memory, chunk in [(16 * 64 * step, 64), (16 * 64 * step - 1, 32), (0, 16)]:
+        monkeypatch.setattr(functional, "memory_of", lambda device, memory=memory: memory)
+        count, (y, _) = kept(lambda: module(x))
+        of_hx, states = 2 * 3 * H * 4, -(-70 // chunk) - 1
+        assert module.plan(x).chunk == chunk
+        assert beside(count, [x, y, *module.parameters()]) == of_hx * (1 + states)
+    monkeypatch.setattr(functional, "memory_of", lambda device: pytest.fail("asked in a graph"))
+    ours = torch.compile(module, backend="eager", fullgraph=True, dynamic=True)(x)[0]
+    module.recompute = 128
+    torch.testing.assert_close(ours, module(x)[0])
 
 
 # The attribute
