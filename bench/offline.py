@@ -2,8 +2,8 @@
 
 `python -m bench.offline` compiles one kernel for each group of sizes that the plans treat alike, over H 1 to 2048 and
 B 1 to 1024, and writes bench/results/offline: a JSON Lines file for the installed Triton and a table over all of them.
-With `--H` or `--groups` it prints the rows of chosen sizes or groups instead. Exit status 1: a kernel was not compiled,
-spills or does not fit.
+With `--H` or `--groups` it prints the rows of chosen sizes or groups instead, with `--beside` what the kernels beside
+the recurrence take. Exit status 1: a kernel was not compiled, spills or does not fit.
 
 H is a constant of the kernels, so one size stands for a group, the largest of the most demanding. Where no 16-byte load
 divides a row, multiples of 4, of 2 and odd sizes share a group: an odd H has the narrowest loads, and so the most
@@ -29,11 +29,12 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from fused_lstm.kernels import backward, cell, dropout, forward, launch, sync
-from fused_lstm.kernels.plan import A100, B200, H100, Plan, Tiles, choose_kernel
+from fused_lstm.kernels import backward, cell, dropout, forward, launch, one_step, scan, sync
+from fused_lstm.kernels.plan import A100, B200, H100, Plan, Tiles, choose_kernel, choose_one_step
 
 from . import model
 
@@ -126,20 +127,67 @@ def compile_kernel(
         ("report",): constants["TURNS"] > 0,
     }
     absent = [name for names, is_taken in taken.items() if not is_taken for name in names]
+    return compile_for(capability, kernel, dtype, constants, absent, options)
+
+
+def compile_for(
+    capability: tuple[int, int],
+    kernel: Any,
+    dtype: torch.dtype,
+    constants: dict[str, Any],
+    absent: Iterable[str],
+    options: dict[str, Any],
+    in_accumulator: Iterable[str] = IN_ACCUMULATOR,
+) -> CompiledKernel:
+    """Compiles any kernel, with its constexpr arguments; absent: the pointers that are None, of those it has."""
     constants |= {name: None for name in absent if name in kernel.arg_names}
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument in launch.SIZES:
+        elif argument in (*launch.SIZES, "layer"):
             signature[argument] = "i32"
         else:
-            default = "*fp32" if argument in IN_ACCUMULATOR else POINTERS[dtype]
+            default = "*fp32" if argument in in_accumulator else POINTERS[dtype]
             signature[argument] = INTEGER_POINTERS.get(argument, default)
             # torch allocates at least this aligned, and the launcher tells the compiler so.
             attributes[(index,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+
+
+# The flags of recompute's scan: of a packed sequence in reverse, and of rows with lengths and resets.
+SCANS = ({"REVERSE", "LENGTHS", "PACKED"}, {"LENGTHS", "RESET", "HIDDEN"})
+
+
+def beside(device: str, dtype: str, H: int) -> Iterator[Row]:
+    """What the kernels beside the recurrence take, which have tiles of their own: the scans, dropout of packed rows and
+    one step of I = H."""
+    (torch_dtype, ieee), capability = DTYPES[dtype], DEVICES[device].capability
+    row = {"device": device, "dtype": dtype, "H": H}
+    of_flag = {"lengths": "LENGTHS", "offsets": "PACKED", "starts": "RESET", "c_reset": "RESET", "h": "HIDDEN"}
+    for taken in SCANS:
+        absent = [pointer for pointer, flag in of_flag.items() if flag not in taken]
+        constants = {"H": H, "BLOCK": scan.BLOCK} | {flag: flag in taken for flag in {"REVERSE", *of_flag.values()}}
+        kernel = compile_for(capability, scan.scan_kernel, torch_dtype, constants, absent, {"num_warps": 1})
+        yield row | {"kernel": "scan", "flags": sorted(taken), "usage": usage(kernel)}
+    constants = {"H": H, "BLOCK": dropout.BLOCK, "LENGTHS": True, "PACKED": True}
+    kernel = compile_for(capability, dropout.drop_kernel, torch_dtype, constants, (), {})
+    yield row | {"kernel": "dropout", "flags": ["LENGTHS", "PACKED"], "usage": usage(kernel)}
+    plan = choose_one_step(torch_dtype, torch.device("cuda"), ieee)
+    constants, options = launch.specialized(one_step.one_step_kernel, plan, plan.forward, H, torch_dtype)
+    constants |= {"I": H, "BIAS": True, "ACC": tl.float32}
+    kernel = compile_for(capability, one_step.one_step_kernel, torch_dtype, constants, (), options, in_accumulator=())
+    yield row | {"kernel": "one step", "flags": [], "usage": usage(kernel)}
+
+
+def usage(kernel: CompiledKernel) -> dict[str, int]:
+    """Registers and bytes of spilled ones that a thread takes anywhere in a kernel; bytes of shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        found = dict(re.findall(r"(REG|STACK):(\d+)", tool("cuobjdump", "--dump-resource-usage", file.name)))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "shared": kernel.metadata.shared}
 
 
 def resources(kernel: CompiledKernel) -> Resources:
@@ -438,6 +486,7 @@ def main() -> None:
     printed = parser.add_argument_group("print JSON lines instead, without a file")
     printed.add_argument("--groups", type=int, nargs="+", help="of these places in groups()")
     printed.add_argument("--H", type=int, nargs="+", help="of the kernels that are chosen for these sizes")
+    printed.add_argument("--beside", nargs="+", help="of the scan and of one step, by device:dtype:H")
     printed.add_argument("--B", type=int, nargs="+", default=[1, 64])
     printed.add_argument("--device", choices=DEVICES, nargs="+", default=["H100"])
     printed.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
@@ -450,6 +499,11 @@ def main() -> None:
     printed.add_argument("--drop", action="store_true", help="dropout between the layers")
     printed.add_argument("--inference", action="store_true", help="save nothing for backward")
     args = parser.parse_args()
+    if args.beside:
+        for case in args.beside:
+            device, dtype, H = case.split(":")
+            print(*map(json.dumps, beside(device, dtype, int(H))), sep="\n", flush=True)
+        return
     if args.groups is None and args.H is None:
         sys.exit(any(fails(row) for row in tabulate(args.results, args.fresh)))
     if args.H is None:

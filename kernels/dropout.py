@@ -7,6 +7,8 @@ from torch import Tensor
 from .launch import DENSE, Layout, on_device
 from .plan import ceil_div
 
+BLOCK = 512  # places in (B, H) of a program, four a thread
+
 
 @triton.jit
 def drop(x, seed, keep, layer, t, places):
@@ -61,7 +63,7 @@ def dropout(x: Tensor, seed: Tensor, keep: Tensor, layer: int, B: int, layout: L
     if B > 0:
         flags = {name: layout.flags[name] for name in ("LENGTHS", "PACKED")}
         with on_device(x.device):
-            drop_kernel[(T, ceil_div(B * H, 512))](
-                x, layout.lengths, layout.offsets, seed, keep, dropped, B, layer, H, **flags, BLOCK=512
+            drop_kernel[(T, ceil_div(B * H, BLOCK))](
+                x, layout.lengths, layout.offsets, seed, keep, dropped, B, layer, H, **flags, BLOCK=BLOCK
             )
     return dropped

@@ -22,6 +22,7 @@ from bench.offline import (
     GROUP,
     KERNELS,
     RESULTS,
+    SCANS,
     TENSOR_MEMORY,
     fails,
     groups,
@@ -50,7 +51,8 @@ def offline(*options):
     command = [sys.executable, "-m", "bench.offline", *map(str, options)]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     rows = [json.loads(line) for line in process.stdout.splitlines()]
-    assert rows and process.returncode == any(fails(row) for row in rows), process.stderr[-2000:]
+    failed = any(fails(row) for row in rows if "usage" not in row)
+    assert rows and process.returncode == failed, process.stderr[-2000:]
     return rows
 
 
@@ -190,6 +192,16 @@ def test_variants(variant):
 def test_bounded_waits(monkeypatch):
     monkeypatch.setenv("FUSED_LSTM_DEBUG", "1")
     check(offline("--H", 136, "--B", 64), "bounded")
+
+
+def test_kernels_beside_the_recurrence():
+    """The scan of recompute, dropout and the kernel of one step."""
+    rows = offline("--beside", "A100:bf16:512", "A100:fp32:650", "H100:bf16:650", "H100:fp32:512")
+    assert len(rows) == 4 * (len(SCANS) + 2)
+    for row in rows:
+        used = row["usage"]
+        assert used["stack"] == 0 and 0 < used["registers"] < 255, row
+        assert used["shared"] <= DEVICES[row["device"]].shared, row
 
 
 @pytest.mark.slow
