@@ -157,7 +157,7 @@ def compile_for(
 
 
 # The flags of recompute's scan: of a packed sequence in reverse, and of rows with lengths and resets.
-SCANS = ({"REVERSE", "LENGTHS", "PACKED"}, {"LENGTHS", "RESET", "HIDDEN"})
+SCANS = ({"REVERSE", "LENGTHS", "PACKED"}, {"LENGTHS", "RESET"})
 
 
 def beside(device: str, dtype: str, H: int) -> Iterator[Row]:
@@ -165,7 +165,7 @@ def beside(device: str, dtype: str, H: int) -> Iterator[Row]:
     one step of I = H."""
     (torch_dtype, ieee), capability = DTYPES[dtype], DEVICES[device].capability
     row = {"device": device, "dtype": dtype, "H": H}
-    of_flag = {"lengths": "LENGTHS", "offsets": "PACKED", "starts": "RESET", "c_reset": "RESET", "h": "HIDDEN"}
+    of_flag = {"lengths": "LENGTHS", "offsets": "PACKED", "starts": "RESET", "c_reset": "RESET"}
     for taken in SCANS:
         absent = [pointer for pointer, flag in of_flag.items() if flag not in taken]
         constants = {"H": H, "BLOCK": scan.BLOCK} | {flag: flag in taken for flag in {"REVERSE", *of_flag.values()}}

@@ -75,10 +75,10 @@ class LSTMFunction(torch.autograd.Function):
     Inputs: x (T, B, I) or (rows, I) packed; h0 (M, B, Hout); c0 (M, B, H); the sequence's seven; the Members' three;
     save: keep what backward needs; states: also return the cells of all steps, not of a stack; ieee: float32 products
     in full precision; chunk: keep the states between chunks of so many steps alone, and recompute the rest in backward;
-    0: keep h, c and gates of every step; then of each member weight_ih (4H, I), weight_hh (4H, Hout), bias_ih and
+    0: keep c and gates of every step; then of each member weight_ih (4H, I), weight_hh (4H, Hout), bias_ih and
     bias_hh (4H) or None, weight_hr (P, H) or None.
     Outputs: y like x with D*Hout features; hn (M, B, Hout); cn (M, B, H); the cells like x with D*H features, None
-    without states; and, kept for backward only, y of all layers of a stack, h, c and gates, or of recomputing the
+    without states; and, kept for backward only, y of all layers of a stack, None, c and gates, or of recomputing the
     states h and c between the chunks of each direction.
     """
 
@@ -97,13 +97,13 @@ class LSTMFunction(torch.autograd.Function):
             of_y, of_h, of_c, of_cells, *between = (list(tensors) for tensors in zip(*parts, strict=True))
             kept = None, *map(stacked, between), None
             return together(of_y), stacked(of_h), stacked(of_c), together(of_cells) if states else None, *kept
-        y, hn, cn, h, c, gates = layer.forward(x, h0, c0, weights, sequence, members, (h0, c0), save or states, ieee)
+        y, hn, cn, c, gates = layer.forward(x, h0, c0, weights, sequence, members, (h0, c0), save or states, ieee)
         cells = c.to(x.dtype, copy=True) if states else None
         top, of_layers = y, None
         if members.layers:
             # Without backward a copy, or the last layer's y would hold those of all.
             top, of_layers = (y[-1], y) if save else (y[-1].clone(), None)
-        return top, hn, cn.to(c0.dtype), cells, of_layers, None if h is y else h, c, gates
+        return top, hn, cn.to(c0.dtype), cells, of_layers, None, c, gates
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -150,7 +150,7 @@ class LSTMFunction(torch.autograd.Function):
         if ctx.chunk:
             grads = LSTMFunction.in_chunks(ctx, dy, dhn, dcn, dcells, x, h0, c0, weights, sequence, y, h, c, needs)
         else:
-            hx, of_time = (h0, c0), (y, h, c, gates)
+            hx, of_time = (h0, c0), (y, c, gates)
             found = layer.gradients(
                 dy, dhn, dcn, dcells, x, *hx, weights, sequence, members, hx, *of_time, needs, ctx.ieee
             )

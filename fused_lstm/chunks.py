@@ -49,7 +49,7 @@ def forward(
             between.append((h, c))
         hx = h0[None, :B], c0[None, :B]
         given = x[span], h[None, :B], c[None, :B], [weights], part
-        y[span], hn, cn, _, c_steps, _ = layer.forward(*given, Members(), hx, states, ieee)
+        y[span], hn, cn, c_steps, _ = layer.forward(*given, Members(), hx, states, ieee)
         if states:
             cells[span] = c_steps
         h, c = torch.cat([hn[0], h[B:]]), torch.cat([cn[0], c[B:]])
@@ -122,7 +122,7 @@ def backward(
         hx, h, c = (h0[:B], c0[:B]), h0[:B], c0[:B].to(wide)
         if k > 0:
             h, c = h_between[k - 1, :B], c_between[k - 1, :B]
-        gates, c_steps, h_steps = _recompute(x[span], h, c, weights, part, hx, y[span], ieee)
+        gates, c_steps = _recompute(x[span], h, c, weights, part, hx, y[span], ieee)
         grads = layer.gradients(
             dy[span],
             dh[None, :B],
@@ -136,7 +136,6 @@ def backward(
             Members(),
             (hx[0][None], hx[1][None]),
             y[span],
-            h_steps,
             c_steps,
             gates,
             [needs[0], True, True, *needs[3:]],
@@ -216,9 +215,9 @@ def _recompute(
     reset_to: tuple[Tensor, Tensor],
     y: Tensor,
     ieee: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """gates, c, and under a projection h, as layer.forward() had them: y is known, so all but c is parallel in time."""
-    weight_hh, weight_hr = weights[1], weights[4]
+) -> tuple[Tensor, Tensor]:
+    """gates and c, as layer.forward() had them: y is known, so all but c is parallel in time."""
+    weight_hh = weights[1]
     with matmul_precision(x, ieee):
         gates = layer.gates_of(x, h0[None], [weights], [sequence], reset_to[0][None])
         _, _, current, previous = sequence.places(len(h0), len(gates))
@@ -231,12 +230,11 @@ def _recompute(
         else:
             gates[current] = torch.addmm(gates[current], h_prev, weight_hh.T)
     gates = gates.view(*x.shape[:-1], gates.shape[-1])
-    c, h = scan(
+    c = scan(
         gates,
         c0.contiguous(),
         reverse=sequence.reverse,
         layout=sequence.layout,
         c_reset=None if c_reset is None else c_reset.contiguous(),
-        hidden=weight_hr is not None,
     )
-    return gates, c, h
+    return gates, c

@@ -232,7 +232,7 @@ def forward(
     reset_to: tuple[Tensor, Tensor],
     save: bool,
     ieee: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Runs the directions of a layer, or a stack of layers.
 
     A projection W_hr needs no kernel of its own: with y_t = W_hr h_t, the recurrent term W_hh y_{t-1} equals
@@ -249,8 +249,7 @@ def forward(
 
     Returns:
         y: like x with D*Hout features, of a stack the same of each layer, (L, ...); hn: (M, B, Hout); cn: (M, B, H) in
-        the accumulator's dtype; h: like y with D*H features, y itself without a projection; c and gates, as the kernel
-        saves them, empty without save.
+        the accumulator's dtype; c and gates, as the kernel saves them, empty without save.
     """
     projects, M, lead = weights[0][4] is not None, len(weights), x.shape[:-1]
     sequences = sequence.each(members.directions(M))
@@ -284,7 +283,16 @@ def forward(
     hn = torch.stack(ends)  # shares no memory with y
     if (without_steps := sequence.without_steps()) is not None:
         hn = torch.where(without_steps, h0, hn)
-    return y, hn, cn, h, c, gates
+    return y, hn, cn, c, gates
+
+
+def h_of(c: Tensor, gates: Tensor, layout: Layout) -> Tensor:
+    """h of every step by (4); zero past a row's length, where c and gates are as the memory was."""
+    h = c.tanh().mul_(gates[..., -c.shape[-1] :]).to(gates.dtype)
+    if layout.lengths is None or layout.offsets is not None:
+        return h
+    time = torch.arange(len(h), device=h.device)
+    return h.masked_fill((time[:, None] >= layout.lengths)[..., None], 0)
 
 
 class Grads(NamedTuple):
@@ -314,7 +322,6 @@ def gradients(
     members: Members,
     reset_to: tuple[Tensor, Tensor],
     y: Tensor,
-    h: Tensor | None,
     c: Tensor,
     gates: Tensor,
     needs: list[bool],
@@ -326,7 +333,7 @@ def gradients(
     Args:
         dy: as y, of a stack that of its last layer; dhn, dcn: as hn and cn; dcells: as c, None if the cells of all
             steps have none, as those of a stack.
-        x to reset_to: as given to forward(). y, c, gates: as it returned them; h too, under a projection.
+        x to reset_to: as given to forward(). y, c, gates: as it returned them.
         needs: whether x, h0, c0 and the five weights of each member need one. ieee: as given to forward().
         wide: those of the weights in the accumulator's dtype.
 
@@ -373,7 +380,6 @@ def gradients(
             lowest = of_all[0] if members.layers else of_all
             dx = (lowest.reshape(-1, weight_ih.shape[0]) @ weight_ih).view(x.shape)  # (9)
         all_dgates, all_y = members.each(of_all, M), members.each(y, M)
-        all_dy, all_h = (None, None) if h is None else (members.each(dy, M), members.each(h, M))
         for m in range(M):
             own, needed = sequences[0 if members.layers else m], needs[3 + 5 * m : 8 + 5 * m]
             _, weight_hh, bias, _, _ = weights[m]
@@ -406,9 +412,10 @@ def gradients(
                 dweight_hh = outer(from_h, all_y[m][previous], by_h0, wide)  # (12)
             if bias is not None and (needed[2] or needed[3]):
                 dbias = dgates.sum(0, dtype=accumulator(x.dtype) if wide else None)  # (13)
-            if needed[4] and all_h is not None and all_dy is not None:
-                ends = outer(all_dy[m], all_h[m], outer(dhn[m], all_h[m][end], None, wide), wide)
-                dweight_hr = outer(from_h @ weight_hh, all_h[m][previous], ends, wide)  # (14)
+            if needed[4] and projects:
+                h = h_of(c.chunk(M, -1)[m], gates.chunk(M, -1)[m], layout).view(-1, c.shape[-1] // M)
+                ends = outer(members.each(dy, M)[m], h, outer(dhn[m], h[end], None, wide), wide)
+                dweight_hr = outer(from_h @ weight_hh, h[previous], ends, wide)  # (14)
             of_weights.append((dweight_ih, dweight_hh, dbias, dweight_hr))
     to_hx = layout.starts is not None and sequence.reset_to_hx
     return Grads(

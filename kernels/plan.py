@@ -145,7 +145,7 @@ def keeping(plan: Plan, dtype: torch.dtype, H: int, P: int, chunk: int) -> Plan:
     size, cell = dtype.itemsize, 8 if dtype == torch.float64 else 4
     if chunk:
         return replace(plan, chunk=chunk, saved_bytes=-(-((P or H) * size + H * cell) // chunk))
-    return replace(plan, saved_bytes=(4 * size + cell + (size if P else 0)) * H)
+    return replace(plan, saved_bytes=(4 * size + cell) * H)
 
 
 # Steps of a chunk: the states between them are then below 1% of what is kept without recompute.

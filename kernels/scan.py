@@ -21,7 +21,6 @@ def scan_kernel(
     starts,  # (rows,) in: the steps before which a row is reset; only if RESET
     gates,  # (rows, 4H) out: activated gates; may be the memory of pre
     c,  # (rows, H) out: c of every step
-    h,  # (rows, H) out: h of every step; only if HIDDEN
     T,
     B,
     H: tl.constexpr,
@@ -29,7 +28,6 @@ def scan_kernel(
     LENGTHS: tl.constexpr,  # each batch row has its own length
     PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
     RESET: tl.constexpr,  # rows are reset within the sequence
-    HIDDEN: tl.constexpr,  # write h
     BLOCK: tl.constexpr,  # hidden units of a program, which has one batch row
 ):
     ACC: tl.constexpr = c.dtype.element_ty
@@ -57,14 +55,12 @@ def scan_kernel(
         pre_o = tl.load(pre + gate + 3 * H, mask=mask, other=0.0).to(ACC)
         if RESET:
             c_tile = tl.where(tl.load(starts + row) != 0, c_reset_tile, c_tile)
-        i, f, g, o, c_tile, h_tile = cell_forward(pre_i, pre_f, pre_g, pre_o, c_tile)
+        i, f, g, o, c_tile, _ = cell_forward(pre_i, pre_f, pre_g, pre_o, c_tile)
         tl.store(gates + gate, i, mask=mask)
         tl.store(gates + gate + H, f, mask=mask)
         tl.store(gates + gate + 2 * H, g, mask=mask)
         tl.store(gates + gate + 3 * H, o, mask=mask)
         tl.store(c + row * H + units, c_tile, mask=mask)
-        if HIDDEN:
-            tl.store(h + row * H + units, h_tile, mask=mask)
 
 
 def scan(
@@ -74,27 +70,22 @@ def scan(
     reverse: bool = False,
     layout: Layout = DENSE,
     c_reset: Tensor | None = None,
-    hidden: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """Activates the gates of one layer and direction in place and makes its cells.
 
     Args:
         pre: (T, B, 4H), or (rows, 4H) of a packed sequence, contiguous: the pre-activations, input and recurrent part.
         c0: (B, H) in the accumulator's dtype, contiguous.
         reverse, layout, c_reset: as forward.forward takes them.
-        hidden: also return h.
 
     Returns:
-        c: as pre with H features, in the dtype of c0. h: the same in that of pre; None without hidden. Past a row's
-        length h is zero, and c and the gates are what they were.
+        c: as pre with H features, in the dtype of c0. Past a row's length c and the gates are what they were.
     """
     B, H = c0.shape
     T = pre.shape[0] if layout.offsets is None else layout.offsets.shape[0]
     c = c0.new_empty((*pre.shape[:-1], H))
-    new = pre.new_zeros if layout.padded else pre.new_empty
-    h = new(c.shape) if hidden else None
     if B > 0:
-        flags = {"REVERSE": reverse, **layout.flags, "HIDDEN": hidden, "BLOCK": BLOCK}
+        flags = {"REVERSE": reverse, **layout.flags, "BLOCK": BLOCK}
         with on_device(pre.device):
-            scan_kernel[(B, ceil_div(H, BLOCK))](pre, c0, c_reset, *layout, pre, c, h, T, B, H, **flags, num_warps=1)
-    return c, h
+            scan_kernel[(B, ceil_div(H, BLOCK))](pre, c0, c_reset, *layout, pre, c, T, B, H, **flags, num_warps=1)
+    return c

@@ -55,6 +55,7 @@ RESET_STEP = "test_kernels.py::test_layouts[cpu-reset-False-step]"
 LOOP = "test_sequences.py::test_every_state_against_a_loop_over_nn_lstm"
 STATES = f"{LOOP}[cpu-lengths and reset to hx-two layers, both directions-dtype3]"
 BOTH = f"{LOOP}[cpu-lengths and reset-two layers, both directions-dtype3]"
+PROJECTED = f"{LOOP}[cpu-lengths-projection, both directions-dtype3]"
 RESET_TO_ZERO = "test_sequences.py::test_resets_equal_cutting[cpu-zero-two layers, both directions-dtype3]"
 LENGTHS = "test_sequences.py::test_lengths_equal_packing[cpu-two layers, both directions-dtype3]"
 LAYERS = "test_parity.py::test_lstm[cpu-batch first-dtype3]"
@@ -188,10 +189,11 @@ FAULTS = {
         "cut where the other direction begins": ("starts &= following <", "following <", BOTH),
         "hn from the wrong end": ("(last, first, earlier, later) if", "(last, last, earlier, later) if", LAYERS),
         "W_hr gradient without the recurrence": (
-            "outer(from_h @ weight_hh, all_h[m][previous], ends, wide)",
+            "outer(from_h @ weight_hh, h[previous], ends, wide)",
             "ends",
             PROJECTION,
         ),
+        "W_hr gradient of the padding": ("time[:, None] >= layout.lengths", "time[:, None] < 0", PROJECTED),
     },
     "fused_lstm/chunks.py": {
         "no gradient from the chunk after": ("torch.cat([grads.h0[0],", "torch.cat([0 * grads.h0[0],", RECOMPUTED),
