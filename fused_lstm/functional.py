@@ -138,7 +138,9 @@ def lstm(
             c_saved = cells
         else:
             flat = (tensor for own in parameters for tensor in own)
-            results = LSTMFunction.apply(*tensors, *sequence, *members, save, return_states, ieee, chunk, *flat)
+            # Where nothing is differentiated autograd would only cost the host its time.
+            run = LSTMFunction.apply if save else LSTMFunction.forward
+            results: Any = run(*tensors, *sequence, *members, save, return_states, ieee, chunk, *flat)
             x, hn, cn, cells, _, _, c_saved, gates = results
         if record is not None:
             if layout.lengths is not None:  # the kernels leave the gates of the padding as the memory was
@@ -372,6 +374,8 @@ def autocast(
     input: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor]
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
     """Everything in autocast's dtype, as nn.LSTM has it."""
+    if input.is_meta or not torch.is_autocast_enabled(input.device.type):
+        return input, hx, weights
     input, h0, c0, *weights = (tensor.to(autocast_dtype(tensor)) for tensor in (input, *hx, *weights))
     return input, (h0, c0), weights
 
