@@ -344,7 +344,8 @@ def grid_tiles(
                 backward += [Tiles(batch, 32, chunk, 8) for batch in (32, 64)]
     if layers > 1:
         # Two products a step leave less room for the rows of large tiles, and an A100's four warps none.
-        forward = [tiles for tiles in forward if tiles.batch < 64 or (in_1k and capability == 9)]
+        forward = [t for t in forward if t.units >= 16 and (t.batch < 64 or (in_1k and capability == 9))]
+        backward = [t for t in backward if t.units >= 16]
         small = [t for t in backward if t.batch == 16 or (t.batch == 32 and t.units < 32 and t.team == 1)]
         small = [replace(t, batch=16, chunk=min(t.chunk, chunk)) for t in small]
         backward = [replace(t, warps=8) for t in small] if capability == 8 else small
