@@ -192,7 +192,8 @@ class LSTMFunction(torch.autograd.Function):
             dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr = given
             of_x.append(dx)
             of_states.append((dh0, dc0))
-            grads += [dweight_ih, dweight_hh, dbias, dbias.clone(), dweight_hr]
+            other = dbias.clone() if needs[6 + OF_MEMBER * d] else None
+            grads += [dweight_ih, dweight_hh, dbias, other, dweight_hr]
         dh0, dc0 = (stacked(list(states)) for states in zip(*of_states, strict=True))
         return [sum(of_x[1:], of_x[0]), dh0, dc0, *grads]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .kernels.launch import ALONE, Layout, accumulator
+from .kernels.launch import Layout, accumulator
 
 Rows = slice | Tensor
 # weight_ih (4H, I), weight_hh (4H, Hout), bias_ih and bias_hh (4H) or None, weight_hr (P, H) or None.
@@ -146,13 +146,14 @@ class Members(NamedTuple):
     seed: Tensor | None = None
     keep: Tensor | None = None
 
-    def arguments(self, weights: list[Weights]) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """kernels.launch.Stack, flat."""
-        if not self.layers:
-            return ALONE
+    def weight_ih(self, weights: list[Weights]) -> Tensor | None:
+        """(L - 1, 4H, H), of the layers above the first; None without a stack."""
+        return torch.stack([w[0] for w in weights[1:]]) if self.layers else None
+
+    def bias(self, weights: list[Weights]) -> Tensor | None:
+        """(L - 1, 4H), of the same."""
         upper = weights[1:]
-        biases = biases_of(upper) or [w[0].new_zeros(len(w[0])) for w in upper]
-        return torch.stack([w[0] for w in upper]), torch.stack(biases), self.seed, self.keep
+        return torch.stack(biases_of(upper) or [w[0].new_zeros(len(w[0])) for w in upper]) if self.layers else None
 
     def directions(self, M: int) -> int:
         """D of M members."""
@@ -267,7 +268,10 @@ def forward(
             c0,
             c_reset,
             *layout,
-            *members.arguments(weights),
+            members.weight_ih(weights),
+            members.bias(weights),
+            members.seed,
+            members.keep,
             sequence.reverse,
             save,
             ieee,
@@ -353,7 +357,6 @@ def gradients(
         if layout.starts is not None:
             layout = layout._replace(starts=together([s.starts for s in sequences if s.starts is not None], 0))
             c_reset = reset_to[1].to(c.dtype).contiguous() if sequence.reset_to_hx else torch.zeros_like(c_first)
-        upper, _, *dropout = members.arguments(weights)
         of_all, dc0, dc_reset = operators.backward(
             dh,
             dh_end,
@@ -365,8 +368,9 @@ def gradients(
             dcells,
             c_reset,
             *layout,
-            upper,
-            *dropout,
+            members.weight_ih(weights),
+            members.seed,
+            members.keep,
             sequence.reverse,
             ieee,
         )
