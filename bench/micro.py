@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_lstm.kernels.cell import dot
-from fused_lstm.kernels.forward import load_columns
 from fused_lstm.kernels.launch import DOT
-from fused_lstm.kernels.plan import H100, Device, choose_kernel, cuda_device
+from fused_lstm.kernels.plan import choose_kernel, cuda_device
+from fused_lstm.kernels.product import dot, load_columns
 from fused_lstm.kernels.sync import publish, wait
+from fused_lstm.kernels.tiles import H100, Device
 
 from .cases import DTYPES
 from .timing import Times, alternate
@@ -101,7 +101,7 @@ def broadcast_kernel(
         wait(flags + step, tl.num_programs(0), step, report, TURNS)
         if READ:
             for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
-                sum += load_columns(slot + rows * H, rows < B, k, H, BLOCK_K)
+                sum += load_columns(slot + rows * H, rows < B, k, H, 1, BLOCK_K)
     tl.store(total + tl.program_id(0), tl.sum(sum))
 
 

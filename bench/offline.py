@@ -19,11 +19,13 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise, product
+from itertools import pairwise
+from itertools import product as pairs
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from fused_lstm.kernels import backward, cell, dropout, forward, launch, one_step, scan, sync
-from fused_lstm.kernels.plan import A100, B200, H100, Plan, Tiles, choose_kernel, choose_one_step
+from fused_lstm.kernels import backward, cell, dropout, forward, launch, one_step, product, scan, sync
+from fused_lstm.kernels.plan import Plan, choose_kernel, choose_one_step
+from fused_lstm.kernels.tiles import A100, B200, H100, Tiles
 
 from . import model
 
@@ -52,7 +55,9 @@ DTYPES = {
 }
 KERNELS = {"forward": forward.forward_kernel, "backward": backward.backward_kernel}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-# The directions and layers of a launch that the table covers: other numbers of layers have no other tiles.
+# The products, directions and layers of a launch that the table covers: fp16 has the tiles of bf16, and other numbers
+# of layers have no others.
+PRODUCTS = ("bf16", "tf32", "fp32")
 LAUNCHES = ((1, 1), (1, 2), (1, 4))
 TENSOR_MEMORY = 512  # columns that a multiprocessor with tcgen05 has
 IN_ACCUMULATOR = {"c_state", "c", "c0", "dc_state", "c_reset", "dc_reset", "products", "keep"}
@@ -66,6 +71,11 @@ INTEGER_POINTERS = {
     "seed": "*i64",
     "starts": "*i1",
 }
+
+# Every size to 130, and beyond those around which kernels/tiles.py may draw a line: what fits in whole chunks on a
+# multiprocessor, and in 8 or 16 units each on all of a device.
+BOUNDS = {*range(192, 2049, 64), *(units * device.multiprocessors for units in (8, 16) for device in DEVICES.values())}
+SIZES = [*range(1, 131), *sorted(bound - less for bound in BOUNDS if bound <= 2048 for less in (0, 1, 4, 8))]
 
 # What makes two rows of one Triton the same compile, and what names a group in the table.
 COMPILE = ("device", "dtype", "kernel", "mode", "precision", "tiles", "stack", "H")
@@ -291,8 +301,8 @@ def choices(
 
 def groups(
     devices: Iterable[str] = DEVICES,
-    dtypes: Iterable[str] = DTYPES,
-    sizes: Iterable[int] = range(1, 2049),
+    dtypes: Iterable[str] = PRODUCTS,
+    sizes: Iterable[int] = SIZES,
     batches: Iterable[tuple[int, int]] = ((1, 1024),),
     launches: Iterable[tuple[int, int]] = LAUNCHES,
 ) -> list[Row]:
@@ -303,7 +313,7 @@ def groups(
     how many is not: `layers` is the fewest of a stack, 1 without.
     """
     found: dict[tuple[Any, ...], list[tuple[int, int, int, int]]] = {}
-    for device, dtype, H, batch_range, launch_of in product(devices, dtypes, sizes, batches, launches):
+    for device, dtype, H, batch_range, launch_of in pairs(devices, dtypes, sizes, batches, launches):
         aligned = H * DTYPES[dtype][0].itemsize % 16 == 0
         for plan, first, last in choices(device, dtype, H, *batch_range, *launch_of):
             if plan.layers > 1 and plan.mode != "grid":
@@ -374,7 +384,7 @@ def predicted(row: Row) -> Row:
 
 def source() -> str:
     """A hash of the code that is compiled, without its comments and layout; the plans are in the rows."""
-    files = [Path(module.__file__ or "") for module in (backward, cell, dropout, forward, launch, sync)]
+    files = [Path(module.__file__ or "") for module in (backward, cell, dropout, forward, launch, product, sync)]
     nodes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     kernels = [node for node in functions if node.decorator_list or node.name == "specialization"]
@@ -436,13 +446,15 @@ def table(results: Path) -> str:
         "the chunk does not divide or, where no 16-byte load divides a row (marked `*`), the largest odd one; in the",
         "grid form a second line has the largest of all. Where Tritons differ, their figures stand in the order",
         f"{' / '.join(files)}. Tiles: batch rows and units of a program, chunk of the product, warps; how many chunks",
-        "of W_hh are kept on chip, if not all; whether the programs are in teams. In the time loop, for one step of",
+        "of W_hh are kept on chip, if not all; whether the programs are in teams, into how many parts each product is",
+        "split among warps, and whether h (dgates) is polled. In the time loop, for one step of",
         "one program (an inner loop over chunks that are not kept counted once): matrix instructions (HMMA; HGMMA is",
         "wgmma, UTCHMMA tcgen05), barriers, instructions, KiB of global memory that are loaded and stored if no mask",
         "hides any. Model: the time of a step under these tiles at this H and its smallest B in the group, and its",
-        "floor, both by `bench/model.py`, and the term that sets the first. Layers: the fewest that run in one launch",
-        "under these tiles, a step behind each other; the time is that of a step of all of them. One direction of a",
-        "layer; both have the same tiles, and addresses that take a few registers more (`--directions 2`).",
+        "floor, by `kernels/model.py` and `bench/model.py`, and the term that sets the first. Layers: the fewest that",
+        "run in one launch under these tiles, a step behind each other; the time is that of a step of all of them. One",
+        "direction of a layer; both have the same tiles, and addresses that take a few registers more",
+        "(`--directions 2`). fp16 has the tiles of bf16.",
     ]
     head = "dtype | pass | form | tiles | H | of H | of B | registers | spills | shared KiB | matrix | barriers"
     head += " | instructions | loads KiB | stores KiB | model µs | floor µs | binds"
@@ -462,9 +474,10 @@ def cells(versions: dict[str, Row]) -> Iterator[str]:
     tiles, found = row["tiles"], [version.get("resources") for version in versions.values()]
     yield from (row["dtype"], row["kernel"], f"{row['mode']}, {row['layers']} layers" if row["stack"] else row["mode"])
     shape = [str(tiles[name]) for name in ("batch", "units", "chunk", "warps")]
-    yield ", ".join(
-        shape + [f"{name} {tiles[name]}" for name, plain in (("kept", 0), ("team", 1)) if tiles[name] != plain]
-    )
+    shape += [
+        f"{name} {tiles[name]}" for name, plain in (("kept", 0), ("team", 1), ("split", 1)) if tiles[name] != plain
+    ]
+    yield ", ".join(shape + ["polled"] * tiles["poll"])
     yield f"{row['H']}{'' if row['aligned'] else '*'}"
     yield from (f"{low}-{high}" for low, high in (row["H_range"], row["B_range"]))
     for name in ("registers", "spills", "shared", "matrix", "barriers", "instructions", "loaded", "stored"):
@@ -517,9 +530,10 @@ def main() -> None:
     flags["save"] = not args.inference
     failed = False
     for group in chosen:
+        began = time.perf_counter()
         row = compiled(group, **flags) | predicted(group) | flags
         failed |= fails(row)
-        print(json.dumps(row), flush=True)
+        print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}), flush=True)
     sys.exit(failed)
 
 

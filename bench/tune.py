@@ -23,8 +23,9 @@ from triton.runtime import driver
 from fused_lstm import reference
 from fused_lstm.kernels.backward import backward
 from fused_lstm.kernels.forward import forward
-from fused_lstm.kernels.launch import accumulator, programs_of
-from fused_lstm.kernels.plan import Device, Plan, Tiles, by_steps, choose, choose_kernel
+from fused_lstm.kernels.launch import accumulator
+from fused_lstm.kernels.plan import Plan, by_steps, choose, choose_kernel
+from fused_lstm.kernels.tiles import Device, Tiles, programs_of
 
 from .cases import DTYPES
 from .micro import Lab, Measured, Wrong
@@ -36,7 +37,8 @@ NAMES = ("bf16", "fp16", "tf32", "fp32")
 # One local plan and one of steps, whose tiles vary; in a dry run of the interpreter.
 DRY = [("bf16", 8, 2), ("tf32", 24, 2)]
 DRY_HARDWARE = Device(multiprocessors=132, shared=12 * 1024, capability=(9, 0))
-FIELDS = {"batch": (16, 32, 64), "units": (8, 16, 32), "chunk": (32, 64, 128, 256), "warps": (2, 4, 8)}
+FIELDS = {"batch": (8, 16, 32, 64), "units": (8, 16, 32), "chunk": (32, 64, 128, 256), "warps": (2, 4, 8)}
+FIELDS |= {"split": (1, 4, 8), "poll": (False, True)}
 T = 64
 # Of the largest value of a result. A kernel that reads a wrong or an old element is off by far more.
 TOLERANCE = {"bf16": 2**-5, "fp16": 2**-8, "tf32": 2**-8, "fp32": 2**-13}
@@ -56,7 +58,10 @@ def candidates(plan: Plan, own: Tiles, dtype: str, H: int, B: int, hardware: Dev
     size = 8 if dtype == "fp32" else DTYPES[dtype].itemsize  # full precision holds W_hh twice
     fields = {name: {getattr(own, name), *values} for name, values in FIELDS.items()}
     if plan.mode == "local":
-        fields |= {"units": {own.units}, "chunk": {own.chunk}}  # one program holds all of W_hh as one chunk
+        # One program holds all of W_hh as one chunk, and waits for nobody.
+        fields |= {"units": {own.units}, "chunk": {own.chunk}, "split": {1}}
+    if plan.mode != "grid":
+        fields |= {"poll": {False}}
 
     def differs(tiles: Tiles) -> int:
         return sum(getattr(tiles, name) != getattr(own, name) for name in fields)
@@ -65,6 +70,8 @@ def candidates(plan: Plan, own: Tiles, dtype: str, H: int, B: int, hardware: Dev
         columns = triton.cdiv(H, tiles.chunk) * tiles.chunk
         return (
             tiles.batch <= max(own.batch, 16, triton.next_power_of_2(B))
+            and (tiles.split == 1 or (tiles.split == tiles.warps and tiles.chunk >= 16 * tiles.split))
+            and not (tiles.poll and (tiles.kept or tiles.team > 1))
             and tiles.chunk <= max(own.chunk, triton.next_power_of_2(H))
             and (plan.mode != "grid" or programs_of(tiles, H, B)[0] <= hardware.multiprocessors)
             and (plan.mode != "grid" or tiles.kept or 4 * tiles.units * columns * size <= hardware.shared)

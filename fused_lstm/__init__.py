@@ -2,7 +2,8 @@
 
 from . import functional
 from .functional import States
-from .kernels.plan import Plan, Tiles
+from .kernels.plan import Plan
+from .kernels.tiles import Tiles
 from .lstm import LSTM, LSTMCell, swap
 from .trace import Trace, trace
 

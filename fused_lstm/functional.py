@@ -143,9 +143,8 @@ def lstm(
             results: Any = run(*tensors, *sequence, *members, save, return_states, ieee, chunk, *flat)
             x, hn, cn, cells, _, _, c_saved, gates = results
         if record is not None:
-            if layout.lengths is not None:  # the kernels leave the gates of the padding as the memory was
-                time = torch.arange(len(gates), device=gates.device)
-                gates = gates.masked_fill((time[:, None] >= layout.lengths)[..., None], 0)
+            if layout.padded:  # the kernels leave the gates of the padding as the memory was
+                gates = gates.masked_fill(layout.past(len(gates)), 0)
             for of_direction in zip(*(t.chunk(directions, -1) for t in (x, c_saved, gates)), strict=True):
                 record(*of_direction)
         ends.append((hn, cn))

@@ -293,10 +293,7 @@ def forward(
 def h_of(c: Tensor, gates: Tensor, layout: Layout) -> Tensor:
     """h of every step by (4); zero past a row's length, where c and gates are as the memory was."""
     h = c.tanh().mul_(gates[..., -c.shape[-1] :]).to(gates.dtype)
-    if layout.lengths is None or layout.offsets is not None:
-        return h
-    time = torch.arange(len(h), device=h.device)
-    return h.masked_fill((time[:, None] >= layout.lengths)[..., None], 0)
+    return h.masked_fill(layout.past(len(h)), 0) if layout.padded else h
 
 
 class Grads(NamedTuple):

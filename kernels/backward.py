@@ -5,31 +5,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cell import cell_backward, dot
+from .cell import cell_backward
 from .dropout import drop
-from .launch import ALONE, DENSE, SIZES, Layout, Stack, launch, programs_of
+from .launch import ALONE, DENSE, SIZES, Layout, Stack, exchanged, launch
 from .plan import Plan
+from .product import columns_of, dot, product, sum_parts
 from .sync import publish, wait
+from .tiles import programs_of
 
 
 @triton.jit
-def load_weight(weight, units, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """K-chunk k of columns of a weight (4H, H), transposed; a chunk lies in one gate: (units, BLOCK_K)."""
+def load_weight(weight, units, k, H: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Chunk k of a weight (4H, H), transposed, for the units given; it lies in one gate: (units, BLOCK_K), or in parts
+    (SPLIT, units, BLOCK_K // SPLIT)."""
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-    k_units = k % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
-    rows = (k // CHUNKS * H + k_units).to(tl.int64)
-    mask = (units < H)[:, None] & (k_units < H)[None, :]
-    return tl.load(weight + rows[None, :] * H + units[:, None], mask=mask, other=0.0)
+    columns = columns_of(k, H, SPLIT, BLOCK_K).expand_dims(-2)
+    rows = (k // CHUNKS * H + columns).to(tl.int64)
+    return tl.load(weight + rows * H + units[:, None], mask=(units < H)[:, None] & (columns < H), other=0.0)
 
 
 @triton.jit
-def load_dgates(dgates_rows, active_rows, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """K-chunk k of rows of dgates, whose pointers are given: (BLOCK_K, batch rows)."""
-    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-    k_units = k % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns = k // CHUNKS * H + k_units
-    mask = (k_units < H)[:, None] & active_rows[None, :]
-    return tl.load(dgates_rows[None, :] + columns[:, None], mask=mask, other=0.0)
+def load_gates(weight, units, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """All of a weight (4H, H), transposed, gate by gate: (4, units, BLOCK_K)."""
+    columns = tl.arange(0, BLOCK_K)[None, None, :]
+    rows = tl.arange(0, 4)[:, None, None] * H + columns
+    mask = (units < H)[None, :, None] & (columns < H)
+    return tl.load(weight + rows * H + units[None, :, None], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -54,7 +55,7 @@ def backward_kernel(
     dgates,  # as gates, out: w.r.t. the pre-activations; also the buffer through which programs exchange it
     products,  # (M, TEAM, B, H) between the programs of a team: each one's part of dh; only if TEAM > 1
     team_flags,  # (M, batch groups, teams) in/out: what each team has counted, zero at launch; only if TEAM > 1
-    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID
+    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID without POLL
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
     B,
@@ -65,7 +66,8 @@ def backward_kernel(
     step_end,  # layer of a stack is as many steps behind as layers are above it
     H: tl.constexpr,
     LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
-    GRID: tl.constexpr,  # programs hand dgates to each other through flags; neither: one launch a step
+    GRID: tl.constexpr,  # programs hand dgates to each other; neither: one launch a step
+    POLL: tl.constexpr,  # ... and look whether they are there, instead of at flags; dgates are ABSENT at launch
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second ran from the last step to the first
     REVERSE: tl.constexpr,  # a single direction ran so, and this pass runs from the first
@@ -81,6 +83,7 @@ def backward_kernel(
     BLOCK_H: tl.constexpr,  # hidden units of a program
     TEAM: tl.constexpr,  # programs that share the products of all their units, a gate for each: 4; otherwise 1
     KEPT: tl.constexpr,  # chunks of W_hh that stay on chip; the others are loaded at every step; 0: all stay
+    SPLIT: tl.constexpr,  # parts of a chunk that warps sum apart from each other
     BLOCK_K: tl.constexpr,  # units of one gate that one product reduces over
 ):
     ACC: tl.constexpr = dc_state.dtype.element_ty
@@ -109,7 +112,7 @@ def backward_kernel(
         places = member * total_rows + rows
     weight_hh += member * (4 * H * H)
     group = member * tl.cdiv(B, BLOCK_B) + row_begin // BLOCK_B + tl.program_id(1)
-    if GRID:
+    if GRID and not POLL:
         step_flags = flags + group.to(tl.int64) * T
         if STACK:
             flags_above = step_flags + tl.cdiv(B, BLOCK_B) * T
@@ -123,13 +126,17 @@ def backward_kernel(
     OWN: tl.constexpr = 4 // TEAM * CHUNKS
     HELD: tl.constexpr = (KEPT if KEPT > 0 else OWN) if LOCAL or GRID else 0
     weights = ()
-    for k in tl.static_range(HELD):
-        weights = weights + (load_weight(weight_hh, team_units, chunk_begin + k, H, BLOCK_K),)
+    if LOCAL:
+        weights = (load_gates(weight_hh, units, H, BLOCK_K),)
+    else:
+        for k in tl.static_range(HELD):
+            weights = weights + (load_weight(weight_hh, team_units, chunk_begin + k, H, SPLIT, BLOCK_K),)
     if STACK:
         weight_ih += tl.minimum(member, tl.num_programs(2) - 2) * (4 * H * H)
         weights_above = ()
         for k in tl.static_range(HELD):
-            weights_above = weights_above + (load_weight(weight_ih, team_units, chunk_begin + k, H, BLOCK_K),)
+            chunk = load_weight(weight_ih, team_units, chunk_begin + k, H, SPLIT, BLOCK_K)
+            weights_above = weights_above + (chunk,)
         step_begin = tl.maximum(step_begin - depth, 0)
         step_end = tl.minimum(step_end - depth, T)
 
@@ -195,35 +202,24 @@ def backward_kernel(
         if LOCAL:
             dh = dh_next
         else:
-            dh = tl.zeros((TEAM * BLOCK_H, BLOCK_B), ACC)
             if STACK:
                 # The layer above is ahead: its part of the sum is made while this layer's own dgates are on the way.
-                if GRID:
+                if GRID and not POLL:
                     if depth > 0:
                         wait(flags_above + step, tl.num_programs(0), step + 1, report, TURNS)
-                linked_above = active_rows & (depth > 0)
-                rows_above = dgates + (place + total_rows) * (4 * H)
-                for k in tl.static_range(HELD):
-                    dgates_above = load_dgates(rows_above, linked_above, chunk_begin + k, H, BLOCK_K)
-                    dh = dot(weights_above[k], dgates_above, dh, DOT, PRECISION)
-                if HELD < OWN:
-                    for chunk in tl.range(HELD, OWN, num_stages=3):
-                        weight = load_weight(weight_ih, team_units, chunk_begin + chunk, H, BLOCK_K)
-                        dgates_above = load_dgates(rows_above, linked_above, chunk_begin + chunk, H, BLOCK_K)
-                        dh = dot(weight, dgates_above, dh, DOT, PRECISION)
+                has_above = active_rows & (depth > 0)
+                above = dgates + (place + total_rows) * (4 * H)
+                taken = weights_above, weight_ih, team_units, above, has_above, has_above, chunk_begin, step + 1, report
+                dh_above = product(*taken, load_weight, H, ACC, OWN, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
                 if DROP:
-                    dh = drop(dh, seed, keep, member, t, rows[None, :] * H + team_units[:, None])
-            if GRID:
+                    dh_above = drop(dh_above, seed, keep, member, t, rows[None, :] * H + team_units[:, None])
+            if GRID and not POLL:
                 if step > 0:
                     wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
-            for k in tl.static_range(HELD):
-                dgates_next = load_dgates(dgates_rows, linked_next, chunk_begin + k, H, BLOCK_K)
-                dh = dot(weights[k], dgates_next, dh, DOT, PRECISION)
-            if HELD < OWN:
-                for chunk in tl.range(HELD, OWN, num_stages=3):
-                    weight = load_weight(weight_hh, team_units, chunk_begin + chunk, H, BLOCK_K)
-                    dgates_next = load_dgates(dgates_rows, linked_next, chunk_begin + chunk, H, BLOCK_K)
-                    dh = dot(weight, dgates_next, dh, DOT, PRECISION)
+            taken = weights, weight_hh, team_units, dgates_rows, linked_next, linked_next, chunk_begin, step, report
+            dh = product(*taken, load_weight, H, ACC, OWN, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
+            if STACK:
+                dh += dh_above
         dh_t = dy_t.to(ACC) + dhn_t.to(ACC)  # (5)
         if TEAM > 1:
             # Everyone in the team writes its gate's part for all units, and sums the four parts of its own units. The
@@ -256,7 +252,7 @@ def backward_kernel(
         tl.store(dgates + gate + H, df, mask=active)
         tl.store(dgates + gate + 2 * H, dg, mask=active)
         tl.store(dgates + gate + 3 * H, do, mask=active)
-        if GRID:
+        if GRID and not POLL:
             publish(step_flags + step)
         if LOCAL:
             # The product for the step before, at once: one tile to carry instead of four. Rows that have not begun in
@@ -264,11 +260,12 @@ def backward_kernel(
             linked = active
             if RESET:
                 linked = active & ~start[None, :]
-            zero = tl.zeros((BLOCK_H, BLOCK_B), ACC)
-            dh_next = dot(weights[0], tl.where(linked, di, 0.0), zero, DOT, PRECISION)
-            dh_next = dot(weights[1], tl.where(linked, df, 0.0), dh_next, DOT, PRECISION)
-            dh_next = dot(weights[2], tl.where(linked, dg, 0.0), dh_next, DOT, PRECISION)
-            dh_next = dot(weights[3], tl.where(linked, do, 0.0), dh_next, DOT, PRECISION)
+            di, df = tl.where(linked, di, 0.0), tl.where(linked, df, 0.0)
+            dg, do = tl.where(linked, dg, 0.0), tl.where(linked, do, 0.0)
+            of_gates = tl.reshape(tl.join(tl.join(di, dg), tl.join(df, do)), (BLOCK_H, BLOCK_B, 4))
+            dh_next = tl.zeros((4, BLOCK_H, BLOCK_B), ACC)
+            dh_next = dot(weights[0], tl.permute(of_gates, (2, 0, 1)), dh_next, DOT, PRECISION)
+            dh_next = sum_parts(dh_next, 4, BLOCK_H, BLOCK_B)
 
     tl.store(dc_state + state, dc, mask=mask)
     if RESET:
@@ -309,7 +306,7 @@ def backward(
     """
     B, H = c0.shape[-2:]
     T = dy.shape[0] if layout.offsets is None else layout.offsets.shape[0]
-    dgates = torch.zeros_like(gates) if layout.padded else torch.empty_like(gates)
+    dgates = exchanged(gates, gates.shape, plan.mode == "grid" and plan.backward.poll, layout)
     dc0 = dcn.to(c0.dtype, copy=True)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
     products = team_flags = None

@@ -55,12 +55,6 @@ def cell_backward(i, f, g, o, c_prev, c, dh, dc):
 
 
 @triton.jit
-def dot(weight, x, sum, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """sum + weight x, with the operands in DOT and the sum in its own type."""
-    return tl.dot(weight.to(DOT), x.to(DOT), sum, input_precision=PRECISION, out_dtype=sum.dtype)
-
-
-@triton.jit
 def split_gates(x, UNITS: tl.constexpr, ROWS: tl.constexpr):
     """(4 * UNITS, ROWS) with the four gates of a unit side by side, to four tiles (UNITS, ROWS): i, f, g, o."""
     x = tl.permute(tl.reshape(x, (UNITS, 2, 2, ROWS)), (0, 3, 1, 2))

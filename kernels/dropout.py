@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, Layout, on_device
-from .plan import ceil_div
+from .launch import DENSE, OPTIONS, Layout, on_device
+from .tiles import ceil_div
 
 BLOCK = 512  # places in (B, H) of a program, four a thread
 
@@ -64,6 +64,6 @@ def dropout(x: Tensor, seed: Tensor, keep: Tensor, layer: int, B: int, layout: L
         flags = {name: layout.flags[name] for name in ("LENGTHS", "PACKED")}
         with on_device(x.device):
             drop_kernel[(T, ceil_div(B * H, BLOCK))](
-                x, layout.lengths, layout.offsets, seed, keep, dropped, B, layer, H, **flags, BLOCK=BLOCK
+                x, layout.lengths, layout.offsets, seed, keep, dropped, B, layer, H, **flags, BLOCK=BLOCK, **OPTIONS
             )
     return dropped

@@ -4,34 +4,34 @@ A launch has one or more members, each a recurrence of its own: the directions o
 which each takes what the one below has left a step ago.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cell import cell_forward, dot, split_gates
+from .cell import cell_forward, split_gates
 from .dropout import drop
-from .launch import ALONE, DENSE, SIZES, Layout, Stack, accumulator, launch
+from .launch import ALONE, DENSE, SIZES, Layout, Stack, accumulator, exchanged, launch
 from .plan import Plan
+from .product import columns_of, dot, product
 from .sync import publish, wait
 
 
 @triton.jit
-def load_weight(weight, k, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Chunk k of this program's rows of a weight (4H, K), a unit's four gates side by side: (4 * BLOCK_H, BLOCK_K)."""
-    gate_rows = tl.arange(0, 4 * BLOCK_H)
-    units = tl.program_id(0) * BLOCK_H + gate_rows // 4
-    rows = ((gate_rows % 4) * H + units).to(tl.int64)
-    columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (units < H)[:, None] & (columns < K)[None, :]
-    return tl.load(weight + rows[:, None] * K + columns[None, :], mask=mask, other=0.0)
+def gate_rows(H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The rows of a weight (4H, ...) for this program's units, a unit's four gates side by side; -1 past the last unit:
+    (4 * BLOCK_H,)."""
+    place = tl.arange(0, 4 * BLOCK_H)
+    units = tl.program_id(0) * BLOCK_H + place // 4
+    return tl.where(units < H, place % 4 * H + units, -1)
 
 
 @triton.jit
-def load_columns(rows, active_rows, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Chunk k of rows of K columns, such as h_{t-1}, whose pointers are given: (BLOCK_K, batch rows)."""
-    columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
-    return tl.load(rows[None, :] + columns[:, None], mask=(columns < K)[:, None] & active_rows[None, :], other=0.0)
+def load_weight(weight, rows, k, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Chunk k of the columns of a weight (4H, K), for rows as gate_rows() gives them: (rows, BLOCK_K), or in
+    parts (SPLIT, rows, BLOCK_K // SPLIT)."""
+    columns = columns_of(k, K, SPLIT, BLOCK_K).expand_dims(-2)
+    mask = (rows >= 0)[:, None] & (columns < K)
+    return tl.load(weight + rows.to(tl.int64)[:, None] * K + columns, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -53,7 +53,7 @@ def forward_kernel(
     dropped,  # (M - 1, rows, H) out: y with dropout, for the layer above; only if DROP
     c,  # as y, out: c of every step; only if SAVE
     gates,  # (rows, D, 4H), of a stack (M, rows, 4H) out: activated gates; only if SAVE
-    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID
+    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID without POLL
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
     B,
@@ -64,7 +64,8 @@ def forward_kernel(
     step_end,
     H: tl.constexpr,
     LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
-    GRID: tl.constexpr,  # programs hand h to each other through flags; neither: one launch a step
+    GRID: tl.constexpr,  # programs hand h to each other; neither: one launch a step
+    POLL: tl.constexpr,  # ... and look whether it is there, instead of at flags; y and dropped are ABSENT at launch
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second runs from the last step to the first
     REVERSE: tl.constexpr,  # a single direction runs so
@@ -79,6 +80,7 @@ def forward_kernel(
     BLOCK_B: tl.constexpr,  # batch rows of a program
     BLOCK_H: tl.constexpr,  # hidden units of a program
     KEPT: tl.constexpr,  # chunks of W_hh that stay on chip; the others are loaded at every step; 0: all stay
+    SPLIT: tl.constexpr,  # parts of a chunk that warps sum apart from each other
     BLOCK_K: tl.constexpr,  # units of h that one product reduces over
 ):
     ACC: tl.constexpr = c_state.dtype.element_ty
@@ -108,21 +110,22 @@ def forward_kernel(
         below = tl.maximum(member - 1, 0)
         places = member * total_rows + rows
     weight_hh += member * (4 * H * H)
-    if GRID:
+    if GRID and not POLL:
         step_flags = flags + (member * tl.cdiv(B, BLOCK_B) + batch_group).to(tl.int64) * T
         if STACK:
             flags_below = flags + (below * tl.cdiv(B, BLOCK_B) + batch_group) * T
 
     HELD: tl.constexpr = (KEPT if KEPT > 0 else CHUNKS) if LOCAL or GRID else 0
+    weight_rows = gate_rows(H, BLOCK_H)
     weights = ()
     for k in tl.static_range(HELD):
-        weights = weights + (load_weight(weight_hh, k, H, H, BLOCK_H, BLOCK_K),)
+        weights = weights + (load_weight(weight_hh, weight_rows, k, H, SPLIT, BLOCK_K),)
     if STACK:
         weight_ih += below * (4 * H * H)
         bias += below * (4 * H)
         weights_below = ()
         for k in tl.static_range(HELD):
-            weights_below = weights_below + (load_weight(weight_ih, k, H, H, BLOCK_H, BLOCK_K),)
+            weights_below = weights_below + (load_weight(weight_ih, weight_rows, k, H, SPLIT, BLOCK_K),)
         of_unit = (units < H) & above
         bias_i = tl.load(bias + units, mask=of_unit, other=0.0).to(ACC)[:, None]
         bias_f = tl.load(bias + H + units, mask=of_unit, other=0.0).to(ACC)[:, None]
@@ -179,36 +182,25 @@ def forward_kernel(
         pre_g = tl.load(input_gates + gate + 2 * H, mask=has_input, other=0.0)
         pre_o = tl.load(input_gates + gate + 3 * H, mask=has_input, other=0.0)
 
-        recurrent = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)  # (1)
-        if STACK:
+        if STACK:  # (1)
             # The layer below is ahead: its part of the sum is made while this layer's own h is on the way.
-            if GRID:
+            if GRID and not POLL:
                 if above:
                     wait(flags_below + step, tl.num_programs(0), step + 1, report, TURNS)
             taken_rows = active_rows & above
             x_rows = (dropped if DROP else y) + (place - total_rows) * H
-            for k in tl.static_range(HELD):
-                x = load_columns(x_rows, taken_rows, k, H, BLOCK_K)
-                recurrent = dot(weights_below[k], x, recurrent, DOT, PRECISION)
-            if HELD < CHUNKS:
-                for chunk in tl.range(HELD, CHUNKS, num_stages=3):
-                    weight = load_weight(weight_ih, chunk, H, H, BLOCK_H, BLOCK_K)
-                    x = load_columns(x_rows, taken_rows, chunk, H, BLOCK_K)
-                    recurrent = dot(weight, x, recurrent, DOT, PRECISION)
+            taken = weights_below, weight_ih, weight_rows, x_rows, taken_rows, taken_rows, 0, step + 1, report
+            of_below = product(*taken, load_weight, H, ACC, CHUNKS, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
         if LOCAL:
-            recurrent = dot(weights[0], h_tile, recurrent, DOT, PRECISION)
+            recurrent = dot(weights[0], h_tile, tl.zeros((4 * BLOCK_H, BLOCK_B), ACC), DOT, PRECISION)
         else:
-            if GRID:
+            if GRID and not POLL:
                 if step > 0:
                     wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
-            for k in tl.static_range(HELD):
-                h = load_columns(h_rows, linked_rows, k, H, BLOCK_K)
-                recurrent = dot(weights[k], h, recurrent, DOT, PRECISION)
-            if HELD < CHUNKS:
-                for chunk in tl.range(HELD, CHUNKS, num_stages=3):
-                    weight = load_weight(weight_hh, chunk, H, H, BLOCK_H, BLOCK_K)
-                    h = load_columns(h_rows, linked_rows, chunk, H, BLOCK_K)
-                    recurrent = dot(weight, h, recurrent, DOT, PRECISION)
+            taken = weights, weight_hh, weight_rows, h_rows, linked_rows, linked_rows & has_prev, 0, step, report
+            recurrent = product(*taken, load_weight, H, ACC, CHUNKS, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
+        if STACK:
+            recurrent += of_below
         rec_i, rec_f, rec_g, rec_o = split_gates(recurrent, BLOCK_H, BLOCK_B)
 
         rec_i += pre_i.to(ACC)
@@ -231,7 +223,7 @@ def forward_kernel(
         if DROP:
             x = drop(h, seed, keep, member, t, rows[None, :] * H + units[:, None])
             tl.store(dropped + hidden, x, mask=active & (member < tl.num_programs(2) - 1))
-        if GRID:
+        if GRID and not POLL:
             publish(step_flags + step)
         if SAVE:
             tl.store(c + hidden, c_next, mask=active)
@@ -279,9 +271,10 @@ def forward(
     B = h0.shape[-2]
     T = input_gates.shape[0] if layout.offsets is None else layout.offsets.shape[0]
     shape = (*(h0.shape[:1] if stack.flags["STACK"] else ()), *input_gates.shape[:-1])
+    polled = plan.mode == "grid" and plan.forward.poll
+    y = exchanged(input_gates, (*shape, input_gates.shape[-1] // 4), polled, layout)
+    dropped = exchanged(y, y[1:].shape, polled, DENSE) if stack.flags["DROP"] else None
     new = input_gates.new_zeros if layout.padded else input_gates.new_empty
-    y = new((*shape, input_gates.shape[-1] // 4))
-    dropped = torch.empty_like(y[1:]) if stack.flags["DROP"] else None
     c = new(y.shape, dtype=accumulator(y.dtype)) if save else None
     gates = input_gates.new_empty((*shape, input_gates.shape[-1])) if save else None
     cn = c0.to(accumulator(c0.dtype), copy=True)

@@ -10,7 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .plan import Plan, Tiles, by_steps, ceil_div, interpreted, refuse
+from .plan import Plan, by_steps, interpreted, refuse
+from .tiles import Tiles, ceil_div, programs_of
 
 # The interpreter multiplies bfloat16 bit patterns as integers: there the operands are widened, which is exact.
 DOT = {
@@ -19,6 +20,9 @@ DOT = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+
+# Of every kernel: later Tritons have another default, and other sums.
+OPTIONS = {"enable_fp_fusion": True}
 
 # Turns that a wait for a step flag may take under FUSED_LSTM_DEBUG=1, some seconds; without it a wait has no bound.
 DEBUG = os.environ.get("FUSED_LSTM_DEBUG") == "1"
@@ -50,6 +54,11 @@ class Layout(NamedTuple):
     def padded(self) -> bool:
         """Rows of several lengths in a tensor that has all T steps of each."""
         return self.lengths is not None and self.offsets is None
+
+    def past(self, T: int) -> Tensor:
+        """(T, B, 1) bool, the steps past each row's length, of padded rows."""
+        time = torch.arange(T, device=self.lengths.device)
+        return (time[:, None] >= self.lengths)[..., None]
 
     @property
     def order(self) -> Tensor | None:
@@ -99,9 +108,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def programs_of(tiles: Tiles, H: int, B: int) -> tuple[int, int]:
-    """How many programs hold H units, in whole teams, and how many batch groups B rows are."""
-    return tiles.team * ceil_div(H, tiles.team * tiles.units), ceil_div(B, tiles.batch)
+def exchanged(like: Tensor, shape: tuple[int, ...], polled: bool, layout: Layout) -> Tensor:
+    """The buffer of h or dgates of all steps: zero past the rows' lengths, and if `polled` ABSENT elsewhere."""
+    if not polled:
+        return like.new_zeros(shape) if layout.padded else like.new_empty(shape)
+    buffer = like.new_empty(shape)
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[buffer.itemsize]
+    buffer.view(words).fill_(-1)
+    return buffer.masked_fill_(layout.past(shape[-3]), 0) if layout.padded else buffer
 
 
 def specialization(plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -117,10 +131,12 @@ def specialization(plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype) -> tupl
         "BLOCK_H": tiles.units,
         "BLOCK_K": tiles.chunk,
         "KEPT": tiles.kept,
+        "SPLIT": tiles.split,
+        "POLL": tiles.poll and plan.mode == "grid",
         "TEAM": tiles.team if plan.mode == "grid" else 1,
     }
     # One stage: the pipeliner would load h of the next step before its flag is awaited.
-    options = {"num_warps": tiles.warps, "num_stages": 1}
+    options = {"num_warps": tiles.warps, "num_stages": 1, **OPTIONS}
     if plan.mode == "grid":
         options["launch_cooperative_grid"] = True
     return constants, options
@@ -160,7 +176,8 @@ def launch(
     step_flags = report = None
     at_once = members, batch_groups
     if plan.mode == "grid":
-        step_flags = torch.zeros((members, batch_groups, T), dtype=torch.int32, device=device)
+        if not tiles.poll:
+            step_flags = torch.zeros((members, batch_groups, T), dtype=torch.int32, device=device)
         report = torch.zeros(4, dtype=torch.int32, device=device) if TURNS else None
         at_once = together(plan.resident // unit_blocks, members, batch_groups, stacked)
     last = T + members - 1 if stacked else T  # each layer is a step behind the one that it takes from

@@ -5,10 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cell import cell_forward, dot, split_gates
-from .forward import load_columns, load_weight
-from .launch import on_device, programs_of, specialized
+from .cell import cell_forward, split_gates
+from .forward import gate_rows, load_weight
+from .launch import on_device, specialized
 from .plan import Plan
+from .product import dot, load_columns
+from .tiles import programs_of
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -39,13 +41,14 @@ def one_step_kernel(
     mask = (units < H)[:, None] & real_rows[None, :]
     state = rows[None, :] * H + units[:, None]
 
+    weight_rows = gate_rows(H, BLOCK_H)
     gates = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)  # (1)
     for k in tl.range((I + BLOCK_K - 1) // BLOCK_K, num_stages=3):
-        weight = load_weight(weight_ih, k, H, I, BLOCK_H, BLOCK_K)
-        gates = dot(weight, load_columns(x + rows * I, real_rows, k, I, BLOCK_K), gates, DOT, PRECISION)
+        weight = load_weight(weight_ih, weight_rows, k, I, 1, BLOCK_K)
+        gates = dot(weight, load_columns(x + rows * I, real_rows, k, I, 1, BLOCK_K), gates, DOT, PRECISION)
     for k in tl.range((H + BLOCK_K - 1) // BLOCK_K, num_stages=3):
-        weight = load_weight(weight_hh, k, H, H, BLOCK_H, BLOCK_K)
-        gates = dot(weight, load_columns(h0 + rows * H, real_rows, k, H, BLOCK_K), gates, DOT, PRECISION)
+        weight = load_weight(weight_hh, weight_rows, k, H, 1, BLOCK_K)
+        gates = dot(weight, load_columns(h0 + rows * H, real_rows, k, H, 1, BLOCK_K), gates, DOT, PRECISION)
     pre_i, pre_f, pre_g, pre_o = split_gates(gates, BLOCK_H, BLOCK_B)
     if BIAS:
         pre_i += load_bias(bias_ih, bias_hh, units, H, ACC)

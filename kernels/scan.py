@@ -5,8 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .cell import cell_forward
-from .launch import DENSE, Layout, on_device
-from .plan import ceil_div
+from .launch import DENSE, OPTIONS, Layout, on_device
+from .tiles import ceil_div
 
 BLOCK = 64  # units of a program, two a thread of its one warp: element by element, so more programs serve better
 
@@ -87,5 +87,7 @@ def scan(
     if B > 0:
         flags = {"REVERSE": reverse, **layout.flags, "BLOCK": BLOCK}
         with on_device(pre.device):
-            scan_kernel[(B, ceil_div(H, BLOCK))](pre, c0, c_reset, *layout, pre, c, T, B, H, **flags, num_warps=1)
+            scan_kernel[(B, ceil_div(H, BLOCK))](
+                pre, c0, c_reset, *layout, pre, c, T, B, H, **flags, num_warps=1, **OPTIONS
+            )
     return c

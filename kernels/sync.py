@@ -35,10 +35,16 @@ def wait(flag, programs, step, report, TURNS: tl.constexpr):
     # compiler drops it as a dead load.
     while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < programs:
         if TURNS > 0:
-            if tl.atomic_cas(report, 0, 1) == 0:
-                tl.store(report + 1, tl.program_id(0))
-                tl.store(report + 2, tl.program_id(1))
-                tl.store(report + 3, step)
+            complain(step, report)
             tl.atomic_add(flag, programs, sem="relaxed", scope="gpu")
     # No thread may read ahead of the one that performed the acquire.
     tl.debug_barrier()
+
+
+@triton.jit
+def complain(step, report):
+    """Writes (1, this program's ids, step) to `report`, if nobody has before."""
+    if tl.atomic_cas(report, 0, 1) == 0:
+        tl.store(report + 1, tl.program_id(0))
+        tl.store(report + 2, tl.program_id(1))
+        tl.store(report + 3, step)

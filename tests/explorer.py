@@ -2,12 +2,13 @@
 
 Triton's interpreter runs the programs of a launch one after another, so a program that waits for another waits for
 ever. Here each program has a thread of its own, one of which runs at a time; it gives way before and after every
-atomic and before every turn of a wait (with `strict` also around each load and store of exchanged data), and a seeded
-schedule chooses who goes on. So a failure is repeated by its schedule and seed.
+atomic and before every turn of a wait (with `strict` also around each load and store of exchanged data, and in the
+midst of a store), and a seeded schedule chooses who goes on. So a failure is repeated by its schedule and seed.
 
 Memory is checked apart from the schedule, by happens-before: each program has a vector clock, a release leaves it at
 the flag, an acquire takes it from there. A load of exchanged data whose store does not happen before it is a race, even
-where this run happened to see the right value; so a relaxed publish and a missing acquire are found at once.
+where this run happened to see the right value; so a relaxed publish and a missing acquire are found at once. Volatile
+loads are free of this: who polls data takes it for there by its value, and a wrong one shows in the result.
 """
 
 import inspect
@@ -25,7 +26,7 @@ from triton.runtime import interpreter
 
 BUILDER = interpreter.interpreter_builder
 # Turns a program that may pass without a store, a publish or a program's end. Far more than any fair schedule needs.
-PATIENCE = 1000
+PATIENCE = 3000
 
 
 class Broken(Exception):
@@ -151,9 +152,11 @@ class Launch:
         self.explorer, self.programs = explorer, programs
         self.choose = SCHEDULES[explorer.schedule](len(programs), explorer.seed)
         self.memory = Memory(exchanged, len(programs))
+        self.rng = np.random.default_rng(explorer.seed)
         self.turns = [threading.Semaphore(0) for _ in programs]
         self.alive = list(range(len(programs)))
-        self.current, self.idle = -1, 0
+        self.current, self.idle, self.writes = -1, 0, 0
+        self.seen: dict[tuple[int, int], list[int]] = {}  # by program and address, the writes before its last looks
         self.ended = threading.Semaphore(0)
         self.failure: BaseException | None = None
         self.patched: set[str] = set()
@@ -208,8 +211,18 @@ class Launch:
         if self.failure is not None:
             raise Abandoned
 
+    def look(self, address: int, again: bool) -> None:
+        """The running program is about to read what it waits for: a flag, or the data itself. Not `again`: where two
+        looks have found nothing that was written since, the third waits for something."""
+        place = self.current, address
+        self.switch(waits=True)
+        while not again and self.seen.get(place) == [self.writes] * 2:
+            self.switch(waits=True)
+        self.seen[place] = [*self.seen.get(place, []), self.writes][-2:]
+
     def progress(self) -> None:
         self.idle = 0
+        self.writes += 1
 
 
 class Programs:
@@ -237,14 +250,16 @@ class Explorer:
     seed: int
     strict: bool
     memory: bool = True
+    bounded: bool = False
     switches: int = 0
     launch: Launch | None = None
 
     def execute(self, original: Callable[..., Any], executor: Any, *tensors: Any, **options: Any) -> Any:
         """In place of GridExecutor.__call__, for a kernel in grid mode."""
         named = dict(zip(executor.arg_names, tensors, strict=False))
-        if named.get("flags") is None:
+        if not options.get("GRID"):
             return original(executor, *tensors, **options)
+        self.bounded = options["TURNS"] > 0
         exchanged = [named[name] for name in ("y", "dropped", "dgates", "products") if named.get(name) is not None]
         member, group = named["member_begin"], named["row_begin"] // options["BLOCK_B"]
         _, groups, members = executor.grid
@@ -295,9 +310,9 @@ class Explorer:
     def load(self, original: Callable[..., Any], pointers: Any, mask: Any, *rest: Any) -> Any:
         launch = self.launch
         volatile = rest[-1]
-        if launch and volatile:  # the spin of a wait
-            launch.switch(waits=True)
-        at = launch.memory.places(pointers.data, mask.data) if launch and self.memory else ()
+        if launch and volatile:
+            launch.look(int(pointers.data.flat[0]), again=pointers.data.size == 1 or self.bounded)
+        at = launch.memory.places(pointers.data, mask.data) if launch and self.memory and not volatile else ()
         if not at:
             return original(pointers, mask, *rest)
         if self.strict:
@@ -310,14 +325,19 @@ class Explorer:
         at = launch.memory.places(pointers.data, mask.data) if launch and self.memory else ()
         if not at:
             return original(pointers, value, mask, *rest)
-        if self.strict:
-            launch.switch()
-        launch.progress()
         launch.memory.store(launch.current, at)
-        result = original(pointers, value, mask, *rest)
-        if self.strict:
+        if not self.strict:
+            launch.progress()
+            return original(pointers, value, mask, *rest)
+        # Element by element in any order: here one half before the other.
+        first = launch.rng.random(mask.data.shape) < 0.5
+        for half in (first, ~first):
             launch.switch()
-        return result
+            part = interpreter.TensorHandle(mask.data.astype(bool) & half, mask.dtype)
+            original(pointers, value, part, *rest)
+            launch.progress()
+        launch.switch()
+        return None
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import torch
 from bench import cases, measure, memory, report, run, store, timing, worker
 from bench.model import TERMS, floor, predicted
 from bench.providers import PROVIDERS, Provider, checkpointed, fused
-from fused_lstm.kernels.plan import H100, choose_kernel
+from fused_lstm.kernels.plan import choose_kernel
+from fused_lstm.kernels.tiles import H100
 
 CPU = torch.device("cpu")
 FORWARD, BOTH, ONE_STEP, *FORMS = (case for case in cases.DRY if case.dtype == "fp32")
@@ -155,7 +156,7 @@ def test_the_table_of_a_known_device_gives_the_share_of_the_floor():
     row = measure.row(case, "fused_lstm", environment, "ok", **row, baseline_memory=2**21)
     share = report.share_of_floor(row, {})
     assert floor("H100", "bf16", "grid", 512, 16).us / 4 < share < 0.5
-    assert report.share_of_floor(row, {"exchange_us": 1.8}) > share + 0.2
+    assert report.share_of_floor(row, {"poll_us": 1.8, "exchange_us": 1.8}) > share + 0.2
     cells = report.table([row], {}).splitlines()[-1].split(" | ")
     assert cells[2:] == [
         *("T100 H512 B16", "fused_lstm", "3.00 (2.40-3.16)", "4.00", "12.00", "1.0", "2.0", "", "", "grid"),
@@ -186,7 +187,7 @@ def test_a_plan_is_predicted_above_the_floor_and_near_it(dtype, backward):
         plan = choose_kernel(cases.DTYPES[dtype], B, H, H100, dtype == "fp32")
         planned = predicted("H100", dtype, plan, H, B, backward).us
         bound = floor("H100", dtype, plan.mode, H, B, backward).us
-        assert 0.999 * bound <= planned <= (5 if dtype == "bf16" else 15) * bound, (H, B, planned, bound)
+        assert 0.999 * bound <= planned <= (5 if dtype == "bf16" else 20) * bound, (H, B, planned, bound)
 
 
 @pytest.mark.parametrize("case", [FORWARD, BOTH, ONE_STEP, *FORMS], ids=lambda case: f"{case.mode} {case.shape}")

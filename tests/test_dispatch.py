@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_lstm import LSTM, LSTMCell, reference
 from fused_lstm.functional import check
 from fused_lstm.kernels import forward, launch, plan
-from fused_lstm.kernels.plan import A100, H100, choose, choose_kernel
+from fused_lstm.kernels.plan import choose, choose_kernel
+from fused_lstm.kernels.tiles import A100, H100, Tiles
 
 from .parity import twin
 
@@ -153,7 +154,7 @@ def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(monkeypatch):
 
     monkeypatch.setattr(forward, "forward_kernel", Kernel())
     monkeypatch.setattr(plan, "_refused", {})
-    tiles = plan.Tiles(2, 2, 4, 4)
+    tiles = Tiles(2, 2, 4, 4)
     grid = plan.Plan("grid", tiles, tiles, 8, "ieee", "")
     tensors = [torch.randn(size) for size in [(3, 2, 24), (24, 6), (2, 6), (2, 6)]]
     y, *_ = forward.forward(*tensors, plan=grid)

@@ -46,6 +46,7 @@ for line in sys.stdin:
 """
 
 ONE_ROW = "test_kernels.py::test_awkward_shapes[cpu-9-1-16]"
+STEP = "test_kernels.py::test_step_with_many_programs[cpu-False-dtype3]"
 PACKED = "test_kernels.py::test_layouts[cpu-packed-False-local]"
 REVERSE = "test_kernels.py::test_layouts[cpu-packed-True-local]"
 REVERSE_STEP = "test_kernels.py::test_layouts[cpu-packed-True-step]"
@@ -101,7 +102,7 @@ FAULTS = {
         "a reset that keeps h": ("linked_rows = active_rows & ~start", "linked_rows = active_rows", RESET_STEP),
         "a reset that keeps h on chip": ("tl.where(start[None, :], 0.0, h_tile)", "h_tile", RESET),
         "a reset that keeps c": ("tl.where(start[None, :], c_reset_tile, c_tile)", "c_tile", RESET),
-        "padding left as it was": ("new_zeros if layout.padded else input_gates.new_empty", "new_empty", PADDED),
+        "cells of the padding": ("new_zeros if layout.padded else input_gates.new_empty", "new_empty", PADDED),
         "the layer below a step late": (
             "(place - total_rows) * H",
             "(begin_prev + places - total_rows) * H",
@@ -128,7 +129,7 @@ FAULTS = {
             ONE_LAUNCH,
         ),
         "dy for every layer": ("active & (depth == 0)", "active", ONE_LAUNCH),
-        "gradient past what was dropped": ("dh = drop(dh,", "drop(dh,", MASKS),
+        "gradient past what was dropped": ("dh_above = drop(dh_above,", "drop(dh_above,", MASKS),
         "dgates of the wrong neighbour": (
             "t_next = tl.where(backwards, t - 1, t + 1)",
             "t_next = t",
@@ -151,7 +152,11 @@ FAULTS = {
         "dc_reset dropped": ("dc_reset_tile += tl.where(start[None, :], dc_prev, 0.0)", "dc_reset_tile += 0.0", RESET),
         "cell from before a reset": ("tl.where(start, c_reset + states * H, c_rows)", "c_rows", RESET),
         "gradient of the cells dropped": ("dc += tl.load(dc_steps", "dc += 0 * tl.load(dc_steps", ONE_ROW),
-        "dgates of the padding left as they were": ("torch.zeros_like(gates) if layout.padded else", "", PADDED),
+        "two gates in each other's place": (
+            "tl.join(di, dg), tl.join(df, do)",
+            "tl.join(di, df), tl.join(dg, do)",
+            ONE_ROW,
+        ),
         "dhn dropped": ("active & (~has_next)[None, :]", "active & False", ONE_ROW),
         "dhn of the longest rows only": ("active & (~has_next)[None, :]", "active & (step == 0)", PACKED),
     },
@@ -171,7 +176,12 @@ FAULTS = {
         ),
         "no acquire": ('sem="acquire"', 'sem="relaxed"', COMPILED),
     },
+    "kernels/product.py": {
+        "a part of a split sum": ("x = a + b\n    if PARTS", "x = a\n    if PARTS", STEP),
+        "columns of the first chunk": ("k % CHUNKS * BLOCK_K + columns", "columns", STEP),
+    },
     "kernels/launch.py": {
+        "padding left as it was": ("like.new_zeros(shape) if layout.padded else", "", PADDED),
         "rows dealt as they come": ("argsort(descending=True)", "new_ones(0).argsort().new_tensor(range(4))", DEALT),
         "loads of the next step before its flag": ('"num_stages": 1', '"num_stages": 3', COMPILED),
     },
@@ -193,7 +203,7 @@ FAULTS = {
             "ends",
             PROJECTION,
         ),
-        "W_hr gradient of the padding": ("time[:, None] >= layout.lengths", "time[:, None] < 0", PROJECTED),
+        "W_hr gradient of the padding": ("h.masked_fill(layout.past(len(h)), 0) if", "h if", PROJECTED),
     },
     "fused_lstm/chunks.py": {
         "no gradient from the chunk after": ("torch.cat([grads.h0[0],", "torch.cat([0 * grads.h0[0],", RECOMPUTED),

@@ -8,7 +8,8 @@ from fused_lstm import reference
 from fused_lstm.kernels.backward import backward
 from fused_lstm.kernels.forward import forward
 from fused_lstm.kernels.launch import Layout
-from fused_lstm.kernels.plan import Plan, Tiles, choose
+from fused_lstm.kernels.plan import Plan, choose
+from fused_lstm.kernels.tiles import Tiles
 
 from . import members
 from .layouts import NAMES, layout_of
@@ -23,7 +24,7 @@ def local(H):
 
 
 # Tiles that divide neither B nor H of the cases below, and several programs in each direction.
-STEP = Plan("step", Tiles(16, 16, 32, 4), Tiles(16, 16, 16, 4), 0, "ieee", "")
+STEP = Plan("step", Tiles(16, 16, 32, 4), Tiles(16, 16, 64, 4, split=4), 0, "ieee", "")
 
 
 def tensors(shapes, dtype, device):
@@ -78,6 +79,11 @@ def test_local(dtype, reverse, device):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_step_with_many_programs(dtype, reverse, device):
     check(STEP, dtype, 3, 17, 36, device, reverse)
+
+
+def test_step_with_products_in_eight_parts(device):
+    tiles = Tiles(8, 16, 128, 8, split=8)
+    check(Plan("step", tiles, tiles, 0, "ieee", ""), torch.float32, 3, 17, 36, device)
 
 
 @pytest.mark.parametrize("plan", [local(16), STEP], ids=["local", "step"])

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bench import lab, micro, store, tune
-from fused_lstm.kernels.plan import H100, choose_kernel
+from fused_lstm.kernels.plan import choose_kernel
+from fused_lstm.kernels.tiles import H100
 
 HERE = {"device": "a device", "source": "abc"}
 DRY = micro.Lab(torch.device("cpu"), seconds=0.0)
@@ -169,7 +170,7 @@ def test_the_dry_run_of_the_command(tmp_path):
 COMPILE = """
 import json, torch
 from bench import micro, tune
-from fused_lstm.kernels.plan import H100
+from fused_lstm.kernels.tiles import H100
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 

@@ -1,8 +1,10 @@
 """The grid form under every kind of schedule: exact, free of races, never stuck; and planted faults are found."""
 
 import importlib.util
+import re
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from fused_lstm import reference
 from fused_lstm.kernels import backward as backward_module
 from fused_lstm.kernels import forward as forward_module
 from fused_lstm.kernels import launch
-from fused_lstm.kernels.plan import Plan, Tiles
+from fused_lstm.kernels.plan import Plan
+from fused_lstm.kernels.tiles import Tiles
 
 from . import members
 from .explorer import SCHEDULES, Broken, explore
@@ -28,7 +31,9 @@ STREAMING = replace(PLAN, forward=Tiles(2, 2, 2, 4, kept=1), backward=Tiles(2, 2
 # A team of four, some of whom have no units of their own; and two teams.
 TEAM = replace(PLAN, backward=Tiles(2, 2, 8, 4, team=4))
 TEAMS = replace(PLAN, backward=Tiles(2, 1, 2, 4, kept=1, team=4))
-PLANS = [PLAN, STREAMING, TEAM, TEAMS]
+# h and dgates are polled; in backward each chunk of a product is in four parts.
+POLLING = replace(PLAN, forward=Tiles(2, 2, 4, 4, poll=True), backward=Tiles(2, 2, 4, 4, split=4, poll=True))
+PLANS = [PLAN, STREAMING, TEAM, TEAMS, POLLING]
 
 
 def run(
@@ -94,7 +99,7 @@ def sweep(first, count):
 # In slices, so that workers share them.
 @pytest.mark.parametrize("part", range(8))
 def test_hundreds_of_schedules(part):
-    sweep(part * 32, 32)
+    sweep(part * 26, 26)
 
 
 @pytest.mark.slow
@@ -113,19 +118,18 @@ def test_a_seed_repeats_its_schedule():
 
 
 def faulty(module, old, new):
-    """A kernel's module with a fault planted in its text, or in the sync.py that it imports."""
+    """A kernel's text with a fault planted in it, or in one of the files from which it takes functions."""
     source = Path(module.__file__).read_text()
-    if old not in source:  # a fault of sync.py
-        sync = Path(module.__file__).with_name("sync.py").read_text()
-        assert sync.count(old) == 1
-        body = sync[sync.index("@triton.jit") :].replace(old, new)
-        source = source.replace("from .sync import publish, wait\n", "").replace(
-            "@triton.jit", f"{body}\n\n@triton.jit", 1
-        )
-    else:
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    return source
+    for name in ("", "sync", "product"):
+        text = Path(module.__file__).with_name(f"{name}.py").read_text() if name else source
+        if old in text:
+            break
+    assert text.count(old) == 1
+    text = text.replace(old, new)
+    if not name:
+        return text
+    source = re.sub(rf"from \.{name} import .*\n", "", source)
+    return source.replace("@triton.jit", f"{text[text.index('import triton') :]}\n\n@triton.jit", 1)
 
 
 @pytest.fixture
@@ -201,6 +205,37 @@ def test_planted_fault_in_a_team_is_found(plant, fault):
     with pytest.raises(Broken, match=r"nobody has written|race|overwrote|deadlock"):
         for seed, schedule in enumerate(SCHEDULES):
             run(schedule, seed, plan=TEAMS, sizes=ONE_GROUP, backward=module)
+
+
+LOOKED_AT = "(tile.to(WORD, bitcast=True) == -1) & awaited_rows"
+# Where what is not there yet is taken for data, the result shows it, or it spreads and is waited for by all.
+FAULTS_OF_POLLING = {
+    "only the first chunk is looked at": (LOOKED_AT, f"{LOOKED_AT} & (k == 0)"),
+    "only the first row is looked at": (LOOKED_AT, f"{LOOKED_AT} & (tl.arange(0, ROWS) == 0)"),
+    "one element is taken for all": ("missing = tl.max(", "missing = tl.min("),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_POLLING)
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_planted_fault_in_polling_is_found(plant, which, fault):
+    module = plant(forward_module if which == "forward" else backward_module, *FAULTS_OF_POLLING[fault])
+    with pytest.raises((AssertionError, Broken), match=r"not close|deadlock"):
+        for seed, schedule in product(range(5), ("uniform", "starve_one", "priorities")):
+            run(schedule, seed, True, plan=POLLING, sizes=ONE_GROUP, **{which: module})
+
+
+def test_nan_is_data():
+    """What is not there yet is a NaN as well, but another."""
+    B, H = ONE_GROUP
+    tensors = [torch.randn(shape) for shape in [(T, B, 4 * H), (4 * H, H), (B, H), (B, H)]]
+    tensors[0][1, 0] = torch.nan
+    with explore("uniform", 0):
+        y, _, c, gates = forward_module.forward(*tensors, plan=POLLING)
+        assert y[1:, 0].isnan().all() and not y[:, 1].isnan().any() and not y[0].isnan().any()
+        given = torch.randn(T, B, H), *torch.randn(2, B, H), *tensors[1::2]
+        dgates, _, _ = backward_module.backward(*given, c, gates, plan=POLLING)
+    assert dgates[:, 0].isnan().any() and not dgates[:, 1].isnan().any()
 
 
 WAIT_BELOW = "wait(flags_below + step,"
@@ -290,6 +325,16 @@ def test_debug_mode_reports_who_waits_in_vain(plant, which, monkeypatch):
     monkeypatch.setattr(launch, "TURNS", 50)
     with pytest.raises(RuntimeError, match=r"program \d of batch group [01] waited in vain for step 1 of the others"):
         run("uniform", 0, memory=False, **{which: module})
+
+
+@pytest.mark.parametrize("which,stored", [("forward", "y + hidden, h,"), ("backward", "dgates + gate, di,")])
+def test_debug_mode_reports_who_polls_in_vain(plant, which, stored, monkeypatch):
+    old = f"tl.store({stored} mask=active)"
+    new = old.replace("active", f"active & (step < {T - 2})")
+    module = plant(forward_module if which == "forward" else backward_module, old, new)
+    monkeypatch.setattr(launch, "TURNS", 50)
+    with pytest.raises(RuntimeError, match=r"program \d of batch group [01] waited in vain for step 1 of the others"):
+        run("uniform", 0, memory=False, plan=POLLING, **{which: module})
 
 
 def test_debug_mode_is_silent_where_all_is_well(monkeypatch):

@@ -11,7 +11,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from fused_lstm import LSTM, functional
 from fused_lstm.kernels import forward, launch
 from fused_lstm.kernels.dropout import dropout
-from fused_lstm.kernels.plan import A100, H100, Plan, Tiles, choose_kernel, cost, grouped
+from fused_lstm.kernels.model import step, terms_for
+from fused_lstm.kernels.plan import Plan, choose_kernel, grouped
+from fused_lstm.kernels.tiles import A100, H100, Tiles, programs_of
 
 from .layouts import NAMES, layout_of
 from .parity import assert_close, assert_parity, run, twin
@@ -253,13 +255,15 @@ def test_layers_that_fit_together_and_pay_run_together():
         plan = choose_kernel(torch.bfloat16, B, H, device, False, 1, sizes[0])
         assert sum(sizes) == L and all(a - b in (0, 1) for a, b in pairwise(sizes)) and plan.layers == sizes[0]
         for tiles in (plan.forward, plan.backward):
-            unit_blocks, _ = launch.programs_of(tiles, H, B)
+            unit_blocks, _ = programs_of(tiles, H, B)
             assert sizes[0] * unit_blocks <= device.multiprocessors
         if sizes[0] > 1:
             alone = choose_kernel(torch.bfloat16, B, H, device, False)
-            passes = [(name, width) for name, width in (("forward", H), ("backward", 4 * H))]
             together, apart = (
-                sum(cost(getattr(p, name), B, H, width, 2, device, 1, p.layers) for name, width in passes)
+                sum(
+                    step(terms_for(device), "bf16", "grid", tiles, H, B, backward, 1, p.layers).us
+                    for tiles, backward in ((p.forward, False), (p.backward, True))
+                )
                 for p in (plan, alone)
             )
             assert together < sizes[0] * apart

@@ -1,0 +1,195 @@
+"""How long a step of the recurrence takes on a device, term by term: by it plan.py chooses among tiles.
+
+The constants are data-sheet figures and published microbenchmarks, not measurements of ours: what is made of them is a
+prediction. `python -m bench.lab` measures terms on a device, and measured() puts them in the constants' place.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from types import MappingProxyType
+
+from .tiles import A100, B200, H100, Device, Tiles, ceil_div, programs_of
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a device does in a microsecond (flop, bytes), and how many microseconds something takes."""
+
+    multiprocessors: int
+    matrix: Mapping[str, float]  # flop of one multiprocessor's tensor cores, by kind of product
+    shared: float  # bytes that one multiprocessor reads from its shared memory
+    on_chip: int  # bytes of W_hh that one multiprocessor can hold: its shared memory
+    l2: float  # bytes that all multiprocessors together read from L2
+    l2_size: float  # bytes that L2 holds
+    memory: float  # bytes of device memory
+    exchange: float  # us: a step flag, from its publication until the other programs have seen it
+    poll: float  # us: an element, from its store until the other programs that look for it have it
+    launch: float  # us: from one kernel of a CUDA graph to the next
+    matrix_latency: float  # us: from a matrix instruction to the next that adds to the same sum
+    shared_latency: float  # us: a load from shared memory
+    l2_latency: float  # us: a load from L2
+
+    def measured(self, terms: Mapping[str, float]) -> "Terms":
+        """These terms with those that bench.lab has measured, under the names of bench.lab.terms(), in their place."""
+        matrix = {name: terms.get(f"matrix_{name}_flop_per_us_per_sm", rate) for name, rate in self.matrix.items()}
+        return replace(
+            self,
+            matrix=MappingProxyType(matrix),
+            l2=terms.get("l2_bytes_per_us", self.l2),
+            exchange=terms.get("exchange_us", self.exchange),
+            poll=terms.get("poll_us", self.poll),
+            launch=terms.get("graph_launch_us", self.launch),
+        )
+
+
+def _terms(
+    device: Device, mhz: float, tflops: tuple[float, float], l2: float, l2_size: float, memory: float, cycles: float
+) -> Terms:
+    """tflops: dense peaks of the device in 16 bit and TF32. cycles: a matrix instruction's latency."""
+    bit16, tf32 = (1e6 * peak / device.multiprocessors for peak in tflops)  # a microsecond has 1e6 flop of each
+    matrix = {"bf16": bit16, "fp16": bit16, "tf32": tf32, "fp32": tf32 / 3}  # fp32: three TF32 products
+    latencies = cycles / mhz, 29 / mhz, 263 / mhz
+    rates = MappingProxyType(matrix), 128 * mhz, device.shared, l2, l2_size, memory
+    return Terms(device.multiprocessors, *rates, 0.9, 0.45, 1.3, *latencies)
+
+
+# Peaks, clocks and memory: NVIDIA's data sheets of A100 80 GB SXM (1.41 GHz), H100 SXM5 (1.83 GHz) and B200 (1.86 GHz).
+# Shared memory: 128 bytes a clock, CUDA programming guide. L2: A100 5,120 bytes a clock, NVIDIA's A100 white paper;
+# H100 5.5 TB/s, microbenchmark by Chips and Cheese (July 2023, PCIe board); B200 taken as twice the H100.
+# L2: 40 MB, 50 MB (white papers), 126 MB (Blackwell tuning guide).
+# Latencies in clocks, Luo et al. 2024 (arXiv 2402.13499), tables IV and VII: shared memory 29, L2 263 (H800), mma
+# m16n8k16 24.6 (A100) and 24.1 (H800). That of wgmma with few columns is not in it, nor are B200's: taken as the same.
+# Exchange: a store, a fence, a counter and two loads of L2's latency, poll: a store and a load, launch: estimates too,
+# the first that bench.lab replaces.
+TERMS = {
+    "A100": _terms(A100, 1410, (312, 156), 5120 * 1410, 40e6, 2.04e6, 24.6),
+    "H100": _terms(H100, 1830, (989, 495), 5.5e6, 50e6, 3.35e6, 24.1),
+    "B200": _terms(B200, 1860, (2250, 1100), 11e6, 126e6, 8e6, 24.1),
+}
+
+BYTES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Time:
+    """Microseconds, and the term that sets them."""
+
+    us: float
+    binds: str
+
+
+@cache
+def terms_for(device: Device) -> Terms:
+    """The terms of a device of its capability, with as many multiprocessors as it has."""
+    name = {8: "A100", 10: "B200"}.get(device.capability[0], "H100")
+    return replace(TERMS[name], multiprocessors=device.multiprocessors)
+
+
+def step(
+    terms: Terms,
+    kind: str,
+    mode: str,
+    tiles: Tiles,
+    H: int,
+    B: int,
+    backward: bool,
+    directions: int = 1,
+    layers: int = 1,
+) -> Time:
+    """One step of a pass under its tiles, of all directions and layers of a launch: with their padding, and groups that
+    do not fit beside the others after them. Of a bound's optimism it keeps one thing: the parts of a step overlap.
+
+    Args:
+        kind: of products, "bf16", "fp16", "tf32" or "fp32". mode: "local", "grid" or "step".
+        H, B: hidden units, batch rows. backward: it gathers dgates (4H) instead of h (H).
+        directions, layers: in one launch.
+    """
+    blocks, groups = programs_of(tiles, H, B)
+    if mode == "grid" and layers * blocks > terms.multiprocessors:
+        return Time(math.inf, "multiprocessors")
+    groups = max(1, groups) * directions
+    at_once = min(groups, max(1, terms.multiprocessors // (layers * blocks)))
+    chunks = ceil_div(H, tiles.chunk) * (4 // tiles.team if backward else 1)
+    streamed = {"local": 0.0, "grid": 1 - (tiles.kept or chunks) / chunks, "step": 1.0}[mode]
+    one = parts(
+        terms,
+        kind,
+        mode,
+        H,
+        directions * B,
+        tiles.units,
+        at_once,
+        tiles.batch,
+        streamed,
+        backward,
+        team=tiles.team,
+        layers=layers,
+        poll=tiles.poll,
+        chain=chain(terms, kind, mode, tiles, chunks, backward),
+    )
+    return Time(one.us * ceil_div(groups, at_once), one.binds)
+
+
+def chain(terms: Terms, kind: str, mode: str, tiles: Tiles, chunks: int, backward: bool) -> float:
+    """Microseconds of what can only follow one after another in a product: from L2 a chunk goes to shared memory, from
+    there to the tensor cores, and each matrix instruction, of 32 bytes of a row, waits for the one before."""
+    instructions = math.ceil(chunks * tiles.chunk * BYTES[kind] / 32 / tiles.split) * (3 if kind == "fp32" else 1)
+    # What was polled goes there all at once.
+    passages = 1 if tiles.poll or mode == "local" else chunks
+    arrival = 0 if tiles.poll or mode == "local" else terms.l2_latency * min(tiles.team, 2)
+    meeting = 0.0  # of the parts of a split sum, in shared memory
+    if tiles.split > 1:
+        sums = tiles.split * (1 if backward else 4) * tiles.units * tiles.batch * 4
+        meeting = 2 * (terms.shared_latency + sums / terms.shared)
+    return arrival + 2 * passages * terms.shared_latency + instructions * terms.matrix_latency + meeting
+
+
+def parts(
+    terms: Terms,
+    kind: str,
+    mode: str,
+    H: int,
+    B: int,
+    units: int,
+    groups: int,
+    rows: int,
+    streamed: float,
+    backward: bool,
+    team: int = 1,
+    layers: int = 1,
+    poll: bool = False,
+    chain: float = 0.0,
+) -> Time:
+    """One step of `groups` batch groups at once, of `rows` rows each, with the share `streamed` of W_hh not on chip;
+    in teams a program gathers one gate's dgates, and exchanges twice. Of several layers each has two products, W_hh's
+    and the W_ih of itself or of the layer above.
+
+    A step begins when the last one has been exchanged; what it then does overlaps at best: its slowest part counts.
+    """
+    size, width, blocks = BYTES[kind], 4 * H // team if backward else H, layers * ceil_div(H, units)
+    products = 1 if layers == 1 else 2
+    exchange = terms.poll if poll else terms.exchange * min(team, 2)
+    before = {"local": 0.0, "grid": exchange, "step": terms.launch}[mode]
+    weights = products * 4 * units * H * size
+    real_rows = min(B, groups * rows)
+    found = {
+        # On chip, full precision keeps each weight as two TF32 numbers.
+        "weights": (1 - streamed) * weights * (2 if kind == "fp32" else 1) / terms.shared,
+        "streaming": streamed * blocks * groups * weights / terms.l2,
+        "products": products * 2 * rows * 4 * units * H / terms.matrix[kind],
+        # input_gates and y (backward: gates, c, dy and dgates) pass through device memory once.
+        "memory": layers * real_rows * size * (H + 8 * H + 2 * H if backward else 5 * H) / terms.memory,
+        "chain": chain,
+    }
+    if 4 * H * H * size > terms.l2_size:
+        found["streaming"] = max(found["streaming"], streamed * 4 * H * H * size / terms.memory)
+    if mode != "local":
+        # Who polls has looked once in vain when it sees all.
+        found["gather"] = (2 if poll else 1) * products * blocks * real_rows * width * size / terms.l2
+    if layers > 1:
+        before = max(before, chain)  # the other layer's product is made while the own exchange is on the way
+    slowest = max(found, key=found.__getitem__)
+    binds = slowest if found[slowest] > before else {"grid": "exchange", "step": "launch", "local": slowest}[mode]
+    return Time(before + found[slowest], binds)

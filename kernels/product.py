@@ -1,0 +1,144 @@
+"""The product of a step: its weight, of which chunks stay on chip, and the rows that come from other programs."""
+
+import triton
+import triton.language as tl
+
+from .sync import complain
+
+
+@triton.jit
+def dot(weight, x, sum, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """sum + weight x, with the operands in DOT and the sum in its own type."""
+    return tl.dot(weight.to(DOT), x.to(DOT), sum, input_precision=PRECISION, out_dtype=sum.dtype)
+
+
+@triton.jit
+def columns_of(k, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The columns of chunk k among the K of its gate: (BLOCK_K,), or in parts (SPLIT, BLOCK_K // SPLIT)."""
+    CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    columns = tl.arange(0, BLOCK_K)
+    if SPLIT > 1:
+        columns = tl.reshape(columns, (SPLIT, BLOCK_K // SPLIT))
+    return k % CHUNKS * BLOCK_K + columns
+
+
+@triton.jit
+def load_columns(
+    rows, active_rows, k, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, VOLATILE: tl.constexpr = False
+):
+    """Chunk k of rows whose pointers are given, of h_{t-1} (K columns) or dgates_{t+1} (K of each gate; a chunk lies in
+    one): (BLOCK_K, batch rows), or (SPLIT, BLOCK_K // SPLIT, batch rows)."""
+    CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    columns = columns_of(k, K, SPLIT, BLOCK_K).expand_dims(-1)
+    mask = (columns < K) & active_rows
+    return tl.load(rows + (k // CHUNKS * K + columns), mask=mask, other=0.0, volatile=VOLATILE)
+
+
+@triton.jit
+def arrived(
+    rows,
+    active_rows,
+    awaited_rows,
+    first,
+    step,
+    report,
+    K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TURNS: tl.constexpr,
+):
+    """CHUNKS chunks of rows from `first` on, as soon as other programs have written all of the awaited rows.
+
+    The data is its own flag. Before the launch it is filled with ABSENT, all bits one: a NaN, but none that arithmetic
+    gives (PTX: 0x7fffffff, in 16 bit 0x7fff). An element that is another has come, in whatever order they come, so that
+    nothing has to be ordered before or after it. Volatile loads look into L2, each time anew. TURNS as in sync.wait().
+    """
+    PART: tl.constexpr = BLOCK_K // SPLIT
+    ROWS: tl.constexpr = active_rows.shape[0]
+    BITS: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth
+    WORD: tl.constexpr = tl.int16 if BITS == 16 else tl.int32 if BITS == 32 else tl.int64
+    nothing = tl.zeros((PART, ROWS) if SPLIT == 1 else (SPLIT, PART, ROWS), rows.dtype.element_ty)
+    tiles = ()
+    for _ in tl.static_range(CHUNKS):
+        tiles = tiles + (nothing,)
+    missing, turns = 1, 0
+    while missing > 0:
+        fresh = ()
+        absent = nothing != nothing
+        for k in tl.static_range(CHUNKS):
+            tile = load_columns(rows, active_rows, first + k, K, SPLIT, BLOCK_K, True)
+            absent |= (tile.to(WORD, bitcast=True) == -1) & awaited_rows
+            fresh = fresh + (tile,)
+        tiles = fresh
+        missing = tl.max(tl.reshape(absent.to(tl.int32), (BLOCK_K * ROWS,)), 0)
+        if TURNS > 0:
+            turns += 1
+            if (turns > TURNS) | (tl.load(report, volatile=True) > 0):
+                complain(step, report)
+                missing = 0
+    return tiles
+
+
+@triton.jit
+def product(
+    held,  # the chunks of the weight that stay on chip
+    weight,
+    units,
+    rows,
+    active_rows,
+    awaited_rows,
+    first,  # of the chunks that are summed over
+    step,
+    report,
+    LOAD_WEIGHT: tl.constexpr,
+    K: tl.constexpr,
+    ACC: tl.constexpr,
+    CHUNKS: tl.constexpr,  # that are summed over
+    SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    POLL: tl.constexpr,
+    TURNS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The weight's part of this program times the rows' columns: (units, batch rows)."""
+    # Small tiles leave most warps without one of their own: they would repeat the product of another. With SPLIT each
+    # sums a part of every chunk, and the parts meet in the end.
+    M: tl.constexpr = units.shape[0]
+    ROWS: tl.constexpr = active_rows.shape[0]
+    HELD: tl.constexpr = len(held)
+    sum = tl.zeros((M, ROWS) if SPLIT == 1 else (SPLIT, M, ROWS), ACC)
+    if POLL:
+        tl.static_assert(HELD == CHUNKS)
+        awaited = rows, active_rows, awaited_rows, first, step, report
+        tiles = arrived(*awaited, K, CHUNKS, SPLIT, BLOCK_K, TURNS)
+        for k in tl.static_range(CHUNKS):
+            sum = dot(held[k], tiles[k], sum, DOT, PRECISION)
+    else:
+        for k in tl.static_range(HELD):
+            tile = load_columns(rows, active_rows, first + k, K, SPLIT, BLOCK_K)
+            sum = dot(held[k], tile, sum, DOT, PRECISION)
+        if HELD < CHUNKS:
+            for k in tl.range(HELD, CHUNKS, num_stages=3):
+                chunk = LOAD_WEIGHT(weight, units, first + k, K, SPLIT, BLOCK_K)
+                tile = load_columns(rows, active_rows, first + k, K, SPLIT, BLOCK_K)
+                sum = dot(chunk, tile, sum, DOT, PRECISION)
+    if SPLIT > 1:
+        sum = sum_parts(sum, SPLIT, M, ROWS)
+    return sum
+
+
+@triton.jit
+def sum_parts(x, PARTS: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr):
+    """(PARTS, M, ROWS), each part of it in other warps, to their sum (M, ROWS); PARTS is 4 or 8."""
+    # tl.sum would leave the product's layout, to which every other operand of the cell would then be converted, one by
+    # one. Here each thread takes the parts of its own elements, once.
+    x = tl.reshape(tl.permute(x, (1, 2, 0)), (M, ROWS, PARTS // 2, 2))
+    a, b = tl.split(x)
+    a, b = tl.split(tl.reshape(a + b, (M, ROWS, PARTS // 4, 2)))
+    x = a + b
+    if PARTS == 8:
+        a, b = tl.split(tl.reshape(x, (M, ROWS, 1, 2)))
+        x = a + b
+    return tl.reshape(x, (M, ROWS))

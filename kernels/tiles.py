@@ -1,0 +1,216 @@
+"""The tiles that a kernel can have: what divides a recurrence among programs, and which of it a device can hold."""
+
+from dataclasses import dataclass
+from functools import cache
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one kernel divides its work.
+
+    batch, units: batch rows and hidden units of a program. chunk: units of a gate that one product reduces over.
+    warps: of a program.
+    kept: chunks of W_hh that stay on chip where not all do (0: all); the others are loaded at every step.
+    team: programs that share the products of all their units in backward, a gate for each (4), or do not (1).
+    split: parts of a chunk, each of which a warp sums for itself (1: none).
+    poll: a program looks whether h (dgates) is there, element by element, instead of at a step flag.
+    """
+
+    batch: int
+    units: int
+    chunk: int
+    warps: int
+    kept: int = 0
+    team: int = 1
+    split: int = 1
+    poll: bool = False
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan depends on: multiprocessors, bytes of shared memory that a program may use, compute capability."""
+
+    multiprocessors: int
+    shared: int
+    capability: tuple[int, int]
+
+
+A100 = Device(108, 163 * 1024, (8, 0))
+H100 = Device(132, 227 * 1024, (9, 0))
+B200 = Device(148, 227 * 1024, (10, 0))
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes microseconds on the host."""
+    return -(-a // b)
+
+
+def programs_of(tiles: Tiles, H: int, B: int) -> tuple[int, int]:
+    """How many programs hold H units, in whole teams, and how many batch groups B rows are."""
+    return tiles.team * ceil_div(H, tiles.team * tiles.units), ceil_div(B, tiles.batch)
+
+
+@cache
+def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list[Tiles], list[Tiles]]:
+    """The tiles of the grid form, forward and backward, that keep registers and shared memory under every Triton of
+    bench/results/offline; none where too few multiprocessors are there.
+
+    size: bytes that an element of W_hh takes on chip: 8 in full precision, of two TF32 numbers.
+    layers: all of them at once, with W_ih beside W_hh of all but the first.
+    """
+    if layers > 1:
+        return stack_tiles(H, size, device, layers)
+    wide = aligned(H, size)
+    if not wide or size == 8:
+        return narrow_tiles(H, size, device)
+    fits = [units for units in (32, 16, 8) if fit(units, H, size, device)]
+    forward: list[Tiles] = []
+    backward: list[Tiles] = []
+    chunk = 256 // size
+    wgmma, tcgen05 = device.capability[0] == 9, device.capability[0] == 10
+    in_1k, in_1k5, in_2k = (H * size <= limit for limit in (1024, 1536, 2048))
+
+    # The loads of a step are all in flight together and keep registers. Of few rows a program can poll them all, and
+    # split a product: one whose tile leaves most warps without a part of their own is eight times as long otherwise.
+    # wgmma's 64 rows are the work of four warps, each with twice the loads, so that a larger batch tile takes shorter
+    # chunks there. A B200's tensor memory takes no shorter chunks of 64 rows, elsewhere longer ones spill (Triton 3.9).
+    tall = chunk // 2 if tcgen05 else chunk // 4
+    if 16 in fits:
+        forward.append(Tiles(16, 16, 128, 8, split=8))
+        forward.append(Tiles(32, 16, chunk // 2 if wgmma else min(64, chunk), 4 if wgmma else 8))
+        if wgmma:
+            forward.append(Tiles(16, 16, 2 * chunk if in_1k else min(64, chunk), 4))
+        if in_1k5:
+            forward.append(Tiles(16, 16, 128, 8, split=8, poll=True))
+        if in_2k:
+            forward.append(Tiles(8, 16, chunk, 4, split=4, poll=True))
+        if in_2k and not tcgen05:
+            forward.append(Tiles(64, 16, tall, 8))
+        backward.append(Tiles(32, 16, 128, 8, split=8))
+        if in_1k:
+            backward.append(Tiles(16, 16, 128, 8, split=8, poll=True))
+        if in_1k5:
+            backward.append(Tiles(8, 16, 128, 8, split=8, poll=True))
+        if size == 2 or in_2k:
+            backward.append(Tiles(16, 16, 2 * chunk, 8, split=8))
+        if in_2k:
+            backward.append(Tiles(64, 16, 2 * chunk if size == 2 else chunk, 8))
+            backward += [Tiles(16, 16, chunk // 2, 4, team=4), Tiles(32, 16, chunk // 2, 8, team=4)]
+            if size == 2:
+                backward.append(Tiles(64, 16, chunk // 2, 8, team=4))
+    elif 8 in fits:
+        forward.append(Tiles(16, 8, 128, 8, split=8))
+        # Over the longest rows that a B200 spreads, eight warps spill one register (Triton 3.7).
+        forward.append(Tiles(32, 8, chunk // 2 if tcgen05 else min(64, chunk), 4 if tcgen05 else 8))
+        backward += [Tiles(batch, 8, 128, 8, split=8) for batch in (16, 32)]
+    if 32 in fits:
+        forward.append(Tiles(16, 32, chunk // 2, 8))
+        if in_1k:
+            forward.append(Tiles(8, 32, 128, 8, split=8, poll=True))
+            backward.append(Tiles(8, 32, 128, 8, split=8, poll=True))
+        if not tcgen05 or (in_1k and size == 2):
+            forward.append(Tiles(32, 32, chunk // 2, 8))
+        if in_1k and (not tcgen05 or size == 2):
+            forward.append(Tiles(64, 32, tall, 8))
+        if in_1k or not tcgen05:
+            backward += [Tiles(16, 32, 2 * chunk, 8, split=8), Tiles(32, 32, 128, 8, split=8)]
+        if size == 2:
+            backward.append(Tiles(64, 32, chunk, 8))
+    if 16 not in fits:
+        streaming_tiles(forward, backward, H, size, device)
+    return forward, backward
+
+
+def aligned(H: int, size: int) -> bool:
+    """Whether 16-byte loads divide a row."""
+    return H * min(size, 4) % 16 == 0
+
+
+def mma_only(size: int, device: Device) -> bool:
+    """tcgen05 would split W_hh in two TF32 numbers again at every step; with sixteen warps a product is mma.sync's."""
+    return device.capability[0] == 10 and size == 8
+
+
+def fit(units: int, H: int, size: int, device: Device, layers: int = 1) -> bool:
+    """Whether all of W_hh fits on chip with so many units a program, beside what a step lays out there."""
+    capability = device.capability[0]
+    if mma_only(size, device) and not aligned(H, size):
+        return False  # spills at any tile
+    chunk = 256 // size
+    columns = ceil_div(H, chunk) * chunk
+    # Full precision over more spills, and so do two products a step.
+    share = 0.8 if size < 8 else 0.65 if capability == 8 and aligned(H, size) else 0.75
+    weights = 1
+    if layers > 1:
+        share, weights = min(share, 0.7), 2
+    held = weights * 4 * units * columns * size
+    return layers * ceil_div(H, units) <= device.multiprocessors and held <= share * device.shared
+
+
+def narrow_tiles(H: int, size: int, device: Device) -> tuple[list[Tiles], list[Tiles]]:
+    """grid_tiles() of narrow loads, which keep their many addresses, and of full precision, which has two numbers for
+    one: the smallest tiles."""
+    wide, capability, chunk = aligned(H, size), device.capability[0], 256 // size
+    forward: list[Tiles] = []
+    backward: list[Tiles] = []
+    units = next((units for units in ((16,) if size == 8 else (16, 8)) if fit(units, H, size, device)), 0)
+    if units and size < 8:
+        forward.append(Tiles(16, units, 128, 8, split=8))
+        backward.append(Tiles(32, units, 128, 8, split=8))
+    elif units:
+        warps = 16 if mma_only(size, device) else 4 if wide and capability == 9 else 8
+        forward.append(Tiles(16, units, min(64, chunk) if wide and capability != 10 else chunk // 2, warps))
+        # Four warps repeat nothing of a product, but hold only the shorter rows that fit an A100 without spills.
+        backward.append(Tiles(64 if wide else 32, units, chunk, 4 if not wide and capability == 8 else 8))
+    if wide and not units and not mma_only(size, device):
+        streaming_tiles(forward, backward, H, size, device)
+    return forward, backward
+
+
+def streaming_tiles(forward: list[Tiles], backward: list[Tiles], H: int, size: int, device: Device) -> None:
+    """Adds the tiles that keep a part of W_hh on chip and load the rest at every step, from L2 if that holds it."""
+    # Two fifths of the memory are left to what streams through and to the step's own tiles; of full precision 32 units
+    # spill.
+    chunk = 256 // size
+    units = 16 if ceil_div(H, 16) <= device.multiprocessors else 32
+    if ceil_div(H, units) > device.multiprocessors or (units == 32 and size == 8):
+        return
+    room = int(0.6 * device.shared)
+    kept = room // (4 * units * (chunk // 2) * size)
+    if size == 8:
+        forward.append(Tiles(16, units, chunk // 2, 4, kept))
+    else:
+        kept = min(kept, 12)  # the loads of more chunks spill
+        forward.append(Tiles(32 if units == 16 else 16, units, chunk // 2, 8, kept))
+        if units == 16:
+            backward.append(Tiles(16, 16, chunk // 2, 4, kept, team=4))
+            backward.append(Tiles(32, 16, chunk // 2, 8, kept, team=4))
+    backward.append(Tiles(64 if units == 16 else 32, units, chunk, 8, room // (units * chunk * size)))
+
+
+def stack_tiles(H: int, size: int, device: Device, layers: int) -> tuple[list[Tiles], list[Tiles]]:
+    """grid_tiles() of several layers. Two products a step leave no room for the addresses of narrow rows, and a B200's
+    registers none for the products themselves."""
+    if not aligned(H, size) or device.capability[0] == 10 or not fit(16, H, size, device, layers):
+        return [], []
+    chunk, wgmma, in_1k = 256 // size, device.capability[0] == 9, H * size <= 1024
+    if size == 8:
+        if not wgmma:
+            return [], []
+        return [Tiles(16, 16, min(64, chunk), 4)], [Tiles(16, 16, chunk, 8)]
+    forward = [Tiles(16, 16, 128, 8, split=8)]
+    forward.append(Tiles(32, 16, chunk // 2 if wgmma else min(64, chunk), 4 if wgmma else 8))
+    backward = [Tiles(16, 16, 128, 8, split=8)]
+    if H * size <= 2048:
+        backward.append(Tiles(16, 16, chunk // 2, 8, team=4))
+    if wgmma:
+        forward.append(Tiles(16, 16, min(64, chunk), 4))
+        if in_1k:
+            forward.append(Tiles(64, 16, chunk // 4, 8))
+    if in_1k:
+        forward.append(Tiles(8, 16, chunk, 4, split=4, poll=True))  # in backward what is polled spills
+    if fit(32, H, size, device, layers):
+        forward += [Tiles(batch, 32, chunk // 2, 8) for batch in (16, 32)]
+        if size == 2:
+            backward.append(Tiles(16, 32, chunk, 8, split=8))
+    return forward, backward
