@@ -99,16 +99,15 @@ def lstm(
     check(input, hx, weights, 1 if batch_first else 0)
 
     # Forward mode has no kernels: its derivatives are those of the layer composed of torch operations.
-    forward_mode = not torch.compiler.is_compiling() and any(
-        forward_ad.unpack_dual(t).tangent is not None for t in (input, *hx, *weights)
-    )
+    dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    forward_mode = dual and any(forward_ad.unpack_dual(t).tangent is not None for t in (input, *hx, *weights))
     x = input.transpose(0, 1) if batch_first else input
     save = record is not None or (torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)))
     per_cell = len(weights) // (num_layers * directions)
     drops = bool(training and dropout > 0 and num_layers > 1)
     plain = batch_sizes is None and layout is DENSE and not (return_states or forward_mode)
     if plain and takes_one_step(x.shape[0], bidirectional, per_cell % 2 == 1, save, drops):
-        hn, cn = operators.one_step(x[0], *hx, weights, bias, full_precision())
+        hn, cn = operators.run(operators.one_step, x[0], *hx, weights, bias, full_precision())
         y = hn[-1:].clone()
         return y.transpose(0, 1) if batch_first else y, hn, cn, None
     if batch_sizes is None:
@@ -204,7 +203,7 @@ def lstm_cell(
     else:
         input, hx, weights = autocast(input, hx, weights)
         check(input, hx, weights, 0)
-        hn, cn = operators.one_step(input, hx[0][None], hx[1][None], weights, bias, full_precision())
+        hn, cn = operators.run(operators.one_step, input, hx[0][None], hx[1][None], weights, bias, full_precision())
     return hn[0], cn[0]
 
 

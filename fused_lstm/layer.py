@@ -163,7 +163,8 @@ class Members(NamedTuple):
         """The (rows, features) of each member in a tensor of all M, as the kernels lay them out."""
         if self.layers:
             return list(tensor.reshape(M, -1, tensor.shape[-1]).unbind())
-        return list(tensor.reshape(-1, tensor.shape[-1]).chunk(M, -1))
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        return [flat] if M == 1 else list(flat.chunk(M, -1))
 
     def drop(self, y: Tensor, layer: int, B: int, sequence: Sequence) -> Tensor:
         """What the layer above takes of a layer's y, flat as y is."""
@@ -211,7 +212,7 @@ def gates_of(
     weight_ih, bias = together([w[0] for w in weights], 0), together(biases, 0) if biases else None
     of_all = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), weight_ih, bias)
     for d, (sequence, w) in enumerate(zip(sequences, weights, strict=True)):
-        gates = of_all.chunk(len(weights), -1)[d]
+        gates = of_all if len(weights) == 1 else of_all.chunk(len(weights), -1)[d]
         starts = None if sequence.starts is None else sequence.starts.reshape(-1, 1)
         if h0 is not None:
             begin, _, _, _ = sequence.places(h0.shape[1], gates.shape[0])
@@ -261,7 +262,8 @@ def forward(
             layout = layout._replace(starts=together([s.starts for s in sequences if s.starts is not None], 0))
             c_reset = reset_to[1] if sequence.reset_to_hx else torch.zeros_like(c0)
             c_reset = c_reset.to(accumulator(c0.dtype)).contiguous()
-        h, cn, c, gates = operators.forward(
+        h, cn, c, gates = operators.run(
+            operators.forward,
             input_gates.view(*lead, input_gates.shape[-1]),
             recurrent(weights),
             torch.zeros_like(c0, dtype=x.dtype) if projects else h0,
@@ -354,7 +356,8 @@ def gradients(
         if layout.starts is not None:
             layout = layout._replace(starts=together([s.starts for s in sequences if s.starts is not None], 0))
             c_reset = reset_to[1].to(c.dtype).contiguous() if sequence.reset_to_hx else torch.zeros_like(c_first)
-        of_all, dc0, dc_reset = operators.backward(
+        of_all, dc0, dc_reset = operators.run(
+            operators.backward,
             dh,
             dh_end,
             dcn,

@@ -14,8 +14,38 @@ from .kernels import one_step as one_step_kernel
 from .kernels.launch import Layout, Stack, accumulator
 from .kernels.plan import choose, choose_one_step
 
+_functions: dict[Any, Callable[..., Any]] = {}
 
-@torch.library.custom_op("fused_lstm::forward", mutates_args=())
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a function the operator fused_lstm::name, which mutates no argument."""
+
+    def define(function: Callable[..., Any]) -> Any:
+        made = torch.library.custom_op(f"fused_lstm::{name}", function, mutates_args=())
+        _functions[made] = function
+        return made
+
+    return define
+
+
+def run(operator: Any, *args: Any) -> Any:
+    """Runs an operator. Its way through torch's dispatcher takes the host as long as a launch: where nobody looks at it
+    there, no compiler, transform, mode or subclass of Tensor, the function itself is called."""
+    function = _functions.get(operator)
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if watched or function is None or torch._C._functorch.peek_interpreter_stack() is not None:
+        return operator(*args)
+    plain = all(_is_plain(arg) for arg in args if isinstance(arg, Tensor))
+    return function(*args) if plain else operator(*args)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    # A transform's tensor says that it is a Tensor, but it has no backend of its own.
+    keys, backends = torch._C._dispatch_keys(tensor), (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.CPU)
+    return type(tensor) in (Tensor, torch.nn.Parameter) and any(map(keys.has, backends))
+
+
+@operator("forward")
 def forward(
     input_gates: Tensor,
     weight_hh: Tensor,
@@ -71,7 +101,7 @@ def _(
     return y, cn, cn.new_empty(y.shape), input_gates.new_empty((*lead, input_gates.shape[-1]))
 
 
-@torch.library.custom_op("fused_lstm::backward", mutates_args=())
+@operator("backward")
 def backward(
     dy: Tensor,
     dhn: Tensor,
@@ -127,7 +157,7 @@ def _(
     return gates.new_empty(gates.shape), c0.new_empty(c0.shape), c0.new_empty(0 if c_reset is None else c0.shape)
 
 
-@torch.library.custom_op("fused_lstm::dropout", mutates_args=())
+@operator("dropout")
 def dropout(
     y: Tensor,
     seed: Tensor,
@@ -156,7 +186,7 @@ def _(
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("fused_lstm::one_step", mutates_args=())
+@operator("one_step")
 def one_step(x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], bias: bool, ieee: bool) -> tuple[Tensor, Tensor]:
     """kernels.one_step.one_step; weights: those of all layers in nn.LSTM's order."""
     each = 4 if bias else 2
