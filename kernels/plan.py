@@ -39,11 +39,9 @@ class Plan:
     @property
     def evidence(self) -> str:
         """What stands behind the choice: a measurement of these tiles on this device, or the model."""
-        return (
-            "no choice"
-            if self.mode == "torch"
-            else "kernels/model.py, a model of the device; no GPU has measured these tiles"
-        )
+        if self.mode == "torch":
+            return "no choice"
+        return "kernels/model.py, a model of the device; no GPU has measured these tiles"
 
     @property
     def higher_derivatives(self) -> str:

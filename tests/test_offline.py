@@ -135,13 +135,13 @@ def check(rows, variant="dense"):
         pytest.fail("\n".join(failures), pytrace=False)
 
 
-@pytest.mark.parametrize("version", TRITONS)
-def test_table_has_every_plan(version):
-    rows = committed(version)
-    chosen, compiled = ({key(row, GROUP) for row in found} for found in (plans(), rows))
-    assert chosen == compiled, "make the table anew: python -m bench.offline"
-    assert len(rows) == len(compiled)
-    failures = [f"{fault}: {row}" for row in rows for fault in faults(row)]
+def test_table_has_every_plan():
+    chosen, failures = {key(row, GROUP) for row in plans()}, []
+    for version in TRITONS:
+        rows = committed(version)
+        assert chosen == {key(row, GROUP) for row in rows}, f"make {version} anew: python -m bench.offline"
+        assert len(rows) == len(chosen)
+        failures += [f"{fault}: {row}" for row in rows for fault in faults(row)]
     if failures:
         pytest.fail("\n".join(failures), pytrace=False)
 
