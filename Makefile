@@ -12,11 +12,11 @@ long-memory: $(VENV)/ready
 	$(RUN) examples/long_memory.py
 
 test: $(VENV)/ready
-	$(RUN) -m pytest -n 2 --dist worksteal -q
-	TRITON_INTERPRET=0 $(RUN) -m pytest -n 2 --dist worksteal -q tests/test_contract_*.py tests/test_swap.py tests/test_sequences.py tests/test_one_step.py tests/test_trace.py  # torch's path
+	$(RUN) -m pytest -n 2 -q
+	TRITON_INTERPRET=0 $(RUN) -m pytest -n 2 -q tests/test_contract_*.py tests/test_swap.py tests/test_sequences.py tests/test_one_step.py tests/test_trace.py  # torch's path
 
 test-slow: $(VENV)/ready
-	$(RUN) -m pytest -n 2 --dist worksteal -q -m "slow and not gpu"
+	$(RUN) -m pytest -n 2 -q -m "slow and not gpu"
 
 # The sweep on a CUDA device, the CPU path elsewhere; both against nn.LSTM.
 bench: $(VENV)/ready

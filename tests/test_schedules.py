@@ -99,7 +99,7 @@ def sweep(first, count):
 # In slices, so that workers share them.
 @pytest.mark.parametrize("part", range(8))
 def test_many_schedules(part):
-    sweep(part * 20, 20)
+    sweep(part * 16, 16)
 
 
 @pytest.mark.slow
