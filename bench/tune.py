@@ -37,8 +37,14 @@ NAMES = ("bf16", "fp16", "tf32", "fp32")
 # One local plan and one of steps, whose tiles vary; in a dry run of the interpreter.
 DRY = [("bf16", 8, 2), ("tf32", 24, 2)]
 DRY_HARDWARE = Device(multiprocessors=132, shared=12 * 1024, capability=(9, 0))
-FIELDS = {"batch": (8, 16, 32, 64), "units": (8, 16, 32), "chunk": (32, 64, 128, 256), "warps": (2, 4, 8)}
-FIELDS |= {"split": (1, 4, 8), "poll": (False, True)}
+FIELDS = {
+    "batch": (8, 16, 32, 64),
+    "units": (8, 16, 32),
+    "chunk": (32, 64, 128, 256),
+    "warps": (2, 4, 8),
+    "split": (1, 4, 8),
+    "poll": (False, True),
+}
 T = 64
 # Of the largest value of a result. A kernel that reads a wrong or an old element is off by far more.
 TOLERANCE = {"bf16": 2**-5, "fp16": 2**-8, "tf32": 2**-8, "fp32": 2**-13}

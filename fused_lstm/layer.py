@@ -171,7 +171,8 @@ class Members(NamedTuple):
         if self.seed is None or self.keep is None:
             return y
         given = y if sequence.offsets is not None else y.view(-1, B, y.shape[-1])
-        return operators.dropout(given, self.seed, self.keep, *sequence.layout, layer, B).view(y.shape)
+        tensors = given, self.seed, self.keep, *sequence.layout
+        return operators.run(operators.dropout, *tensors, layer, B).view(y.shape)
 
 
 def biases_of(weights: list[Weights]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from .kernels.plan import choose, choose_one_step
 _functions: dict[Any, Callable[..., Any]] = {}
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+def as_operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Makes a function the operator fused_lstm::name, which mutates no argument."""
 
     def define(function: Callable[..., Any]) -> Any:
@@ -45,7 +45,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and any(map(keys.has, backends))
 
 
-@operator("forward")
+@as_operator("forward")
 def forward(
     input_gates: Tensor,
     weight_hh: Tensor,
@@ -101,7 +101,7 @@ def _(
     return y, cn, cn.new_empty(y.shape), input_gates.new_empty((*lead, input_gates.shape[-1]))
 
 
-@operator("backward")
+@as_operator("backward")
 def backward(
     dy: Tensor,
     dhn: Tensor,
@@ -157,7 +157,7 @@ def _(
     return gates.new_empty(gates.shape), c0.new_empty(c0.shape), c0.new_empty(0 if c_reset is None else c0.shape)
 
 
-@operator("dropout")
+@as_operator("dropout")
 def dropout(
     y: Tensor,
     seed: Tensor,
@@ -186,7 +186,7 @@ def _(
     return y.new_empty(y.shape)
 
 
-@operator("one_step")
+@as_operator("one_step")
 def one_step(x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], bias: bool, ieee: bool) -> tuple[Tensor, Tensor]:
     """kernels.one_step.one_step; weights: those of all layers in nn.LSTM's order."""
     each = 4 if bias else 2

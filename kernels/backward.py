@@ -306,7 +306,7 @@ def backward(
     """
     B, H = c0.shape[-2:]
     T = dy.shape[0] if layout.offsets is None else layout.offsets.shape[0]
-    dgates = exchanged(gates, gates.shape, plan.mode == "grid" and plan.backward.poll, layout)
+    dgates = exchanged(gates, gates.shape, plan, plan.backward, layout)
     dc0 = dcn.to(c0.dtype, copy=True)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
     products = team_flags = None

@@ -271,9 +271,8 @@ def forward(
     B = h0.shape[-2]
     T = input_gates.shape[0] if layout.offsets is None else layout.offsets.shape[0]
     shape = (*(h0.shape[:1] if stack.flags["STACK"] else ()), *input_gates.shape[:-1])
-    polled = plan.mode == "grid" and plan.forward.poll
-    y = exchanged(input_gates, (*shape, input_gates.shape[-1] // 4), polled, layout)
-    dropped = exchanged(y, y[1:].shape, polled, DENSE) if stack.flags["DROP"] else None
+    y = exchanged(input_gates, (*shape, input_gates.shape[-1] // 4), plan, plan.forward, layout)
+    dropped = exchanged(y, y[1:].shape, plan, plan.forward, DENSE) if stack.flags["DROP"] else None
     new = input_gates.new_zeros if layout.padded else input_gates.new_empty
     c = new(y.shape, dtype=accumulator(y.dtype)) if save else None
     gates = input_gates.new_empty((*shape, input_gates.shape[-1])) if save else None

@@ -108,9 +108,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def exchanged(like: Tensor, shape: tuple[int, ...], polled: bool, layout: Layout) -> Tensor:
-    """The buffer of h or dgates of all steps: zero past the rows' lengths, and if `polled` ABSENT elsewhere."""
-    if not polled:
+def exchanged(like: Tensor, shape: tuple[int, ...], plan: Plan, tiles: Tiles, layout: Layout) -> Tensor:
+    """The buffer of h or dgates of all steps: zero past the rows' lengths, and elsewhere ABSENT if they are polled."""
+    if plan.mode != "grid" or not tiles.poll:
         return like.new_zeros(shape) if layout.padded else like.new_empty(shape)
     buffer = like.new_empty(shape)
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[buffer.itemsize]

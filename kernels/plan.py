@@ -178,7 +178,7 @@ def cuda_device(device: torch.device) -> Device:
 
 
 def kind_of(dtype: torch.dtype, ieee: bool) -> str:
-    """The kind of product, as model.py names it; float64, which only the interpreter has, as full precision."""
+    """The kind of product, as model.py names it; float64, which only the interpreter has, as float32."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32" if ieee else "tf32")
 
 

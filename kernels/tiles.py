@@ -60,8 +60,7 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
     """
     if layers > 1:
         return stack_tiles(H, size, device, layers)
-    wide = aligned(H, size)
-    if not wide or size == 8:
+    if not aligned(H, size) or size == 8:
         return narrow_tiles(H, size, device)
     fits = [units for units in (32, 16, 8) if fit(units, H, size, device)]
     forward: list[Tiles] = []
@@ -127,7 +126,8 @@ def aligned(H: int, size: int) -> bool:
 
 
 def mma_only(size: int, device: Device) -> bool:
-    """tcgen05 would split W_hh in two TF32 numbers again at every step; with sixteen warps a product is mma.sync's."""
+    """Whether a product must not be tcgen05's, which would split W_hh in two TF32 numbers again at every step; with
+    sixteen warps it is mma.sync's."""
     return device.capability[0] == 10 and size == 8
 
 
