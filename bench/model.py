@@ -50,11 +50,13 @@ def floor(device: str | Terms, dtype: str, mode: str, H: int, B: int, backward: 
     return best
 
 
-def predicted(device: str | Terms, dtype: str, plan: Plan, H: int, B: int, backward: bool = False) -> Time:
+def predicted(
+    device: str | Terms, dtype: str, plan: Plan, H: int, B: int, backward: bool = False, proj: int = 0
+) -> Time:
     """Returns what the model gives for one step under a plan, of all directions and layers of a launch: its tiles, its
-    padding, its launches one after another. Args and errors as floor()."""
+    padding, its launches one after another. proj: features of a projection in it. Args and errors as floor()."""
     tiles = plan.backward if backward else plan.forward
-    return step(known(device), dtype, plan.mode, tiles, H, B, backward, plan.directions, plan.layers)
+    return step(known(device), dtype, plan.mode, tiles, H, B, backward, plan.directions, plan.layers, proj)
 
 
 def known(device: str | Terms) -> Terms:

@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from fused_lstm.kernels import backward, cell, dropout, forward, launch, one_step, product, scan, sync
-from fused_lstm.kernels.plan import Plan, choose_kernel, choose_one_step
+from fused_lstm.kernels.plan import Plan, choose_kernel, choose_one_step, projects
 from fused_lstm.kernels.tiles import A100, B200, H100, Tiles
 
 from . import model
@@ -58,12 +58,14 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp
 # The products, directions and layers of a launch that the table covers: fp16 has the tiles of bf16, and other numbers
 # of layers have no others.
 PRODUCTS = ("bf16", "tf32", "fp32")
-LAUNCHES = ((1, 1), (1, 2), (1, 4))
+LAUNCHES = ((1, 1, 0), (1, 2, 0), (1, 4, 0))
+# Of projections in the kernel: H, and P.
+PROJECTIONS = tuple(pairs((1016, 1400, 2048, 2104, 4096), (136, 512, 1024)))
 TENSOR_MEMORY = 512  # columns that a multiprocessor with tcgen05 has
 IN_ACCUMULATOR = {"c_state", "c", "c0", "dc_state", "c_reset", "dc_reset", "products", "keep"}
 INTEGER_POINTERS = {
     "flags": "*i32",
-    "team_flags": "*i32",
+    "inner_flags": "*i32",
     "report": "*i32",
     "lengths": "*i64",
     "offsets": "*i64",
@@ -78,7 +80,7 @@ BOUNDS = {*range(192, 2049, 64), *(units * device.multiprocessors for units in (
 SIZES = [*range(1, 131), *sorted(bound - less for bound in BOUNDS if bound <= 2048 for less in (0, 1, 4, 8))]
 
 # What makes two rows of one Triton the same compile, and what names a group in the table.
-COMPILE = ("device", "dtype", "kernel", "mode", "precision", "tiles", "stack", "H")
+COMPILE = ("device", "dtype", "kernel", "mode", "precision", "tiles", "stack", "H", "proj", "half")
 GROUP = (*COMPILE, "aligned", "H_range", "B_range")
 
 
@@ -115,11 +117,15 @@ def compile_kernel(
     reset: bool = False,
     drop: bool = False,
     save: bool = True,
+    out: int = 0,
+    half: str = "",
 ) -> CompiledKernel:
     """Compiles a kernel of KERNELS as its launcher would, for a capability such as (9, 0), without a GPU."""
     kernel: Any = KERNELS[name]
-    constants, options = launch.specialized(kernel, plan, getattr(plan, name), H, dtype)
+    tiles = getattr(plan, name)
+    constants, options = launch.specialized(kernel, plan, tiles, H, dtype, out or H)
     stack = plan.layers > 1
+    constants |= {"CELL": half != "PROJECT", "PROJECT": bool(out) and half != "CELL"}
     constants |= {"DIRECTIONS": plan.directions, "REVERSE": reverse}
     constants |= {"LENGTHS": packed or lengths, "PACKED": packed, "RESET": reset, "STACK": stack, "DROP": drop}
     constants |= {"SAVE": save} if name == "forward" else {"DC_STEPS": False}
@@ -132,8 +138,10 @@ def compile_kernel(
         ("seed", "keep", "dropped"): drop,
         ("starts", "c_reset", "dc_reset"): reset,
         ("dc_steps",): False,
-        ("flags",): plan.mode == "grid",
-        ("products", "team_flags"): constants.get("TEAM", 1) > 1,
+        ("flags",): plan.mode == "grid" and not tiles.poll,
+        ("products",): tiles.team > 1,
+        ("weight_hr", "unprojected", "dh_steps"): bool(out),
+        ("inner_flags",): tiles.team > 1 or (bool(out) and plan.mode == "grid"),
         ("report",): constants["TURNS"] > 0,
     }
     absent = [name for names, is_taken in taken.items() if not is_taken for name in names]
@@ -185,7 +193,7 @@ def beside(device: str, dtype: str, H: int) -> Iterator[Row]:
     kernel = compile_for(capability, dropout.drop_kernel, torch_dtype, constants, (), {})
     yield row | {"kernel": "dropout", "flags": ["LENGTHS", "PACKED"], "usage": usage(kernel)}
     plan = choose_one_step(torch_dtype, torch.device("cuda"), ieee)
-    constants, options = launch.specialized(one_step.one_step_kernel, plan, plan.forward, H, torch_dtype)
+    constants, options = launch.specialized(one_step.one_step_kernel, plan, plan.forward, H, torch_dtype, H)
     constants |= {"I": H, "BIAS": True, "ACC": tl.float32}
     kernel = compile_for(capability, one_step.one_step_kernel, torch_dtype, constants, (), options, in_accumulator=())
     yield row | {"kernel": "one step", "flags": [], "usage": usage(kernel)}
@@ -282,21 +290,27 @@ def width(access: str) -> int:
 
 
 def choices(
-    device: str, dtype: str, H: int, first: int, last: int, directions: int = 1, layers: int = 1
+    device: str, dtype: str, H: int, first: int, last: int, directions: int = 1, layers: int = 1, proj: int = 0
 ) -> Iterator[tuple[Plan, int, int]]:
-    """The plans for batches first to last, each with its range of them; none comes back after another."""
+    """The plans for batches first to last, each with its range of them; none comes back after another. proj: only where
+    the kernels then project to so many features."""
     choose = choose_kernel.__wrapped__  # its cache would keep every plan
     torch_dtype, ieee = DTYPES[dtype]
-    low, high = (choose(torch_dtype, B, H, DEVICES[device], ieee, directions, layers) for B in (first, last))
-    if low == high:
-        yield low, first, last
-    elif last - first == 1:
-        yield low, first, first
-        yield high, last, last
+
+    def chosen(B: int) -> Plan | None:
+        if proj and not projects.__wrapped__(torch_dtype, B, H, proj, DEVICES[device], ieee, directions):
+            return None
+        return choose(torch_dtype, B, H, DEVICES[device], ieee, directions, layers, proj)
+
+    low, high = chosen(first), chosen(last)
+    if low == high or last - first == 1:
+        for plan, begin, end in ((low, first, last),) if low == high else ((low, first, first), (high, last, last)):
+            if plan is not None:
+                yield plan, begin, end
     else:
         middle = (first + last) // 2
-        yield from choices(device, dtype, H, first, middle, directions, layers)
-        yield from choices(device, dtype, H, middle, last, directions, layers)
+        yield from choices(device, dtype, H, first, middle, directions, layers, proj)
+        yield from choices(device, dtype, H, middle, last, directions, layers, proj)
 
 
 def groups(
@@ -304,26 +318,44 @@ def groups(
     dtypes: Iterable[str] = PRODUCTS,
     sizes: Iterable[int] = SIZES,
     batches: Iterable[tuple[int, int]] = ((1, 1024),),
-    launches: Iterable[tuple[int, int]] = LAUNCHES,
+    launches: Iterable[tuple[int, int, int]] = LAUNCHES,
+    projections: Iterable[tuple[int, int]] = PROJECTIONS,
 ) -> list[Row]:
     """What plan.py chooses over sizes H and ranges of batches B: a row for each kernel that differs in more than H.
 
     H is the size that stands for the group and B its smallest batch; H_range and B_range are all that the group has.
-    launches: how many directions and layers they have. That the members are layers is a constant of the machine code,
-    how many is not: `layers` is the fewest of a stack, 1 without.
+    launches: how many directions and layers they have, and to how many features they project. That the members are
+    layers is a constant of the machine code, how many is not: `layers` is the fewest of a stack, 1 without.
+    projections: further sizes H, of one direction, and features.
     """
     found: dict[tuple[Any, ...], list[tuple[int, int, int, int]]] = {}
-    for device, dtype, H, batch_range, launch_of in pairs(devices, dtypes, sizes, batches, launches):
+    shapes = [*pairs(sizes, launches), *((H, (1, 1, P)) for H, P in projections)]
+    for device, dtype, (H, launch_of), batch_range in pairs(devices, dtypes, shapes, batches):
         aligned = H * DTYPES[dtype][0].itemsize % 16 == 0
         for plan, first, last in choices(device, dtype, H, *batch_range, *launch_of):
             if plan.layers > 1 and plan.mode != "grid":
                 continue  # they do not fit together
-            for kernel in KERNELS:
-                several = plan.directions, plan.layers > 1
+            proj = launch_of[-1]
+            # Of the step form each launch has a half of the kernel that projects.
+            halves = ("CELL", "PROJECT") if proj and plan.mode == "step" else ("",)
+            for kernel, half in pairs(KERNELS, halves):
+                several = plan.directions, plan.layers > 1, proj, half
                 same = (device, dtype, kernel, plan.mode, plan.precision, getattr(plan, kernel), *several, aligned)
                 found.setdefault(same, []).append((H, first, last, plan.layers))
     rows = []
-    for (device, dtype, kernel, mode, precision, tiles, directions, stack, aligned), members in found.items():
+    for (
+        device,
+        dtype,
+        kernel,
+        mode,
+        precision,
+        tiles,
+        directions,
+        stack,
+        proj,
+        half,
+        aligned,
+    ), members in found.items():
         sizes, firsts, lasts, layers = zip(*members, strict=True)
         chosen = {max(sizes, key=lambda H: (H % tiles.chunk > 0 if aligned else H % 2, H))}
         if mode == "grid":
@@ -337,6 +369,8 @@ def groups(
                 "precision": precision,
                 "tiles": asdict(tiles),
                 "stack": stack,
+                "proj": proj,
+                "half": half,
                 "aligned": aligned,
                 "H": H,
                 "B": min(first for size, first, _, _ in members if size == H),
@@ -356,7 +390,8 @@ def compiled(group: Row, **flags: bool) -> Row:
     tiles = Tiles(**group["tiles"])
     plan = Plan(group["mode"], tiles, tiles, 0, group["precision"], "", group["directions"], group["layers"])
     try:
-        kernel = compile_kernel(group["kernel"], plan, group["H"], dtype, device.capability, **flags)
+        halves = {"out": group["proj"], "half": group["half"]}
+        kernel = compile_kernel(group["kernel"], plan, group["H"], dtype, device.capability, **flags, **halves)
         found = asdict(resources(kernel))
     except Exception:  # the other rows are still worth having
         return group | {"error": traceback.format_exc(limit=0)}
@@ -377,9 +412,12 @@ def predicted(row: Row) -> Row:
     that sets the first."""
     tiles, backward = Tiles(**row["tiles"]), row["kernel"] == "backward"
     plan = Plan(row["mode"], tiles, tiles, 0, row["precision"], "", row["directions"], row["layers"])
-    planned = model.predicted(row["device"], row["dtype"], plan, row["H"], row["B"], backward)
-    bound = model.floor(row["device"], row["dtype"], row["mode"], row["H"], row["B"], backward, layers=row["layers"])
-    return {"us": round(planned.us, 2), "floor": round(bound.us, 2), "binds": planned.binds}
+    sizes = row["H"], row["B"], backward
+    planned = model.predicted(row["device"], row["dtype"], plan, *sizes, row["proj"])
+    bound = None
+    if not row["proj"]:  # of a projection there is no floor
+        bound = round(model.floor(row["device"], row["dtype"], row["mode"], *sizes, layers=row["layers"]).us, 2)
+    return {"us": round(planned.us, 2), "floor": bound, "binds": planned.binds}
 
 
 def source() -> str:
@@ -447,7 +485,8 @@ def table(results: Path) -> str:
         "grid form a second line has the largest of all. Where Tritons differ, their figures stand in the order",
         f"{' / '.join(files)}. Tiles: batch rows and units of a program, chunk of the product, warps; how many chunks",
         "of W_hh are kept on chip, if not all; whether the programs are in teams, into how many parts each product is",
-        "split among warps, and whether h (dgates) is polled. In the time loop, for one step of",
+        "split among warps, to how many features of a projection one program comes, and whether h (dgates) is polled.",
+        "The kernels that project stand for the H and features that are given. In the time loop, for one step of",
         "one program (an inner loop over chunks that are not kept counted once): matrix instructions (HMMA; HGMMA is",
         "wgmma, UTCHMMA tcgen05), barriers, instructions, KiB of global memory that are loaded and stored if no mask",
         "hides any. Model: the time of a step under these tiles at this H and its smallest B in the group, and its",
@@ -472,10 +511,12 @@ def cells(versions: dict[str, Row]) -> Iterator[str]:
     """The cells of a line of the table, from the rows of one group by Triton's version."""
     row = first(versions)
     tiles, found = row["tiles"], [version.get("resources") for version in versions.values()]
-    yield from (row["dtype"], row["kernel"], f"{row['mode']}, {row['layers']} layers" if row["stack"] else row["mode"])
+    yield from (row["dtype"], row["kernel"], ", ".join(filter(None, forms(row))))
     shape = [str(tiles[name]) for name in ("batch", "units", "chunk", "warps")]
     shape += [
-        f"{name} {tiles[name]}" for name, plain in (("kept", 0), ("team", 1), ("split", 1)) if tiles[name] != plain
+        f"{name} {tiles[name]}"
+        for name, plain in (("kept", 0), ("team", 1), ("split", 1), ("features", 0))
+        if tiles[name] != plain
     ]
     yield ", ".join(shape + ["polled"] * tiles["poll"])
     yield f"{row['H']}{'' if row['aligned'] else '*'}"
@@ -483,7 +524,15 @@ def cells(versions: dict[str, Row]) -> Iterator[str]:
     for name in ("registers", "spills", "shared", "matrix", "barriers", "instructions", "loaded", "stored"):
         figures = [figure(name, each[name]) if each else "error" for each in found]
         yield figures[0] if len(set(figures)) == 1 else " / ".join(figures)
-    yield from (f"{row['us']:.2f}", f"{row['floor']:.2f}", row["binds"])
+    yield from (f"{row['us']:.2f}", "-" if row["floor"] is None else f"{row['floor']:.2f}", row["binds"])
+
+
+def forms(row: Row) -> Iterator[str]:
+    """The form of a row's kernel, in words."""
+    yield row["mode"]
+    yield f"{row['layers']} layers" if row["stack"] else ""
+    yield f"to {row['proj']} features" if row["proj"] else ""
+    yield {"CELL": "the cells", "PROJECT": "the projection", "": ""}[row["half"]]
 
 
 def figure(name: str, value: Any) -> str:
@@ -505,6 +554,7 @@ def main() -> None:
     printed.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
     printed.add_argument("--directions", type=int, default=1)
     printed.add_argument("--layers", type=int, default=1, help="in one launch")
+    printed.add_argument("--proj", type=int, default=0, help="features of a projection in the kernel")
     printed.add_argument("--reverse", action="store_true")
     printed.add_argument("--packed", action="store_true")
     printed.add_argument("--lengths", action="store_true")
@@ -524,8 +574,8 @@ def main() -> None:
         chosen = [every[place] for place in args.groups]
     else:  # each size a group of its own
         batches = [(B, B) for B in args.B]
-        launches = [(args.directions, args.layers)]
-        chosen = [group for H in args.H for group in groups(args.device, args.dtype, [H], batches, launches)]
+        launches = [(args.directions, args.layers, args.proj)]
+        chosen = [group for H in args.H for group in groups(args.device, args.dtype, [H], batches, launches, ())]
     flags = {name: getattr(args, name) for name in ("reverse", "packed", "lengths", "reset", "drop")}
     flags["save"] = not args.inference
     failed = False

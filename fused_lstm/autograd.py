@@ -1,12 +1,14 @@
 """LSTMFunction: what runs in one launch, a layer's directions or a stack of layers, under autograd."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import chunks, composed, layer
-from .layer import Members, Sequence, Weights, stacked, together
+from .layer import Members, Weights, stacked, together
+from .sequence import Sequence
 
 OF_MEMBER = 5  # tensors
 
@@ -18,10 +20,10 @@ def by_member(flat: tuple[Any, ...]) -> list[Weights]:
 class Gradients(torch.autograd.Function):
     """The gradients that the kernels have computed, to be differentiated once more.
 
-    Takes reverse, reset_to_hx and whether the members are layers; the sequence's five tensors, seed and keep; how many
-    tensors have a gradient; those: x, h0, c0 and the weights; the cotangents of y, hn, cn and the cells; then the
-    gradients, which it passes on. The derivative is that of the recurrence composed of torch operations: slow, but
-    needed by few. Were it a node of the layer itself, all who ask for create_graph, as torch.func.grad always does,
+    Takes reverse, reset_to_hx, batch_first and whether the members are layers; the sequence's five tensors, seed and
+    keep; how many tensors have a gradient; those: x, h0, c0 and the weights; the cotangents of y, hn, cn and the cells;
+    then the gradients, which it passes on. The derivative is that of the recurrence composed of torch operations: slow,
+    but needed by few. Were it a node of the layer itself, all who ask for create_graph, as torch.func.grad always does,
     would pay.
     """
 
@@ -29,23 +31,24 @@ class Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        return tuple(None if grad is None else grad.view_as(grad) for grad in args[15 + args[10] :])
+        return tuple(None if grad is None else grad.view_as(grad) for grad in args[16 + args[11] :])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.flags, ctx.count = inputs[:3], inputs[10]
-        ctx.save_for_backward(*inputs[3:10], *inputs[11 : 15 + ctx.count])
+        ctx.flags, ctx.count = inputs[:4], inputs[11]
+        ctx.save_for_backward(*inputs[4:11], *inputs[12 : 16 + ctx.count])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         count, saved = ctx.count, ctx.saved_tensors[7:]
-        sequence = Sequence(*ctx.saved_tensors[:5], *ctx.flags[:2])
-        members = Members(ctx.flags[2], *ctx.saved_tensors[5:7])
+        *of_sequence, layers = ctx.flags
+        sequence = Sequence(*ctx.saved_tensors[:5], *of_sequence)
+        members = Members(layers, False, *ctx.saved_tensors[5:7])
         present = [k for k, tensor in enumerate(saved) if tensor is not None]
         asked = [k for k, cotangent in enumerate(cotangents) if cotangent is not None]
         if not asked:
-            return (None,) * (15 + 2 * count)
+            return (None,) * (16 + 2 * count)
 
         def first(*tensors: Tensor) -> tuple[Tensor, ...]:
             """The gradients that were asked for, as the composed recurrence has them."""
@@ -66,17 +69,17 @@ class Gradients(torch.autograd.Function):
 
         pull = torch.func.vjp(first, *(saved[k] for k in present))[1]
         second = dict(zip(present, pull(tuple(cotangents[k] for k in asked)), strict=True))
-        return *[None] * 11, *(second.get(k) for k in range(count + 4)), *[None] * count
+        return *[None] * 12, *(second.get(k) for k in range(count + 4)), *[None] * count
 
 
 class LSTMFunction(torch.autograd.Function):
     """The directions of a layer, or a stack of layers: M members.
 
-    Inputs: x (T, B, I) or (rows, I) packed; h0 (M, B, Hout); c0 (M, B, H); the sequence's seven; the Members' three;
-    save: keep what backward needs; states: also return the cells of all steps, not of a stack; ieee: float32 products
-    in full precision; chunk: keep the states between chunks of so many steps alone, and recompute the rest in backward;
-    0: keep c and gates of every step; then of each member weight_ih (4H, I), weight_hh (4H, Hout), bias_ih and
-    bias_hh (4H) or None, weight_hr (P, H) or None.
+    Inputs: x (T, B, I), (B, T, I) or (rows, I) packed; h0 (M, B, Hout); c0 (M, B, H); the sequence's eight; the
+    Members' four; save: keep what backward needs; states: also return the cells of all steps, not of a stack; ieee:
+    float32 products in full precision; chunk: keep the states between chunks of so many steps alone, and recompute the
+    rest in backward; 0: keep c and gates of every step; then of each member weight_ih (4H, I), weight_hh (4H, Hout),
+    bias_ih and bias_hh (4H) or None, weight_hr (P, H) or None.
     Outputs: y like x with D*Hout features; hn (M, B, Hout); cn (M, B, H); the cells like x with D*H features, None
     without states; and, kept for backward only, y of all layers of a stack, None, c and gates, or of recomputing the
     states h and c between the chunks of each direction.
@@ -88,12 +91,14 @@ class LSTMFunction(torch.autograd.Function):
     def forward(  # type: ignore[override]
         x: Tensor, h0: Tensor, c0: Tensor, *rest: Any
     ) -> tuple[Tensor | None, ...]:
-        sequence, members, (save, states, ieee, chunk) = Sequence(*rest[:7]), Members(*rest[7:10]), rest[10:14]
-        weights = by_member(rest[14:])
+        sequence, members, (save, states, ieee, chunk) = Sequence(*rest[:8]), Members(*rest[8:12]), rest[12:16]
+        weights = by_member(rest[16:])
         if chunk:
             parts = []
             for d, own in enumerate(sequence.each(len(weights))):
-                parts.append(chunks.forward(x, h0[d], c0[d], *weights[d], *places(own), states, chunk, ieee))
+                parts.append(
+                    chunks.forward(x, h0[d], c0[d], *weights[d], *places(own), states, chunk, ieee, members.projects)
+                )
             of_y, of_h, of_c, of_cells, *between = (list(tensors) for tensors in zip(*parts, strict=True))
             kept = None, *map(stacked, between), None
             return together(of_y), stacked(of_h), stacked(of_c), together(of_cells) if states else None, *kept
@@ -107,15 +112,15 @@ class LSTMFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, h0, c0, *places, reverse, reset_to_hx, layers, seed, keep, save, _, ctx.ieee, ctx.chunk = inputs[:17]
-        ctx.flags = reverse, reset_to_hx, layers
+        x, h0, c0, *places = inputs[:8]
+        *ctx.flags, ctx.projects, seed, keep, save, _, ctx.ieee, ctx.chunk = inputs[8:19]
         y, _, _, _, *kept = output
         ctx.mark_non_differentiable(*(t for t in kept if t is not None))
         ctx.set_materialize_grads(False)
         if save:
             of_layers, *rest = kept
             y = y if of_layers is None else of_layers
-            ctx.save_for_backward(*places, seed, keep, y, *rest, x, h0, c0, *inputs[17:])
+            ctx.save_for_backward(*places, seed, keep, y, *rest, x, h0, c0, *inputs[19:])
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -128,7 +133,7 @@ class LSTMFunction(torch.autograd.Function):
             tensors = saved[11:]
             cotangents = dy, dhn, dcn, dcells
             grads = Gradients.apply(*ctx.flags, *saved[:7], len(tensors), *tensors, *cotangents, *grads)
-        return *grads[:3], *[None] * 14, *grads[3:]
+        return *grads[:3], *[None] * 16, *grads[3:]
 
     @staticmethod
     def gradients(
@@ -140,10 +145,11 @@ class LSTMFunction(torch.autograd.Function):
         dcells: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """The gradient of each tensor that forward() takes, None where none is needed."""
-        sequence, members = Sequence(*saved[:5], *ctx.flags[:2]), Members(ctx.flags[2], *saved[5:7])
+        *of_sequence, layers = ctx.flags
+        sequence, members = Sequence(*saved[:5], *of_sequence), Members(layers, ctx.projects, *saved[5:7])
         y, h, c, gates, x, h0, c0 = saved[7:14]
         weights = by_member(saved[14:])
-        needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[17:]]
+        needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[19:]]
         dy = torch.zeros_like(y[-1] if members.layers else y) if dy is None else dy
         dhn = torch.zeros_like(h0) if dhn is None else dhn
         dcn = torch.zeros_like(c0) if dcn is None else dcn
@@ -188,7 +194,7 @@ class LSTMFunction(torch.autograd.Function):
             asked = needs[:3] + needs[3 + OF_MEMBER * d : 8 + OF_MEMBER * d]
             by_y, by_cells = dy.chunk(D, -1)[d], None if dcells is None else dcells.chunk(D, -1)[d]
             inputs = x, h0[d], c0[d], *weights[d], *places(own), y.chunk(D, -1)[d], h[d], c[d]
-            given = chunks.backward(by_y, dhn[d], dcn[d], by_cells, *inputs, asked, ctx.chunk, ctx.ieee)
+            given = chunks.backward(by_y, dhn[d], dcn[d], by_cells, *inputs, asked, ctx.chunk, ctx.ieee, ctx.projects)
             dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dweight_hr = given
             of_x.append(dx)
             of_states.append((dh0, dc0))
@@ -198,6 +204,10 @@ class LSTMFunction(torch.autograd.Function):
         return [sum(of_x[1:], of_x[0]), dh0, dc0, *grads]
 
 
+# torch binds the arguments of every call to it, and would make it anew each time.
+LSTMFunction.forward.__signature__ = inspect.signature(LSTMFunction.forward)  # type: ignore[attr-defined]
+
+
 def places(sequence: Sequence) -> tuple[Any, ...]:
     """What the operators of chunks.py take of a sequence."""
-    return *sequence.layout, sequence.earlier, sequence.reverse, sequence.reset_to_hx
+    return *sequence.layout[:3], sequence.earlier, sequence.reverse, sequence.reset_to_hx

@@ -14,8 +14,9 @@ from torch import Tensor
 from . import layer
 from .kernels.launch import accumulator
 from .kernels.scan import scan
-from .layer import Members, Sequence, Weights, matmul_precision
+from .layer import Members, Weights, matmul_precision
 from .operators import one_by_one
+from .sequence import Sequence
 
 
 @torch.library.custom_op("fused_lstm::forward_in_chunks", mutates_args=())
@@ -37,6 +38,7 @@ def forward(
     states: bool,
     chunk: int,
     ieee: bool,
+    projects: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, hn, cn, the cells (empty without states), and h and c between the chunks, in the direction's order."""
     sequence = Sequence(lengths, offsets, starts, None, earlier, reverse, reset_to_hx)
@@ -49,7 +51,7 @@ def forward(
             between.append((h, c))
         hx = h0[None, :B], c0[None, :B]
         given = x[span], h[None, :B], c[None, :B], [weights], part
-        y[span], hn, cn, c_steps, _ = layer.forward(*given, Members(), hx, states, ieee)
+        y[span], hn, cn, c_steps, _ = layer.forward(*given, Members(projects=projects), hx, states, ieee)
         if states:
             cells[span] = c_steps
         h, c = torch.cat([hn[0], h[B:]]), torch.cat([cn[0], c[B:]])
@@ -75,6 +77,7 @@ def _(
     states: bool,
     chunk: int,
     ieee: bool,
+    projects: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     count = ((x if offsets is None else offsets).shape[0] + chunk - 1) // chunk - 1
     cells = x.new_empty((*x.shape[:-1], c0.shape[1]) if states else 0)
@@ -108,6 +111,7 @@ def backward(
     needs: list[bool],
     chunk: int,
     ieee: bool,
+    projects: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, h0, c0, weight_ih, weight_hh, either bias, and weight_hr; empty where not needed, but dh0 and
     dc0 are always there: they lead from chunk to chunk."""
@@ -133,7 +137,7 @@ def backward(
             c[None],
             [weights],
             part,
-            Members(),
+            Members(projects=projects),
             (hx[0][None], hx[1][None]),
             y[span],
             c_steps,
@@ -182,6 +186,7 @@ def _(
     needs: list[bool],
     chunk: int,
     ieee: bool,
+    projects: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     bias = bias_ih if needs[5] or needs[6] else None
     asked = zip((weight_ih, weight_hh, bias, weight_hr), (needs[3], needs[4], True, needs[7]), strict=True)

@@ -12,7 +12,8 @@ from torch.nn.functional import linear
 from .reference import steps
 
 if TYPE_CHECKING:
-    from .layer import Members, Sequence, Weights
+    from .layer import Members, Weights
+    from .sequence import Sequence
 
 
 def members(
@@ -25,6 +26,9 @@ def members(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Takes what layer.forward() takes; returns y, hn, cn, and of all steps the cells and the activated gates, like x
     with D times Hout, H and 4H features; of a stack those of its last layer."""
+    batch_first = sequence.batch_first
+    if batch_first:
+        x, sequence = x.transpose(0, 1), sequence.by_time(x.shape[1])
     sequences, ends, several = sequence.each(members.directions(len(weights))), [], []
     for m, own in enumerate(weights):
         y, *end, cells, gates = one(x, h0[m], c0[m], *own, sequences[0 if members.layers else m])
@@ -33,9 +37,8 @@ def members(
         if members.layers and m < len(weights) - 1:
             x = y * members.drop(y.new_ones(y.shape), m, h0.shape[1], sequence)
     hn, cn = (torch.stack(states) for states in zip(*ends, strict=True))
-    if members.layers:
-        return several[-1][0], hn, cn, *several[-1][1:]
-    y, cells, gates = (torch.cat(tensors, -1) for tensors in zip(*several, strict=True))
+    of_time = several[-1] if members.layers else (torch.cat(tensors, -1) for tensors in zip(*several, strict=True))
+    y, cells, gates = (tensor.transpose(0, 1) if batch_first else tensor for tensor in of_time)
     return y, hn, cn, cells, gates
 
 

@@ -18,12 +18,14 @@ from .kernels.plan import (
     choose,
     choose_one_step,
     chunk_for,
+    in_kernel,
     keeping,
     layers_together,
     memory_of,
     why_torch,
 )
-from .layer import Members, Sequence, together
+from .layer import Members, together
+from .sequence import Sequence
 
 
 class States(NamedTuple):
@@ -101,6 +103,7 @@ def lstm(
     # Forward mode has no kernels: its derivatives are those of the layer composed of torch operations.
     dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
     forward_mode = dual and any(forward_ad.unpack_dual(t).tangent is not None for t in (input, *hx, *weights))
+    # T in front of B, in any memory.
     x = input.transpose(0, 1) if batch_first else input
     save = record is not None or (torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)))
     per_cell = len(weights) // (num_layers * directions)
@@ -110,16 +113,25 @@ def lstm(
         hn, cn = operators.run(operators.one_step, x[0], *hx, weights, bias, full_precision())
         y = hn[-1:].clone()
         return y.transpose(0, 1) if batch_first else y, hn, cn, None
-    if batch_sizes is None:
-        sequence = Sequence.padded(layout, to_hx)
-    else:
-        sequence = Sequence.packed(batch_sizes, x.device)
     ieee = full_precision()
+    B, H = hx[1].shape[1:]
     # Without save nothing is kept, with record all is asked for.
-    chunk = chunk_of(recompute, x, *hx[1].shape[1:]) if save and record is None else 0
+    chunk = chunk_of(recompute, x, B, H) if save and record is None else 0
+    # The kernels take both orders; of chunks, cut in time, each is copied.
+    by_rows = batch_first and not (on_torch or forward_mode or chunk or x.is_contiguous())
+    if batch_sizes is not None:
+        sequence = Sequence.packed(batch_sizes, x.device)
+    elif by_rows:
+        x, starts = input, layout.starts
+        layout = layout._replace(starts=None if starts is None else starts.T.contiguous(), batch_first=True)
+        sequence = Sequence.padded(layout, to_hx, x.shape[1])
+    else:
+        sequence = Sequence.padded(layout, to_hx, x.shape[0])
 
     alone = bidirectional or return_states or record is not None or on_torch or forward_mode or to_hx
-    groups = groups_of(input, (hx[1].shape[1], hx[1].shape[2]), num_layers, bool(alone or per_cell % 2 or chunk))
+    projection = hx[0].shape[2] if per_cell % 2 else 0
+    groups = groups_of(input, (B, H), num_layers, bool(alone or projection or chunk))
+    projects = bool(projection) and projects_in_kernel(input, (B, H, projection), directions)
 
     ends: list[tuple[Tensor, Tensor]] = []
     states = States((), ())
@@ -127,10 +139,10 @@ def lstm(
     for layers in groups:
         end = begin + layers * directions
         parameters = [named(weights[k * per_cell : (k + 1) * per_cell], bias) for k in range(begin, end)]
-        members = Members(layers > 1)
+        members = Members(layers > 1, projects)
         if drops and layers > 1:
             seed = torch.randint(2**62, (1,), device=x.device)
-            members = Members(True, seed, x.new_full((1,), 1 - dropout, dtype=accumulator(x.dtype)))
+            members = Members(True, projects, seed, x.new_full((1,), 1 - dropout, dtype=accumulator(x.dtype)))
         tensors = x, hx[0][begin:end], hx[1][begin:end]
         if on_torch or forward_mode:
             x, hn, cn, cells, gates = composed.members(*tensors, parameters, sequence, members)
@@ -143,8 +155,9 @@ def lstm(
             x, hn, cn, cells, _, _, c_saved, gates = results
         if record is not None:
             if layout.padded:  # the kernels leave the gates of the padding as the memory was
-                gates = gates.masked_fill(layout.past(len(gates)), 0)
-            for of_direction in zip(*(t.chunk(directions, -1) for t in (x, c_saved, gates)), strict=True):
+                gates = gates.masked_fill(layout.past(gates.shape), 0)
+            of_time = (t.transpose(0, 1) if by_rows else t for t in (x, c_saved, gates))
+            for of_direction in zip(*(t.chunk(directions, -1) for t in of_time), strict=True):
                 record(*of_direction)
         ends.append((hn, cn))
         if return_states:
@@ -152,7 +165,7 @@ def lstm(
         begin = end
         if drops and begin < num_layers * directions:
             x = torch.dropout(x, dropout, True)
-    if batch_first:
+    if batch_first and not by_rows:
         x, states = x.transpose(0, 1), States(*(tuple(t.transpose(0, 1) for t in tensors) for tensors in states))
     hn, cn = (together(list(tensors), 0) for tensors in zip(*ends, strict=True))
     return x, hn, cn, states if return_states else None
@@ -285,6 +298,20 @@ def compiled_groups(dtype: torch.dtype, H: int, num_layers: int, device: torch.d
     return layers_together(dtype, 16, H, num_layers, device, full_precision())
 
 
+def projects_in_kernel(input: Tensor, states: tuple[int, int, int], directions: int) -> bool:
+    """Whether the kernels project, by the model; states: (B, H, P)."""
+    B, H, P = states
+    if torch.compiler.is_compiling():
+        return compiled_projects(autocast_dtype(input), H, P, input.device, directions)
+    return in_kernel(autocast_dtype(input), B, H, P, input.device, full_precision(), directions)
+
+
+@torch.compiler.assume_constant_result
+def compiled_projects(dtype: torch.dtype, H: int, P: int, device: torch.device, directions: int) -> bool:
+    """projects_in_kernel() for a graph, as compiled_groups()."""
+    return in_kernel(dtype, 16, H, P, device, full_precision(), directions)
+
+
 def plan_for(
     input: Tensor,
     B: int,
@@ -297,7 +324,9 @@ def plan_for(
     """The plan of a call, in the dtype that autocast gives it; P: proj_size."""
     dtype, chunk = autocast_dtype(input), chunk_of(recompute, input, B, H)
     groups = groups_of(input, (B, H), num_layers, bool(P or chunk or bidirectional))
-    plan = choose(dtype, B, H, input.device, full_precision(), 2 if bidirectional else 1, groups[0])
+    directions = 2 if bidirectional else 1
+    proj = P if P and projects_in_kernel(input, (B, H, P), directions) else 0
+    plan = choose(dtype, B, H, input.device, full_precision(), directions, groups[0], proj)
     if groups[0] > 1 and len(groups) > 1:
         plan = replace(plan, why=f"{plan.why}; the launches have {', '.join(map(str, groups))} layers")
     return keeping(plan, dtype, H, P, chunk)
@@ -328,7 +357,7 @@ def by_torch(
         return torch_lstm(input, batch_sizes, hx, **options, batch_first=batch_first)
     x = input.transpose(0, 1) if batch_first else input
     check(x, hx, options["weights"], 0)
-    sequence = Sequence.padded(layout, to_hx)
+    sequence = Sequence.padded(layout, to_hx, x.shape[0])
     directions = 2 if options["bidirectional"] else 1
 
     def packed(data: Tensor, sizes: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,5 @@
-"""What runs in one launch, around the kernels: a layer's directions, or a stack of layers; where the steps lie, and the
-products that are parallel over time."""
+"""What runs in one launch, around the kernels: a layer's directions, or a stack of layers; and the products that are
+parallel over time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,104 +10,10 @@ from torch import Tensor
 
 from . import operators
 from .kernels.launch import Layout, accumulator
+from .sequence import Sequence
 
-Rows = slice | Tensor
 # weight_ih (4H, I), weight_hh (4H, Hout), bias_ih and bias_hh (4H) or None, weight_hr (P, H) or None.
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-
-
-class Sequence(NamedTuple):
-    """Where the steps of one direction lie among the rows of the flattened (rows, features) sequence.
-
-    It holds tensors and flags alone, no sizes: torch.compile would take those for constants. The tensors come first and
-    are arguments of the Functions in their own right: torch.vmap sees no others.
-
-    lengths, offsets, starts: the layout of the kernels.
-    last: the rows of each batch row's last step in time, where they are not the last B rows; of a batch row without
-        steps some row that no kernel touches.
-    earlier: the rows of the step before that of each row from B on, where it is not B rows before.
-    reverse: the direction runs from the last step to the first.
-    reset_to_hx: at layout.starts the state becomes hx; otherwise zero.
-    """
-
-    lengths: Tensor | None = None
-    offsets: Tensor | None = None
-    starts: Tensor | None = None
-    last: Tensor | None = None
-    earlier: Tensor | None = None
-    reverse: bool = False
-    reset_to_hx: bool = False
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(*self[:3])
-
-    @staticmethod
-    def padded(layout: Layout, reset_to_hx: bool) -> "Sequence":
-        """layout: with lengths (B,) and starts (T, B), if any."""
-        whole = Sequence(layout.lengths, None, layout.starts, reset_to_hx=reset_to_hx)
-        if layout.lengths is None:
-            return whole
-        B, device = layout.lengths.shape[0], layout.lengths.device
-        return whole._replace(last=(layout.lengths - 1).clamp(min=0) * B + torch.arange(B, device=device))
-
-    @staticmethod
-    def packed(batch_sizes: Tensor, device: torch.device) -> "Sequence":
-        """batch_sizes: (T,) int64 on the CPU, as in a PackedSequence."""
-        B = int(batch_sizes[0])
-        offsets = batch_sizes.cumsum(0) - batch_sizes
-        # Step t has batch_sizes[t] - batch_sizes[t + 1] rows more than the next: so many sequences end with it.
-        ended = torch.diff(batch_sizes, append=batch_sizes.new_zeros(1)).neg()
-        lengths = torch.arange(1, len(batch_sizes) + 1).repeat_interleave(ended).flip(0)
-        last = offsets[lengths - 1] + torch.arange(B)
-        earlier = torch.arange(B, int(batch_sizes.sum())) - batch_sizes[:-1].repeat_interleave(batch_sizes[1:])
-        lengths, offsets, last, earlier = (index.to(device) for index in (lengths, offsets, last, earlier))
-        return Sequence(lengths, offsets, None, last, earlier)
-
-    def reversed(self) -> "Sequence":
-        """The other direction over the same rows: what is cut before a step in one is cut after it in the other."""
-        starts = self.starts
-        if starts is not None:
-            starts = torch.cat([starts[1:], torch.zeros_like(starts[:1])])
-            if self.lengths is not None:
-                following = torch.arange(1, len(starts) + 1, device=starts.device)[:, None]
-                starts &= following < self.lengths
-        return self._replace(starts=starts, reverse=not self.reverse)
-
-    def each(self, directions: int) -> list["Sequence"]:
-        """That of each direction; this is the first's."""
-        return [self] if directions == 1 else [self, self.reversed()]
-
-    def places(self, B: int, rows: int) -> tuple[Rows, Rows, Rows, Rows]:
-        """The rows of each batch row's first step in the direction's order, of its last, of all steps but the first,
-        and of the step before each of those."""
-        first, last = slice(B), slice(rows - B, rows) if self.last is None else self.last
-        later, earlier = slice(B, rows), slice(rows - B) if self.earlier is None else self.earlier
-        return (last, first, earlier, later) if self.reverse else (first, last, later, earlier)
-
-    def chunks(self, T: int, B: int, rows: int, length: int) -> Iterator[tuple["Sequence", slice, int]]:
-        """Cuts T steps into chunks of `length` steps, in the direction's order: yields each as a Sequence of its own,
-        where it lies in the first dimension of the whole, and how many batch rows it has."""
-        begins = range(0, T, length)
-        # Where packed steps lie has to be asked for, once.
-        firsts = [] if self.offsets is None else [*self.offsets.tolist(), rows]
-        for k in reversed(range(len(begins))) if self.reverse else range(len(begins)):
-            begin, end = begins[k], min(begins[k] + length, T)
-            lengths = None if self.lengths is None else (self.lengths - begin).clamp(0, end - begin)
-            if self.offsets is None or self.earlier is None or lengths is None:
-                starts = None if self.starts is None else self.starts[begin:end]
-                chunk = Sequence.padded(Layout(lengths, None, starts), self.reset_to_hx)
-                yield chunk._replace(reverse=self.reverse), slice(begin, end), B
-                continue
-            first, last, present = firsts[begin], firsts[end], firsts[begin + 1] - firsts[begin]
-            lengths, steps = lengths[:present], self.offsets[begin:end] - first
-            ends = steps[lengths - 1] + torch.arange(present, device=steps.device)
-            earlier = self.earlier[first + present - B : last - B] - first
-            yield Sequence(lengths, steps, None, ends, earlier, self.reverse), slice(first, last), present
-
-    def without_steps(self) -> Tensor | None:
-        """(B, 1) bool, the batch rows of no step at all; None where there are none."""
-        return (self.lengths == 0)[:, None] if self.lengths is not None and self.offsets is None else None
 
 
 @contextmanager
@@ -139,10 +45,12 @@ class Members(NamedTuple):
     """What the members of a launch are to each other.
 
     layers: layers, each of which takes what the one below gives; otherwise the directions of one layer.
+    projects: the projection, if there is one, is in the kernel, and not folded into W_hh.
     seed, keep: of the dropout between layers, as the kernels take them; None without.
     """
 
     layers: bool = False
+    projects: bool = False
     seed: Tensor | None = None
     keep: Tensor | None = None
 
@@ -170,7 +78,8 @@ class Members(NamedTuple):
         """What the layer above takes of a layer's y, flat as y is."""
         if self.seed is None or self.keep is None:
             return y
-        given = y if sequence.offsets is not None else y.view(-1, B, y.shape[-1])
+        sizes = (B, -1) if sequence.batch_first else (-1, B)
+        given = y if sequence.offsets is not None else y.view(*sizes, y.shape[-1])
         tensors = given, self.seed, self.keep, *sequence.layout
         return operators.run(operators.dropout, *tensors, layer, B).view(y.shape)
 
@@ -195,9 +104,15 @@ def projected(each: list[Tensor], by: list[Tensor]) -> Tensor:
     return together([rows @ matrix for rows, matrix in zip(each, by, strict=True)])
 
 
-def recurrent(weights: list[Weights]) -> Tensor:
-    """(M, 4H, H), the product that a step of each member takes; see forward()."""
-    return stacked([w_hh if w_hr is None else w_hh @ w_hr for _, w_hh, _, _, w_hr in weights])
+def recurrent(weights: list[Weights], folds: bool) -> Tensor:
+    """(M, 4H, H), the product that a step of each member takes, or (M, 4H, P) of those that do not fold their
+    projections; see forward()."""
+    return stacked([w_hh @ w_hr if folds and w_hr is not None else w_hh for _, w_hh, _, _, w_hr in weights])
+
+
+def projections(weights: list[Weights]) -> list[Tensor]:
+    """W_hr (P, H) of each member; none without."""
+    return [w_hr for _, _, _, _, w_hr in weights if w_hr is not None]
 
 
 def gates_of(
@@ -220,7 +135,8 @@ def gates_of(
             gates_of_h0 = h0[d] @ w[1].T
             gates[begin] += gates_of_h0 if starts is None else gates_of_h0 * ~starts[begin]
         if starts is not None and sequence.reset_to_hx:
-            every_step = (h_reset[d] @ w[1].T).expand(*x.shape[:-1], -1).reshape(gates.shape)
+            of_reset = (h_reset[d] @ w[1].T).unsqueeze(1 if sequence.batch_first else 0)
+            every_step = of_reset.expand(*x.shape[:-1], -1).reshape(gates.shape)
             gates.addcmul_(starts.to(x.dtype), every_step)
     return of_all
 
@@ -238,13 +154,15 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Runs the directions of a layer, or a stack of layers.
 
-    A projection W_hr needs no kernel of its own: with y_t = W_hr h_t, the recurrent term W_hh y_{t-1} equals
-    (W_hh W_hr) h_{t-1}. So the kernels run on h with the product of both weights, only the first step takes
-    W_hh h0, and projecting h is one product parallel over time. A reset takes the same way: the kernels go on from
-    h = 0, and where the state becomes hx, W_hh h0 is in input_gates.
+    A projection W_hr can be folded: with y_t = W_hr h_t, the recurrent term W_hh y_{t-1} equals (W_hh W_hr) h_{t-1}.
+    Then the kernels run on h with the product of both weights, only the first step takes W_hh h0, and projecting h is
+    one product parallel over time. Where P is far below H that product is much more than both weights, and the kernels
+    project (Members.projects). A reset takes the way of h0 when folded: the kernels go on from h = 0, and where the
+    state becomes hx, W_hh h0 is in input_gates.
 
     Args:
-        x: (T, B, I), or (rows, I) packed. h0: (M, B, Hout). c0: (M, B, H), in its dtype or the accumulator's.
+        x: (T, B, I), (B, T, I) if the sequence is so, or (rows, I) packed. h0: (M, B, Hout). c0: (M, B, H), in its
+            dtype or the accumulator's.
         weights: of each member; those of a stack neither project nor reset to hx.
         sequence: the first direction's.
         reset_to: the state at resets to hx, of the shapes of h0 and c0.
@@ -254,11 +172,12 @@ def forward(
         y: like x with D*Hout features, of a stack the same of each layer, (L, ...); hn: (M, B, Hout); cn: (M, B, H) in
         the accumulator's dtype; c and gates, as the kernel saves them, empty without save.
     """
-    projects, M, lead = weights[0][4] is not None, len(weights), x.shape[:-1]
+    by, M, lead = projections(weights), len(weights), x.shape[:-1]
+    folds = bool(by) and not members.projects
     sequences = sequence.each(members.directions(M))
     layout, c_reset = sequence.layout, None
     with matmul_precision(x, ieee):
-        input_gates = gates_of(x, h0 if projects else None, weights[: len(sequences)], sequences, reset_to[0])
+        input_gates = gates_of(x, h0 if folds else None, weights[: len(sequences)], sequences, reset_to[0])
         if layout.starts is not None:
             layout = layout._replace(starts=together([s.starts for s in sequences if s.starts is not None], 0))
             c_reset = reset_to[1] if sequence.reset_to_hx else torch.zeros_like(c0)
@@ -266,11 +185,12 @@ def forward(
         h, cn, c, gates = operators.run(
             operators.forward,
             input_gates.view(*lead, input_gates.shape[-1]),
-            recurrent(weights),
-            torch.zeros_like(c0, dtype=x.dtype) if projects else h0,
+            recurrent(weights, folds),
+            torch.zeros_like(c0, dtype=x.dtype) if folds else h0,
             c0,
             c_reset,
             *layout,
+            stacked(by) if members.projects else None,
             members.weight_ih(weights),
             members.bias(weights),
             members.seed,
@@ -280,8 +200,8 @@ def forward(
             ieee,
         )
         y = h
-        if projects:
-            y = projected(members.each(h, M), [w[4].T for w in weights if w[4] is not None])
+        if folds:
+            y = projected(members.each(h, M), [w_hr.T for w_hr in by])
             y = y.view(*lead, y.shape[-1])
     ends = []
     for m, own in enumerate(members.each(y, M)):
@@ -296,7 +216,7 @@ def forward(
 def h_of(c: Tensor, gates: Tensor, layout: Layout) -> Tensor:
     """h of every step by (4); zero past a row's length, where c and gates are as the memory was."""
     h = c.tanh().mul_(gates[..., -c.shape[-1] :]).to(gates.dtype)
-    return h.masked_fill(layout.past(len(h)), 0) if layout.padded else h
+    return h.masked_fill(layout.past(h.shape), 0) if layout.padded else h
 
 
 class Grads(NamedTuple):
@@ -344,31 +264,32 @@ def gradients(
     Returns:
         The Grads, that of c0 and c_reset in the accumulator's dtype.
     """
-    projects, M, B = weights[0][4] is not None, len(weights), h0.shape[1]
+    by, M, B = projections(weights), len(weights), h0.shape[1]
+    folds = bool(by) and not members.projects
     sequences = sequence.each(members.directions(M))
     layout, c_first, c_reset = sequence.layout, c0.to(c.dtype).contiguous(), None
     with matmul_precision(x, ieee):
         dh, dh_end = dy, dhn
-        if projects:
-            projections = [w[4] for w in weights if w[4] is not None]
-            dh = projected(members.each(dy, M), projections)
+        if folds:
+            dh = projected(members.each(dy, M), by)
             dh = dh.view(*dy.shape[:-1], dh.shape[-1])
-            dh_end = dhn @ torch.stack(projections)
+            dh_end = dhn @ torch.stack(by)
         if layout.starts is not None:
             layout = layout._replace(starts=together([s.starts for s in sequences if s.starts is not None], 0))
             c_reset = reset_to[1].to(c.dtype).contiguous() if sequence.reset_to_hx else torch.zeros_like(c_first)
-        of_all, dc0, dc_reset = operators.run(
+        of_all, dc0, dc_reset, dh_steps = operators.run(
             operators.backward,
             dh,
             dh_end,
             dcn,
-            recurrent(weights),
+            recurrent(weights, folds),
             c_first,
             c,
             gates,
             dcells,
             c_reset,
             *layout,
+            stacked(by) if members.projects else None,
             members.weight_ih(weights),
             members.seed,
             members.keep,
@@ -390,14 +311,30 @@ def gradients(
             _, weight_hh, bias, _, _ = weights[m]
             dgates = all_dgates[m]
             start, end, current, previous = own.places(B, dgates.shape[0])
-            # What went into the gates from h0, (B, 4H), from the step before, and at resets to hx.
-            from_h0, from_h, from_reset = dgates[start], dgates[current], None
+            dweight_ih = dweight_hh = dbias = dweight_hr = None
+            if needed[0]:
+                below = x.reshape(-1, x.shape[-1])
+                if members.layers and m > 0:
+                    below = members.drop(all_y[m - 1], m - 1, B, sequence)
+                dweight_ih = outer(dgates, below, None, wide)  # (11)
+            if bias is not None and (needed[2] or needed[3]):
+                dbias = dgates.sum(0, dtype=accumulator(x.dtype) if wide else None)  # (13)
+
+            # What went into the gates at resets to hx, and from h0, both (B, 4H); and from the step before, which is
+            # what is left of dgates, in their own memory.
+            from_reset = None
             if own.starts is not None:
                 starts = own.starts.reshape(-1, 1)
-                from_h0, from_h = from_h0 * ~starts[start], from_h * ~starts[current]
                 if own.reset_to_hx:
-                    from_reset = (dgates * starts).view(-1, *from_h0.shape).sum(0)
-            dweight_ih = dweight_hh = dbias = dweight_hr = None
+                    sizes = (B, -1) if own.batch_first else (-1, B)
+                    each_step = (dgates * starts).view(*sizes, dgates.shape[-1])
+                    from_reset = each_step.sum(1 if own.batch_first else 0)
+                dgates.masked_fill_(starts, 0)
+            from_h0 = dgates[start]
+            if own.batch_first:
+                from_h0 = from_h0.clone()
+                dgates[start] = 0
+            from_h = dgates[current]
             if needs[1]:
                 dh0 = from_h0 @ weight_hh  # (10)
                 if (without_steps := own.without_steps()) is not None:
@@ -405,22 +342,18 @@ def gradients(
                 of_h0.append(dh0)
                 if from_reset is not None:
                     of_resets.append(from_reset @ weight_hh)
-            if needed[0]:
-                below = x.reshape(-1, x.shape[-1])
-                if members.layers and m > 0:
-                    below = members.drop(all_y[m - 1], m - 1, B, sequence)
-                dweight_ih = outer(dgates, below, None, wide)  # (11)
             if needed[1]:
                 by_h0 = outer(from_h0, h0[m], None, wide)
                 if from_reset is not None:
                     by_h0 = outer(from_reset, reset_to[0][m], by_h0, wide)
                 dweight_hh = outer(from_h, all_y[m][previous], by_h0, wide)  # (12)
-            if bias is not None and (needed[2] or needed[3]):
-                dbias = dgates.sum(0, dtype=accumulator(x.dtype) if wide else None)  # (13)
-            if needed[4] and projects:
+            if needed[4] and by:
                 h = h_of(c.chunk(M, -1)[m], gates.chunk(M, -1)[m], layout).view(-1, c.shape[-1] // M)
-                ends = outer(members.each(dy, M)[m], h, outer(dhn[m], h[end], None, wide), wide)
-                dweight_hr = outer(from_h @ weight_hh, h[previous], ends, wide)  # (14)
+                if folds:
+                    ends = outer(members.each(dy, M)[m], h, outer(dhn[m], h[end], None, wide), wide)
+                    dweight_hr = outer(from_h @ weight_hh, h[previous], ends, wide)  # (14)
+                else:
+                    dweight_hr = outer(members.each(dh_steps, M)[m], h, None, wide)
             of_weights.append((dweight_ih, dweight_hh, dbias, dweight_hr))
     to_hx = layout.starts is not None and sequence.reset_to_hx
     return Grads(

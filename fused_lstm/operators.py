@@ -55,6 +55,8 @@ def forward(
     lengths: Tensor | None,
     offsets: Tensor | None,
     starts: Tensor | None,
+    batch_first: bool,
+    weight_hr: Tensor | None,
     weight_ih: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
@@ -64,14 +66,13 @@ def forward(
     ieee: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """kernels.forward.forward under the plan for its sizes; c and gates are empty without save."""
-    members = _check(c0, weight_hh, input_gates, weight_ih)
-    plan = choose(h0.dtype, *h0.shape[-2:], h0.device, ieee, **members)
+    members = _check(c0, weight_hh, input_gates, weight_hr, weight_ih)
+    plan = choose(h0.dtype, *c0.shape[-2:], h0.device, ieee, **members)
     tensors = (tensor.contiguous() for tensor in (input_gates, weight_hh, h0, c0))
-    layout = Layout(lengths, offsets, None if starts is None else starts.contiguous())
-    stack = Stack(weight_ih, bias, seed, keep)
-    y, cn, c, gates = forward_kernel.forward(
-        *tensors, plan=plan, reverse=reverse, layout=layout, c_reset=c_reset, stack=stack, save=save
-    )
+    layout = Layout(lengths, offsets, None if starts is None else starts.contiguous(), batch_first)
+    options: dict[str, Any] = {"plan": plan, "reverse": reverse, "layout": layout, "c_reset": c_reset, "save": save}
+    options |= {"stack": Stack(weight_ih, bias, seed, keep)}
+    y, cn, c, gates = forward_kernel.forward(*tensors, weight_hr=weight_hr, **options)
     return y, cn, cn.new_empty(0) if c is None else c, y.new_empty(0) if gates is None else gates
 
 
@@ -85,6 +86,8 @@ def _(
     lengths: Tensor | None,
     offsets: Tensor | None,
     starts: Tensor | None,
+    batch_first: bool,
+    weight_hr: Tensor | None,
     weight_ih: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
@@ -94,11 +97,12 @@ def _(
     ieee: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lead = (*(h0.shape[:1] if weight_ih is not None else ()), *input_gates.shape[:-1])
-    y = input_gates.new_empty((*lead, input_gates.shape[-1] // 4))
+    width = input_gates.shape[-1] // 4
+    y = input_gates.new_empty((*lead, width // c0.shape[-1] * h0.shape[-1]))
     cn = c0.new_empty(c0.shape, dtype=accumulator(c0.dtype))
     if not save:
         return y, cn, cn.new_empty(0), y.new_empty(0)
-    return y, cn, cn.new_empty(y.shape), input_gates.new_empty((*lead, input_gates.shape[-1]))
+    return y, cn, cn.new_empty((*lead, width)), input_gates.new_empty((*lead, input_gates.shape[-1]))
 
 
 @as_operator("backward")
@@ -115,23 +119,26 @@ def backward(
     lengths: Tensor | None,
     offsets: Tensor | None,
     starts: Tensor | None,
+    batch_first: bool,
+    weight_hr: Tensor | None,
     weight_ih: Tensor | None,
     seed: Tensor | None,
     keep: Tensor | None,
     reverse: bool,
     ieee: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """kernels.backward.backward under the plan for its sizes; dc_reset is empty without starts."""
-    members = _check(c0, weight_hh, gates, weight_ih)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """kernels.backward.backward under the plan for its sizes; dc_reset is empty without starts, dh_steps without a
+    projection."""
+    members = _check(c0, weight_hh, gates, weight_hr, weight_ih)
     plan = choose(dy.dtype, *c0.shape[-2:], dy.device, ieee, **members)
     tensors = (tensor.contiguous() for tensor in (dy, dhn, dcn, weight_hh, c0, c, gates))
-    layout = Layout(lengths, offsets, None if starts is None else starts.contiguous())
-    dc_steps = None if dc_steps is None else dc_steps.contiguous()
-    stack = Stack(weight_ih, None, seed, keep)
-    dgates, dc0, dc_reset = backward_kernel.backward(
-        *tensors, plan=plan, reverse=reverse, layout=layout, c_reset=c_reset, stack=stack, dc_steps=dc_steps
-    )
-    return dgates, dc0, dc0.new_empty(0) if dc_reset is None else dc_reset
+    layout = Layout(lengths, offsets, None if starts is None else starts.contiguous(), batch_first)
+    options: dict[str, Any] = {"plan": plan, "reverse": reverse, "layout": layout, "c_reset": c_reset}
+    options |= {"stack": Stack(weight_ih, None, seed, keep)}
+    options |= {"dc_steps": None if dc_steps is None else dc_steps.contiguous()}
+    dgates, dc0, dc_reset, dh_steps = backward_kernel.backward(*tensors, weight_hr=weight_hr, **options)
+    empty = dc0.new_empty(0) if dc_reset is None else dc_reset, dy.new_empty(0) if dh_steps is None else dh_steps
+    return dgates, dc0, *empty
 
 
 @backward.register_fake
@@ -148,13 +155,19 @@ def _(
     lengths: Tensor | None,
     offsets: Tensor | None,
     starts: Tensor | None,
+    batch_first: bool,
+    weight_hr: Tensor | None,
     weight_ih: Tensor | None,
     seed: Tensor | None,
     keep: Tensor | None,
     reverse: bool,
     ieee: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return gates.new_empty(gates.shape), c0.new_empty(c0.shape), c0.new_empty(0 if c_reset is None else c0.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_reset, of_h = (
+        c0.new_empty(0 if c_reset is None else c0.shape),
+        dy.new_empty(0 if weight_hr is None else dy.shape),
+    )
+    return gates.new_empty(gates.shape), c0.new_empty(c0.shape), of_reset, of_h
 
 
 @as_operator("dropout")
@@ -165,11 +178,12 @@ def dropout(
     lengths: Tensor | None,
     offsets: Tensor | None,
     starts: Tensor | None,
+    batch_first: bool,
     layer: int,
     B: int,
 ) -> Tensor:
     """kernels.dropout.dropout."""
-    return dropout_kernel.dropout(y.contiguous(), seed, keep, layer, B, Layout(lengths, offsets, starts))
+    return dropout_kernel.dropout(y.contiguous(), seed, keep, layer, B, Layout(lengths, offsets, starts, batch_first))
 
 
 @dropout.register_fake
@@ -180,6 +194,7 @@ def _(
     lengths: Tensor | None,
     offsets: Tensor | None,
     starts: Tensor | None,
+    batch_first: bool,
     layer: int,
     B: int,
 ) -> Tensor:
@@ -194,7 +209,7 @@ def one_step(x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], bias: boo
     for layer in range(h0.shape[0]):
         own = weights[each * layer : each * (layer + 1)]
         inputs = x.shape[-1] if layer == 0 else h0.shape[-1]
-        _check(c0[:1], own[1][None], own[0].T)
+        _check(c0[:1], own[1][None], own[0].T, None, None)
         if own[0].shape[1] != inputs or c0.shape != h0.shape or x.shape[0] != h0.shape[1]:
             raise RuntimeError(f"{tuple(own[0].shape)} takes {own[0].shape[1]} features, got {inputs}")
         tensors = [weight.contiguous() for weight in own]
@@ -208,29 +223,41 @@ def _(x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], bias: bool, ieee
     return h0.new_empty(h0.shape), c0.new_empty(c0.shape)
 
 
-def _check(c0: Tensor, weight_hh: Tensor, gates: Tensor, weight_ih: Tensor | None = None) -> dict[str, int]:
-    """How many directions and layers there are."""
+def _check(
+    c0: Tensor, weight_hh: Tensor, gates: Tensor, weight_hr: Tensor | None, weight_ih: Tensor | None
+) -> dict[str, int]:
+    """How many directions and layers there are, and how wide the projection is."""
     # The kernels take the sizes of all tensors from c0: a weight of another size would be read out of bounds.
     *members, _, H = c0.shape
     M = members[0] if members else 1
     directions, layers = (M, 1) if weight_ih is None else (1, M)
     upper = [] if weight_ih is None else [tuple(weight_ih.shape) == (M - 1, 4 * H, H)]
-    if weight_hh.shape != (*members, 4 * H, H) or gates.shape[-1] != directions * 4 * H or not all(upper):
+    P = 0 if weight_hr is None else weight_hr.shape[-2]
+    projects = [] if weight_hr is None else [weight_hr.shape == (*members, P, H), P < H, weight_ih is None]
+    if weight_hh.shape != (*members, 4 * H, P or H) or gates.shape[-1] != directions * 4 * H:
         raise RuntimeError(
-            f"hidden size {H} takes weight_hh of size {(4 * H, H)} and {4 * H} gates, "
+            f"hidden size {H} takes weight_hh of size {(4 * H, P or H)} and {4 * H} gates, "
             f"got {tuple(weight_hh.shape[-2:])} and {gates.shape[-1] // directions}"
         )
-    return {"directions": directions, "layers": layers}
+    if not all(upper + projects):
+        raise RuntimeError(f"hidden size {H} does not go with the other weights of the launch")
+    return {"directions": directions, "layers": layers, "proj": P}
 
 
-def _vmap(operator: Any) -> Callable[..., tuple[Any, Any]]:
-    """The rule of torch.vmap: what shares its weights runs at once, as more rows; what does not, one by one."""
+def _vmap(operator: Any, of_time_out: tuple[int, ...] = ()) -> Callable[..., tuple[Any, Any]]:
+    """The rule of torch.vmap: what shares its weights runs at once, as more rows; what does not, one by one.
+    of_time_out: the places of the results that have all steps."""
     names = [argument.name for argument in operator._opoverload._schema.arguments]
-    shared = ("weight_hh", "weight_ih", "bias", "weights", "offsets", "seed", "keep")
-    at = {"lengths": -1, "starts": -1, **dict.fromkeys(shared)}
+    shared = ("weight_hh", "weight_hr", "weight_ih", "bias", "weights", "offsets", "seed", "keep")
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         V = info.batch_size
+        # Where the batch rows are, from the last dimension.
+        batch_first = "batch_first" in names and args[names.index("batch_first")]
+        of_time = ("input_gates", "dy", "c", "gates", "dc_steps", "starts")
+        at: dict[str, int | None] = {"lengths": -1, "starts": -1, **dict.fromkeys(shared)}
+        if batch_first:
+            at |= {name: -2 if name == "starts" else -3 for name in of_time}
         places = [at.get(name, -2) if isinstance(arg, Tensor) else None for name, arg in zip(names, args, strict=True)]
         # Of dropout each element has the mask that it has alone.
         alone = any(name in ("offsets", "seed") and arg is not None for name, arg in zip(names, args, strict=True))
@@ -243,10 +270,13 @@ def _vmap(operator: Any) -> Callable[..., tuple[Any, Any]]:
             each = arg.expand(V, *arg.shape) if dim is None else arg.movedim(dim, 0)
             return each.movedim(0, rows - 1).flatten(rows - 1, rows)
 
+        def unfold(t: Tensor, rows: int) -> Tensor:
+            # Contiguous, as an operator of one element gives it.
+            return t.unflatten(rows, (V, -1)).movedim(rows - 1, 0).contiguous() if t.dim() > 1 else t.new_empty(V, 0)
+
         results = operator(*map(fold, args, in_dims, places))
-        each = (t.unflatten(-2, (V, -1)).movedim(-3, 0) if t.dim() > 1 else t.new_empty(V, 0) for t in results)
-        elements = tuple(t.contiguous() for t in each)  # as an operator of one element gives it
-        return elements, (0,) * len(elements)
+        rows = (-3 if batch_first and place in of_time_out else -2 for place in range(len(results)))
+        return tuple(map(unfold, results, rows)), (0,) * len(results)
 
     return rule
 
@@ -275,6 +305,7 @@ def _select(arg: Any, dim: Any, k: int) -> Any:
     return arg if dim is None else arg.select(dim, k)
 
 
-for _operator in (forward, backward, one_step):
-    _operator.register_vmap(_vmap(_operator))
+forward.register_vmap(_vmap(forward, of_time_out=(0, 2, 3)))
+backward.register_vmap(_vmap(backward, of_time_out=(0, 3)))
+one_step.register_vmap(_vmap(one_step))
 dropout.register_vmap(one_by_one(dropout))

@@ -9,19 +9,8 @@ from .cell import cell_backward
 from .dropout import drop
 from .launch import ALONE, DENSE, SIZES, Layout, Stack, exchanged, launch
 from .plan import Plan
-from .product import columns_of, dot, product, sum_parts
+from .product import dot, load_weight, product, sum_parts
 from .sync import publish, wait
-from .tiles import programs_of
-
-
-@triton.jit
-def load_weight(weight, units, k, H: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Chunk k of a weight (4H, H), transposed, for the units given; it lies in one gate: (units, BLOCK_K), or in parts
-    (SPLIT, units, BLOCK_K // SPLIT)."""
-    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-    columns = columns_of(k, H, SPLIT, BLOCK_K).expand_dims(-2)
-    rows = (k // CHUNKS * H + columns).to(tl.int64)
-    return tl.load(weight + rows * H + units[:, None], mask=(units < H)[:, None] & (columns < H), other=0.0)
 
 
 @triton.jit
@@ -35,13 +24,13 @@ def load_gates(weight, units, H: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    dy,  # (rows, D, H) in; rows = T * B, or the rows of the packed sequence; of a stack (rows, H), of its last layer
-    dhn,  # (M, B, H) in: gradient of each row's last h
-    weight_hh,  # (M, 4H, H) in: a matrix for each member
+    dy,  # (rows, D, OUT) in; rows = T * B, or the rows of the packed sequence; of a stack (rows, H), of its last layer
+    dhn,  # (M, B, OUT) in: gradient of each row's last h
+    weight_hh,  # (M, 4H, OUT) in: a matrix for each member
     c0,  # (M, B, H) in
     c,  # (rows, D, H), of a stack (M, rows, H) in: saved by forward
     gates,  # (rows, D, 4H), of a stack (M, rows, 4H) in: saved by forward
-    dc_steps,  # as dy, in: gradient of c of every step, beside its part in h; only if DC_STEPS
+    dc_steps,  # as c, in: gradient of c of every step, beside its part in h; only if DC_STEPS
     dc_state,  # (M, B, H) in: gradient of the cell from the steps after; out: from step_end on, dc0 in the end
     c_reset,  # (M, B, H) in: the cell from which a reset row goes on; only if RESET
     dc_reset,  # (M, B, H) in/out: its gradient, summed over the resets; only if RESET
@@ -49,22 +38,27 @@ def backward_kernel(
     offsets,  # (T,) in: first row of each step; only if PACKED
     starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
     order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
+    weight_hr,  # (M, OUT, H) in: the projection; only if OUT < H
     weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
     seed,  # (1,) in: of the dropout between layers; only if DROP
     keep,  # (1,) in: the share of units that it keeps; only if DROP
     dgates,  # as gates, out: w.r.t. the pre-activations; also the buffer through which programs exchange it
     products,  # (M, TEAM, B, H) between the programs of a team: each one's part of dh; only if TEAM > 1
-    team_flags,  # (M, batch groups, teams) in/out: what each team has counted, zero at launch; only if TEAM > 1
+    dh_steps,  # (rows, D, OUT) out: the whole gradient of h, also the buffer by which programs exchange it; if OUT < H
+    inner_flags,  # (M, batch groups, teams or 1) in/out: who has written one of these; zero at launch; only in GRID
     flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID without POLL
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
     B,
     total_rows,  # of a (rows, ...) tensor
+    step_stride,  # rows of it from a step to the next, if not PACKED
+    row_stride,  # rows of it from a batch row to the next
     member_begin,  # first member of this launch
     row_begin,  # first batch row of this launch, a multiple of BLOCK_B
     step_begin,  # steps [step_begin, step_end) in the order of this pass, from the direction's last to its first; a
     step_end,  # layer of a stack is as many steps behind as layers are above it
     H: tl.constexpr,
+    OUT: tl.constexpr,  # features of h: H, or fewer behind a projection
     LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
     GRID: tl.constexpr,  # programs hand dgates to each other; neither: one launch a step
     POLL: tl.constexpr,  # ... and look whether they are there, instead of at flags; dgates are ABSENT at launch
@@ -77,10 +71,13 @@ def backward_kernel(
     STACK: tl.constexpr,  # the members are layers, not directions; not if LOCAL
     DROP: tl.constexpr,  # dropout between the layers
     DC_STEPS: tl.constexpr,  # the cells of all steps have a gradient of their own; not if STACK
+    PROJECT: tl.constexpr,  # this launch makes dh_steps, if OUT < H
+    CELL: tl.constexpr,  # ... and goes through the projection and the cells; in GRID both
     DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
     BLOCK_B: tl.constexpr,  # batch rows of a program
     BLOCK_H: tl.constexpr,  # hidden units of a program
+    BLOCK_P: tl.constexpr,  # features of dh_steps of a program, as long as there are some
     TEAM: tl.constexpr,  # programs that share the products of all their units, a gate for each: 4; otherwise 1
     KEPT: tl.constexpr,  # chunks of W_hh that stay on chip; the others are loaded at every step; 0: all stay
     SPLIT: tl.constexpr,  # parts of a chunk that warps sum apart from each other
@@ -104,13 +101,14 @@ def backward_kernel(
     state = states[None, :] * H + units[:, None]
 
     # Where this member's rows lie among those of all: step t's at places, from the step's first on.
-    places = rows * DIRECTIONS + member
+    lanes = rows * row_stride
+    places = lanes * DIRECTIONS + member
     backwards = member > 0 if DIRECTIONS > 1 else REVERSE
     if STACK:
         # The last layer takes dy, and has the products of the others with zeros for dgates.
         depth = tl.num_programs(2) - 1 - tl.program_id(2)
-        places = member * total_rows + rows
-    weight_hh += member * (4 * H * H)
+        places = member * total_rows + lanes
+    weight_hh += member * (4 * H * OUT)
     group = member * tl.cdiv(B, BLOCK_B) + row_begin // BLOCK_B + tl.program_id(1)
     if GRID and not POLL:
         step_flags = flags + group.to(tl.int64) * T
@@ -128,14 +126,30 @@ def backward_kernel(
     weights = ()
     if LOCAL:
         weights = (load_gates(weight_hh, units, H, BLOCK_K),)
-    else:
+    elif OUT == H:
         for k in tl.static_range(HELD):
-            weights = weights + (load_weight(weight_hh, team_units, chunk_begin + k, H, SPLIT, BLOCK_K),)
+            chunk = load_weight(weight_hh, team_units, chunk_begin + k, H, H, True, SPLIT, BLOCK_K)
+            weights = weights + (chunk,)
+    else:
+        # Behind a projection the first programs multiply W_hh^T for features of dh_steps, all W_hr^T for their units.
+        writers = (OUT + BLOCK_P - 1) // BLOCK_P
+        projects = tl.program_id(0) < writers
+        features = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+        feature_mask = (features < OUT)[:, None] & (real_rows & projects)[None, :]
+        PROJ_CHUNKS: tl.constexpr = (OUT + BLOCK_K - 1) // BLOCK_K
+        weight_hr += member * (OUT * H)
+        weights_proj = ()
+        for k in tl.static_range(HELD):
+            weights = weights + (load_weight(weight_hh, features, k, H, OUT, True, SPLIT, BLOCK_K),)
+        for k in tl.static_range(PROJ_CHUNKS if GRID else 0):
+            weights_proj = weights_proj + (load_weight(weight_hr, units, k, OUT, H, True, SPLIT, BLOCK_K),)
+        if GRID:
+            inner_flag = inner_flags + group
     if STACK:
         weight_ih += tl.minimum(member, tl.num_programs(2) - 2) * (4 * H * H)
         weights_above = ()
         for k in tl.static_range(HELD):
-            chunk = load_weight(weight_ih, team_units, chunk_begin + k, H, SPLIT, BLOCK_K)
+            chunk = load_weight(weight_ih, team_units, chunk_begin + k, H, H, True, SPLIT, BLOCK_K)
             weights_above = weights_above + (chunk,)
         step_begin = tl.maximum(step_begin - depth, 0)
         step_end = tl.minimum(step_end - depth, T)
@@ -169,107 +183,136 @@ def backward_kernel(
             begin_next = tl.load(offsets + t_next, mask=step > 0, other=0)
             begin_prev = tl.load(offsets + t_prev, mask=step < last, other=0)
         else:
-            begin = t.to(tl.int64) * B
-            begin_next = t_next.to(tl.int64) * B
-            begin_prev = t_prev.to(tl.int64) * B
+            begin = t.to(tl.int64) * step_stride
+            begin_next = t_next.to(tl.int64) * step_stride
+            begin_prev = t_prev.to(tl.int64) * step_stride
         place = begin * DIRECTIONS + places
         c_rows = tl.where(has_prev, c + (begin_prev * DIRECTIONS + places) * H, c0 + states * H)
         linked_next = active_rows & has_next
         if RESET:
-            start_rows = starts + rows if STACK else starts + member * total_rows + rows
+            start_rows = starts + lanes if STACK else starts + member * total_rows + lanes
             start = tl.load(start_rows + begin, mask=active_rows, other=0) != 0
             c_rows = tl.where(start, c_reset + states * H, c_rows)
             linked_next = linked_next & (tl.load(start_rows + begin_next, mask=has_next, other=0) == 0)
 
-        # All that does not wait for dgates of t_next is loaded before the flag is awaited.
-        gate = place[None, :] * (4 * H) + units[:, None]
-        hidden = place[None, :] * H + units[:, None]
-        i = tl.load(gates + gate, mask=active, other=0.0)
-        f = tl.load(gates + gate + H, mask=active, other=0.0)
-        g = tl.load(gates + gate + 2 * H, mask=active, other=0.0)
-        o = tl.load(gates + gate + 3 * H, mask=active, other=0.0)
-        c_t = tl.load(c + hidden, mask=active, other=0.0)
-        c_prev = tl.load(c_rows[None, :] + units[:, None], mask=active, other=0.0)
-        if STACK:
-            dy_t = tl.load(dy + hidden - member * total_rows * H, mask=active & (depth == 0), other=0.0)
-        else:
-            dy_t = tl.load(dy + hidden, mask=active, other=0.0)
-        dhn_t = tl.load(dhn + state, mask=active & (~has_next)[None, :], other=0.0)
-        if DC_STEPS:
-            dc += tl.load(dc_steps + hidden, mask=active, other=0.0).to(ACC)
-
         dgates_rows = dgates + (begin_next * DIRECTIONS + places) * (4 * H)
-        if LOCAL:
-            dh = dh_next
-        else:
-            if STACK:
-                # The layer above is ahead: its part of the sum is made while this layer's own dgates are on the way.
-                if GRID and not POLL:
-                    if depth > 0:
-                        wait(flags_above + step, tl.num_programs(0), step + 1, report, TURNS)
-                has_above = active_rows & (depth > 0)
-                above = dgates + (place + total_rows) * (4 * H)
-                taken = weights_above, weight_ih, team_units, above, has_above, has_above, chunk_begin, step + 1, report
-                dh_above = product(*taken, load_weight, H, ACC, OWN, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
-                if DROP:
-                    dh_above = drop(dh_above, seed, keep, member, t, rows[None, :] * H + team_units[:, None])
-            if GRID and not POLL:
-                if step > 0:
-                    wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
-            taken = weights, weight_hh, team_units, dgates_rows, linked_next, linked_next, chunk_begin, step, report
-            dh = product(*taken, load_weight, H, ACC, OWN, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
-            if STACK:
-                dh += dh_above
-        dh_t = dy_t.to(ACC) + dhn_t.to(ACC)  # (5)
-        if TEAM > 1:
-            # Everyone in the team writes its gate's part for all units, and sums the four parts of its own units. The
-            # next step overwrites them: by then the team has counted this one's dgates in, and so has read them.
-            part, own = B.to(tl.int64) * H, rows[None, :] * H
-            tl.store(
-                products + (member * TEAM + chunk_begin // CHUNKS) * part + own + team_units[:, None],
-                dh,
-                mask=team_mask,
+        if PROJECT:
+            # The others do the same product with zeros, and wait for the first programs' features.
+            feature = place[None, :] * OUT + features[:, None]
+            features_of = feature_mask & active_rows[None, :]
+            dh = tl.load(dy + feature, mask=features_of, other=0.0).to(ACC)
+            at_end = tl.load(
+                dhn + states[None, :] * OUT + features[:, None], mask=features_of & (~has_next)[None, :], other=0.0
             )
-            team_flag = team_flags + group * (tl.num_programs(0) // TEAM) + team
-            publish(team_flag)
-            wait(team_flag, TEAM * (step + 1), step + 1, report, TURNS)
-            for gate_of_team in tl.static_range(TEAM):
-                of_gate = products + (member * TEAM + gate_of_team) * part
-                dh_t += tl.load(of_gate + own + units[:, None], mask=mask, other=0.0)
-        else:
-            dh_t += dh
+            if GRID:
+                if (step > 0) & projects:
+                    wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
+            taken_rows = linked_next & projects
+            taken = weights, weight_hh, features, dgates_rows, taken_rows, taken_rows, 0, step, report
+            dh += product(*taken, H, OUT, True, ACC, OWN, SPLIT, BLOCK_K, False, TURNS, DOT, PRECISION)
+            dh += at_end.to(ACC)
+            tl.store(dh_steps + feature, dh.to(dh_steps.dtype.element_ty), mask=features_of)
+            if GRID:
+                if projects:
+                    publish(inner_flag)
 
-        di, df, dg, do, dc_prev = cell_backward(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c_t, dh_t, dc)
-        if RESET:
-            dc_reset_tile += tl.where(start[None, :], dc_prev, 0.0)
-            dc_prev = tl.where(start[None, :], 0.0, dc_prev)
-        dc = tl.where(active, dc_prev, dc)
-        di = di.to(dgates.dtype.element_ty)
-        df = df.to(dgates.dtype.element_ty)
-        dg = dg.to(dgates.dtype.element_ty)
-        do = do.to(dgates.dtype.element_ty)
-        tl.store(dgates + gate, di, mask=active)
-        tl.store(dgates + gate + H, df, mask=active)
-        tl.store(dgates + gate + 2 * H, dg, mask=active)
-        tl.store(dgates + gate + 3 * H, do, mask=active)
-        if GRID and not POLL:
-            publish(step_flags + step)
-        if LOCAL:
-            # The product for the step before, at once: one tile to carry instead of four. Rows that have not begun in
-            # this pass have none, and none goes past a reset.
-            linked = active
+        if CELL:
+            # All that does not wait for dgates of t_next is loaded before the flag is awaited.
+            gate = place[None, :] * (4 * H) + units[:, None]
+            hidden = place[None, :] * H + units[:, None]
+            i = tl.load(gates + gate, mask=active, other=0.0)
+            f = tl.load(gates + gate + H, mask=active, other=0.0)
+            g = tl.load(gates + gate + 2 * H, mask=active, other=0.0)
+            o = tl.load(gates + gate + 3 * H, mask=active, other=0.0)
+            c_t = tl.load(c + hidden, mask=active, other=0.0)
+            c_prev = tl.load(c_rows[None, :] + units[:, None], mask=active, other=0.0)
+            if STACK:
+                dy_t = tl.load(dy + hidden - member * total_rows * H, mask=active & (depth == 0), other=0.0)
+            elif OUT == H:
+                dy_t = tl.load(dy + hidden, mask=active, other=0.0)
+            if OUT == H:
+                dhn_t = tl.load(dhn + state, mask=active & (~has_next)[None, :], other=0.0)
+            if DC_STEPS:
+                dc += tl.load(dc_steps + hidden, mask=active, other=0.0).to(ACC)
+
+            if LOCAL:
+                dh = dh_next
+            elif OUT < H:
+                if GRID:
+                    wait(inner_flag, writers * (step + 1), step + 1, report, TURNS)
+                dh_rows = dh_steps + place * OUT
+                taken = weights_proj, weight_hr, units, dh_rows, active_rows, active_rows, 0, step, report
+                dh = product(*taken, OUT, H, True, ACC, PROJ_CHUNKS, SPLIT, BLOCK_K, False, TURNS, DOT, PRECISION)
+            else:
+                if STACK:
+                    # The layer above is ahead: its part of the sum is made while the own dgates are on the way.
+                    if GRID and not POLL:
+                        if depth > 0:
+                            wait(flags_above + step, tl.num_programs(0), step + 1, report, TURNS)
+                    above = dgates + (place + total_rows) * (4 * H)
+                    fed = active_rows & (depth > 0)
+                    taken = weights_above, weight_ih, team_units, above, fed, fed, chunk_begin, step + 1, report
+                    dh_above = product(*taken, H, H, True, ACC, OWN, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
+                    if DROP:
+                        dh_above = drop(dh_above, seed, keep, member, t, rows[None, :] * H + team_units[:, None])
+                if GRID and not POLL:
+                    if step > 0:
+                        wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
+                taken = weights, weight_hh, team_units, dgates_rows, linked_next, linked_next, chunk_begin, step, report
+                dh = product(*taken, H, H, True, ACC, OWN, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
+                if STACK:
+                    dh += dh_above
+            if TEAM > 1:
+                # Everyone in the team writes its gate's part for all units, and sums the four parts of its own units.
+                # The next step overwrites them: by then the team has counted this one's dgates in, so has read them.
+                part, own = B.to(tl.int64) * H, rows[None, :] * H
+                tl.store(
+                    products + (member * TEAM + chunk_begin // CHUNKS) * part + own + team_units[:, None],
+                    dh,
+                    mask=team_mask,
+                )
+                team_flag = inner_flags + group * (tl.num_programs(0) // TEAM) + team
+                publish(team_flag)
+                wait(team_flag, TEAM * (step + 1), step + 1, report, TURNS)
+                dh = tl.zeros((BLOCK_H, BLOCK_B), ACC)
+                for gate_of_team in tl.static_range(TEAM):
+                    of_gate = products + (member * TEAM + gate_of_team) * part
+                    dh += tl.load(of_gate + own + units[:, None], mask=mask, other=0.0)
+            if OUT == H:
+                dh += dy_t.to(ACC) + dhn_t.to(ACC)  # (5)
+
+            di, df, dg, do, dc_prev = cell_backward(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c_t, dh, dc)
             if RESET:
-                linked = active & ~start[None, :]
-            di, df = tl.where(linked, di, 0.0), tl.where(linked, df, 0.0)
-            dg, do = tl.where(linked, dg, 0.0), tl.where(linked, do, 0.0)
-            of_gates = tl.reshape(tl.join(tl.join(di, dg), tl.join(df, do)), (BLOCK_H, BLOCK_B, 4))
-            dh_next = tl.zeros((4, BLOCK_H, BLOCK_B), ACC)
-            dh_next = dot(weights[0], tl.permute(of_gates, (2, 0, 1)), dh_next, DOT, PRECISION)
-            dh_next = sum_parts(dh_next, 4, BLOCK_H, BLOCK_B)
+                dc_reset_tile += tl.where(start[None, :], dc_prev, 0.0)
+                dc_prev = tl.where(start[None, :], 0.0, dc_prev)
+            dc = tl.where(active, dc_prev, dc)
+            di = di.to(dgates.dtype.element_ty)
+            df = df.to(dgates.dtype.element_ty)
+            dg = dg.to(dgates.dtype.element_ty)
+            do = do.to(dgates.dtype.element_ty)
+            tl.store(dgates + gate, di, mask=active)
+            tl.store(dgates + gate + H, df, mask=active)
+            tl.store(dgates + gate + 2 * H, dg, mask=active)
+            tl.store(dgates + gate + 3 * H, do, mask=active)
+            if GRID and not POLL:
+                publish(step_flags + step)
+            if LOCAL:
+                # The product for the step before, at once: one tile to carry instead of four. Rows that have not begun
+                # in this pass have none, and none goes past a reset.
+                linked = active
+                if RESET:
+                    linked = active & ~start[None, :]
+                di, df = tl.where(linked, di, 0.0), tl.where(linked, df, 0.0)
+                dg, do = tl.where(linked, dg, 0.0), tl.where(linked, do, 0.0)
+                of_gates = tl.reshape(tl.join(tl.join(di, dg), tl.join(df, do)), (BLOCK_H, BLOCK_B, 4))
+                dh_next = tl.zeros((4, BLOCK_H, BLOCK_B), ACC)
+                dh_next = dot(weights[0], tl.permute(of_gates, (2, 0, 1)), dh_next, DOT, PRECISION)
+                dh_next = sum_parts(dh_next, 4, BLOCK_H, BLOCK_B)
 
-    tl.store(dc_state + state, dc, mask=mask)
-    if RESET:
-        tl.store(dc_reset + state, dc_reset_tile, mask=mask)
+    if CELL:
+        tl.store(dc_state + state, dc, mask=mask)
+        if RESET:
+            tl.store(dc_reset + state, dc_reset_tile, mask=mask)
 
 
 def backward(
@@ -286,48 +329,47 @@ def backward(
     layout: Layout = DENSE,
     c_reset: Tensor | None = None,
     stack: Stack = ALONE,
+    weight_hr: Tensor | None = None,
     dc_steps: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs the recurrences of one layer's directions, or of a stack of layers, backwards.
 
     Args:
-        dy: (T, B, D*H), or (rows, D*H) of a packed sequence, contiguous; of a stack that of its last layer.
-        dhn, dcn: (M, B, H), gradients of each row's last h and c; (B, H) of a single member, as c0 is then.
-        weight_hh: (M, 4H, H).
+        dy: as forward()'s y, contiguous; of a stack that of its last layer.
+        dhn, dcn: as h0 and c0, gradients of each row's last h and c.
+        weight_hh: as given to forward().
         c0: (M, B, H) in the accumulator's dtype.
         c, gates: as saved by forward().
-        plan, reverse, layout, c_reset, stack: as given to forward().
-        dc_steps: as dy, the gradient of the cells of all steps; None: they have none. Not of a stack.
+        plan, reverse, layout, c_reset, stack, weight_hr: as given to forward().
+        dc_steps: as c, the gradient of the cells of all steps; None: they have none. Not of a stack.
 
     Returns:
         dgates: as gates, the gradient w.r.t. the pre-activations; zero past a row's length.
         dc0: as c0.
         dc_reset: the same of c_reset; None without resets.
+        dh_steps: as dy, the gradient of h with what comes from the steps after; None without a projection.
     """
     B, H = c0.shape[-2:]
-    T = dy.shape[0] if layout.offsets is None else layout.offsets.shape[0]
-    dgates = exchanged(gates, gates.shape, plan, plan.backward, layout)
+    dgates = exchanged(gates, gates.shape, plan.backward, layout)
     dc0 = dcn.to(c0.dtype, copy=True)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
-    products = team_flags = None
-    if plan.mode == "grid" and (team := plan.backward.team) > 1:
-        products = c0.new_empty((*c0.shape[:-2], team, B, H))
-        programs = programs_of(plan.backward, H, B)
-        sizes = (*c0.shape[:-2], programs[1], programs[0] // team)
-        team_flags = torch.zeros(sizes, dtype=torch.int32, device=dy.device)
+    team = plan.backward.team
+    products = c0.new_empty((*c0.shape[:-2], team, B, H)) if team > 1 else None
+    dh_steps = None if weight_hr is None else exchanged(dy, dy.shape, plan.backward, layout)
     if B > 0:
         weight_ih, _, *dropout = stack
-        given = dy, dhn, weight_hh, c0, c, gates, dc_steps, dc0, c_reset, dc_reset, *layout, layout.order, weight_ih
+        given = dy, dhn, weight_hh, c0, c, gates, dc_steps, dc0, c_reset, dc_reset, *layout.tensors
         launch(
             backward_kernel,
-            (*given, *dropout, dgates, products, team_flags),
+            (*given, weight_hr, weight_ih, *dropout, dgates, products, dh_steps),
             plan,
             plan.backward,
-            T,
+            layout,
             c0,
+            dhn.shape[-1],
+            ("PROJECT", "CELL"),
             reverse,
-            **layout.flags,
             **stack.flags,
             DC_STEPS=dc_steps is not None,
         )
-    return dgates, dc0, dc_reset
+    return dgates, dc0, dc_reset, dh_steps

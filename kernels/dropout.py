@@ -21,7 +21,7 @@ def drop(x, seed, keep, layer, t, places):
     return tl.where(tl.uint_to_uniform_float(number) < share, x.to(share.dtype) / share, 0.0).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["B", "layer"])
+@triton.jit(do_not_specialize=["B", "step_stride", "row_stride", "layer"])
 def drop_kernel(
     x,  # (rows, H) in: y of a layer
     lengths,  # (B,) in: steps of each batch row; only if LENGTHS
@@ -30,6 +30,8 @@ def drop_kernel(
     keep,  # (1,) in: the share of units that is kept
     dropped,  # (rows, H) out: what the layer above takes
     B,
+    step_stride,  # rows from a step to the next, if not PACKED
+    row_stride,  # rows from a batch row to the next
     layer,
     H: tl.constexpr,
     LENGTHS: tl.constexpr,  # each batch row has its own length
@@ -42,28 +44,28 @@ def drop_kernel(
     mask = rows < B
     if LENGTHS:
         mask = mask & (t < tl.load(lengths + rows, mask=mask, other=0))
-    begin = tl.load(offsets + t) if PACKED else t.to(tl.int64) * B
-    tile = tl.load(x + begin * H + places, mask=mask, other=0.0)
-    tl.store(dropped + begin * H + places, drop(tile, seed, keep, layer, t, places), mask=mask)
+    begin = tl.load(offsets + t) if PACKED else t.to(tl.int64) * step_stride
+    at = (begin + rows * row_stride) * H + places % H
+    tile = tl.load(x + at, mask=mask, other=0.0)
+    tl.store(dropped + at, drop(tile, seed, keep, layer, t, places), mask=mask)
 
 
 def dropout(x: Tensor, seed: Tensor, keep: Tensor, layer: int, B: int, layout: Layout = DENSE) -> Tensor:
     """What the layer above `layer` of a stack takes of its output.
 
     Args:
-        x: (T, B, H), or (rows, H) of a packed sequence, contiguous. seed, keep: of the Stack. layer: its
-            place in it. B: batch rows. layout: as forward.forward takes it.
+        x: (T, B, H), (B, T, H) if the layout says so, or (rows, H) of a packed sequence, contiguous. seed, keep: of
+            the Stack. layer: its place in it. B: batch rows. layout: as forward.forward takes it.
 
     Returns:
         As x; zero past a row's length.
     """
     H = x.shape[-1]
-    T = x.shape[0] if layout.offsets is None else layout.offsets.shape[0]
+    T = layout.steps(x.shape)
     dropped = x.new_zeros(x.shape) if layout.padded else x.new_empty(x.shape)
     if B > 0:
         flags = {name: layout.flags[name] for name in ("LENGTHS", "PACKED")}
         with on_device(x.device):
-            drop_kernel[(T, ceil_div(B * H, BLOCK))](
-                x, layout.lengths, layout.offsets, seed, keep, dropped, B, layer, H, **flags, BLOCK=BLOCK, **OPTIONS
-            )
+            given = x, layout.lengths, layout.offsets, seed, keep, dropped, B, *layout.strides(T, B), layer
+            drop_kernel[(T, ceil_div(B * H, BLOCK))](*given, H, **flags, BLOCK=BLOCK, **OPTIONS)
     return dropped

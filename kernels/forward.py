@@ -12,57 +12,54 @@ from .cell import cell_forward, split_gates
 from .dropout import drop
 from .launch import ALONE, DENSE, SIZES, Layout, Stack, accumulator, exchanged, launch
 from .plan import Plan
-from .product import columns_of, dot, product
+from .product import dot, load_weight, product
 from .sync import publish, wait
 
 
 @triton.jit
 def gate_rows(H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The rows of a weight (4H, ...) for this program's units, a unit's four gates side by side; -1 past the last unit:
+    """The rows of a weight (4H, ...) for this program's units, a unit's four gates side by side; 4H past the last unit:
     (4 * BLOCK_H,)."""
     place = tl.arange(0, 4 * BLOCK_H)
     units = tl.program_id(0) * BLOCK_H + place // 4
-    return tl.where(units < H, place % 4 * H + units, -1)
-
-
-@triton.jit
-def load_weight(weight, rows, k, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Chunk k of the columns of a weight (4H, K), for rows as gate_rows() gives them: (rows, BLOCK_K), or in
-    parts (SPLIT, rows, BLOCK_K // SPLIT)."""
-    columns = columns_of(k, K, SPLIT, BLOCK_K).expand_dims(-2)
-    mask = (rows >= 0)[:, None] & (columns < K)
-    return tl.load(weight + rows.to(tl.int64)[:, None] * K + columns, mask=mask, other=0.0)
+    return tl.where(units < H, place % 4 * H + units, 4 * H)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     input_gates,  # (rows, D, 4H) in: x W_ih^T + b; rows = T * B, or the rows of the packed sequence; D = 1 in a stack
-    weight_hh,  # (M, 4H, H) in: a matrix for each member
-    h0,  # (M, B, H) in
+    weight_hh,  # (M, 4H, OUT) in: a matrix for each member
+    h0,  # (M, B, OUT) in
     c_state,  # (M, B, H) in: the cell before step_begin; out: the cell after step_end
     c_reset,  # (M, B, H) in: the cell from which a reset row goes on, its h being 0; only if RESET
     lengths,  # (B,) in: steps of each batch row; only if LENGTHS
     offsets,  # (T,) in: first row of each step; only if PACKED
     starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
     order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
+    weight_hr,  # (M, OUT, H) in: the projection; only if OUT < H
     weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
     bias,  # (M - 1, 4H) in: of the same; only if STACK
     seed,  # (1,) in: of the dropout between layers; only if DROP
     keep,  # (1,) in: the share of units that it keeps; only if DROP
-    y,  # (rows, D, H), of a stack (M, rows, H) out: h of every step; also the buffer through which programs exchange it
+    y,  # (rows, D, OUT), of a stack (M, rows, H) out: h of every step; also the buffer by which programs exchange it
     dropped,  # (M - 1, rows, H) out: y with dropout, for the layer above; only if DROP
-    c,  # as y, out: c of every step; only if SAVE
+    c,  # (rows, D, H), of a stack (M, rows, H) out: c of every step; only if SAVE
     gates,  # (rows, D, 4H), of a stack (M, rows, 4H) out: activated gates; only if SAVE
+    unprojected,  # (M, B, H) between programs: o tanh c of the step; only if OUT < H
+    inner_flags,  # (M, batch groups) in/out: who has written it, zero at launch; only if OUT < H in GRID
     flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID without POLL
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
     B,
     total_rows,  # of a (rows, ...) tensor
+    step_stride,  # rows of it from a step to the next, if not PACKED
+    row_stride,  # rows of it from a batch row to the next
     member_begin,  # first member of this launch
     row_begin,  # first batch row of this launch, a multiple of BLOCK_B
     step_begin,  # steps [step_begin, step_end) in the direction's own order; layer m of a stack is m steps behind
     step_end,
     H: tl.constexpr,
+    OUT: tl.constexpr,  # features of h: H, or fewer behind a projection
     LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
     GRID: tl.constexpr,  # programs hand h to each other; neither: one launch a step
     POLL: tl.constexpr,  # ... and look whether it is there, instead of at flags; y and dropped are ABSENT at launch
@@ -75,16 +72,19 @@ def forward_kernel(
     STACK: tl.constexpr,  # the members are layers, not directions; not if LOCAL
     DROP: tl.constexpr,  # dropout between the layers
     SAVE: tl.constexpr,  # keep c and gates for backward
+    CELL: tl.constexpr,  # this launch has the cells
+    PROJECT: tl.constexpr,  # ... the projection of what they give, if OUT < H; in GRID both
     DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
     BLOCK_B: tl.constexpr,  # batch rows of a program
     BLOCK_H: tl.constexpr,  # hidden units of a program
+    BLOCK_P: tl.constexpr,  # features that a program projects to, as long as there are some
     KEPT: tl.constexpr,  # chunks of W_hh that stay on chip; the others are loaded at every step; 0: all stay
     SPLIT: tl.constexpr,  # parts of a chunk that warps sum apart from each other
     BLOCK_K: tl.constexpr,  # units of h that one product reduces over
 ):
     ACC: tl.constexpr = c_state.dtype.element_ty
-    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    CHUNKS: tl.constexpr = (OUT + BLOCK_K - 1) // BLOCK_K
     member = 0
     if DIRECTIONS > 1 or STACK:
         member = (member_begin + tl.program_id(2)).to(tl.int64)
@@ -102,14 +102,15 @@ def forward_kernel(
     state = states[None, :] * H + units[:, None]
 
     # Where this member's rows lie among those of all: step t's at places, from the step's first on.
-    places = rows * DIRECTIONS + member
+    lanes = rows * row_stride
+    places = lanes * DIRECTIONS + member
     backwards = member > 0 if DIRECTIONS > 1 else REVERSE
     if STACK:
         # The first layer takes input_gates, and has the products of the others with zeros for an input.
         above = member > 0
         below = tl.maximum(member - 1, 0)
-        places = member * total_rows + rows
-    weight_hh += member * (4 * H * H)
+        places = member * total_rows + lanes
+    weight_hh += member * (4 * H * OUT)
     if GRID and not POLL:
         step_flags = flags + (member * tl.cdiv(B, BLOCK_B) + batch_group).to(tl.int64) * T
         if STACK:
@@ -119,13 +120,14 @@ def forward_kernel(
     weight_rows = gate_rows(H, BLOCK_H)
     weights = ()
     for k in tl.static_range(HELD):
-        weights = weights + (load_weight(weight_hh, weight_rows, k, H, SPLIT, BLOCK_K),)
+        weights = weights + (load_weight(weight_hh, weight_rows, k, OUT, 4 * H, False, SPLIT, BLOCK_K),)
     if STACK:
         weight_ih += below * (4 * H * H)
         bias += below * (4 * H)
         weights_below = ()
         for k in tl.static_range(HELD):
-            weights_below = weights_below + (load_weight(weight_ih, weight_rows, k, H, SPLIT, BLOCK_K),)
+            chunk = load_weight(weight_ih, weight_rows, k, H, 4 * H, False, SPLIT, BLOCK_K)
+            weights_below = weights_below + (chunk,)
         of_unit = (units < H) & above
         bias_i = tl.load(bias + units, mask=of_unit, other=0.0).to(ACC)[:, None]
         bias_f = tl.load(bias + H + units, mask=of_unit, other=0.0).to(ACC)[:, None]
@@ -133,6 +135,20 @@ def forward_kernel(
         bias_o = tl.load(bias + 3 * H + units, mask=of_unit, other=0.0).to(ACC)[:, None]
         step_begin = tl.maximum(step_begin - member.to(tl.int32), 0)
         step_end = tl.minimum(step_end - member.to(tl.int32), T)
+
+    writers = tl.num_programs(0)  # who write h of a step
+    if PROJECT:
+        # The first programs have a part of the projection beside their cells.
+        PROJ_CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+        writers = (OUT + BLOCK_P - 1) // BLOCK_P
+        projects = tl.program_id(0) < writers
+        features = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+        weight_hr += member * (OUT * H)
+        weights_proj = ()
+        for k in tl.static_range(PROJ_CHUNKS if GRID else 0):
+            weights_proj = weights_proj + (load_weight(weight_hr, features, k, H, OUT, False, SPLIT, BLOCK_K),)
+        if GRID:
+            inner_flag = inner_flags + (member * tl.cdiv(B, BLOCK_B) + batch_group)
 
     if LENGTHS:
         length = tl.load(lengths + rows, mask=real_rows, other=0)
@@ -159,80 +175,99 @@ def forward_kernel(
             begin = tl.load(offsets + t)
             begin_prev = tl.load(offsets + t_prev, mask=step > 0, other=0)
         else:
-            begin = t.to(tl.int64) * B
-            begin_prev = t_prev.to(tl.int64) * B
+            begin = t.to(tl.int64) * step_stride
+            begin_prev = t_prev.to(tl.int64) * step_stride
         place = begin * DIRECTIONS + places
-        h_rows = tl.where(has_prev, y + (begin_prev * DIRECTIONS + places) * H, h0 + states * H)
+        h_rows = tl.where(has_prev, y + (begin_prev * DIRECTIONS + places) * OUT, h0 + states * OUT)
         linked_rows = active_rows
         if RESET:
-            start_rows = begin + rows if STACK else member * total_rows + begin + rows
+            start_rows = begin + lanes if STACK else member * total_rows + begin + lanes
             start = tl.load(starts + start_rows, mask=active_rows, other=0) != 0
             linked_rows = active_rows & ~start
             c_tile = tl.where(start[None, :], c_reset_tile, c_tile)
             if LOCAL:
                 h_tile = tl.where(start[None, :], 0.0, h_tile)
 
-        # All that does not wait for h is loaded before the flag is awaited.
-        gate = place[None, :] * (4 * H) + units[:, None]
-        has_input = active
-        if STACK:
-            has_input = active & (member == 0)
-        pre_i = tl.load(input_gates + gate, mask=has_input, other=0.0)
-        pre_f = tl.load(input_gates + gate + H, mask=has_input, other=0.0)
-        pre_g = tl.load(input_gates + gate + 2 * H, mask=has_input, other=0.0)
-        pre_o = tl.load(input_gates + gate + 3 * H, mask=has_input, other=0.0)
+        if CELL:
+            # All that does not wait for h is loaded before the flag is awaited.
+            gate = place[None, :] * (4 * H) + units[:, None]
+            has_input = active
+            if STACK:
+                has_input = active & (member == 0)
+            pre_i = tl.load(input_gates + gate, mask=has_input, other=0.0)
+            pre_f = tl.load(input_gates + gate + H, mask=has_input, other=0.0)
+            pre_g = tl.load(input_gates + gate + 2 * H, mask=has_input, other=0.0)
+            pre_o = tl.load(input_gates + gate + 3 * H, mask=has_input, other=0.0)
 
-        if STACK:  # (1)
-            # The layer below is ahead: its part of the sum is made while this layer's own h is on the way.
+            if STACK:  # (1)
+                # The layer below is ahead: its part of the sum is made while this layer's own h is on the way.
+                if GRID and not POLL:
+                    if above:
+                        wait(flags_below + step, tl.num_programs(0), step + 1, report, TURNS)
+                taken_rows = active_rows & above
+                x_rows = (dropped if DROP else y) + (place - total_rows) * H
+                taken = weights_below, weight_ih, weight_rows, x_rows, taken_rows, taken_rows, 0, step + 1, report
+                of_below = product(*taken, H, 4 * H, False, ACC, CHUNKS, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
+            if LOCAL:
+                recurrent = dot(weights[0], h_tile, tl.zeros((4 * BLOCK_H, BLOCK_B), ACC), DOT, PRECISION)
+            else:
+                if GRID and not POLL:
+                    if step > 0:
+                        wait(step_flags + step - 1, writers, step, report, TURNS)
+                taken = weights, weight_hh, weight_rows, h_rows, linked_rows, linked_rows & has_prev, 0, step, report
+                recurrent = product(*taken, OUT, 4 * H, False, ACC, CHUNKS, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
+            if STACK:
+                recurrent += of_below
+            rec_i, rec_f, rec_g, rec_o = split_gates(recurrent, BLOCK_H, BLOCK_B)
+
+            rec_i += pre_i.to(ACC)
+            rec_f += pre_f.to(ACC)
+            rec_g += pre_g.to(ACC)
+            rec_o += pre_o.to(ACC)
+            if STACK:
+                rec_i += bias_i
+                rec_f += bias_f
+                rec_g += bias_g
+                rec_o += bias_o
+            i, f, g, o, c_next, h = cell_forward(rec_i, rec_f, rec_g, rec_o, c_tile)
+            c_tile = tl.where(active, c_next, c_tile)
+            h = h.to(y.dtype.element_ty)
+            if LOCAL:
+                h_tile = tl.where(active, h, h_tile)
+
+            hidden = place[None, :] * H + units[:, None]
+            if OUT < H:
+                tl.store(unprojected + state, h, mask=active)
+            else:
+                tl.store(y + hidden, h, mask=active)
+            if DROP:
+                x = drop(h, seed, keep, member, t, rows[None, :] * H + units[:, None])
+                tl.store(dropped + hidden, x, mask=active & (member < tl.num_programs(2) - 1))
             if GRID and not POLL:
-                if above:
-                    wait(flags_below + step, tl.num_programs(0), step + 1, report, TURNS)
-            taken_rows = active_rows & above
-            x_rows = (dropped if DROP else y) + (place - total_rows) * H
-            taken = weights_below, weight_ih, weight_rows, x_rows, taken_rows, taken_rows, 0, step + 1, report
-            of_below = product(*taken, load_weight, H, ACC, CHUNKS, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
-        if LOCAL:
-            recurrent = dot(weights[0], h_tile, tl.zeros((4 * BLOCK_H, BLOCK_B), ACC), DOT, PRECISION)
-        else:
-            if GRID and not POLL:
-                if step > 0:
-                    wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
-            taken = weights, weight_hh, weight_rows, h_rows, linked_rows, linked_rows & has_prev, 0, step, report
-            recurrent = product(*taken, load_weight, H, ACC, CHUNKS, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
-        if STACK:
-            recurrent += of_below
-        rec_i, rec_f, rec_g, rec_o = split_gates(recurrent, BLOCK_H, BLOCK_B)
+                publish(inner_flag if OUT < H else step_flags + step)
+            if SAVE:
+                tl.store(c + hidden, c_next, mask=active)
+                tl.store(gates + gate, i, mask=active)
+                tl.store(gates + gate + H, f, mask=active)
+                tl.store(gates + gate + 2 * H, g, mask=active)
+                tl.store(gates + gate + 3 * H, o, mask=active)
 
-        rec_i += pre_i.to(ACC)
-        rec_f += pre_f.to(ACC)
-        rec_g += pre_g.to(ACC)
-        rec_o += pre_o.to(ACC)
-        if STACK:
-            rec_i += bias_i
-            rec_f += bias_f
-            rec_g += bias_g
-            rec_o += bias_o
-        i, f, g, o, c_next, h = cell_forward(rec_i, rec_f, rec_g, rec_o, c_tile)
-        c_tile = tl.where(active, c_next, c_tile)
-        h = h.to(y.dtype.element_ty)
-        if LOCAL:
-            h_tile = tl.where(active, h, h_tile)
+        if PROJECT:
+            # The first programs wait for everyone's cells; the others do the same product with zeros, and go on.
+            if GRID:
+                if projects:
+                    wait(inner_flag, tl.num_programs(0) * (step + 1), step + 1, report, TURNS)
+            taken_rows = active_rows & projects
+            taken = weights_proj, weight_hr, features, unprojected + states * H, taken_rows, taken_rows, 0, step, report
+            h = product(*taken, H, OUT, False, ACC, PROJ_CHUNKS, SPLIT, BLOCK_K, False, TURNS, DOT, PRECISION)
+            feature = place[None, :] * OUT + features[:, None]
+            tl.store(y + feature, h.to(y.dtype.element_ty), mask=(features < OUT)[:, None] & taken_rows[None, :])
+            if GRID:
+                if projects:
+                    publish(step_flags + step)
 
-        hidden = place[None, :] * H + units[:, None]
-        tl.store(y + hidden, h, mask=active)
-        if DROP:
-            x = drop(h, seed, keep, member, t, rows[None, :] * H + units[:, None])
-            tl.store(dropped + hidden, x, mask=active & (member < tl.num_programs(2) - 1))
-        if GRID and not POLL:
-            publish(step_flags + step)
-        if SAVE:
-            tl.store(c + hidden, c_next, mask=active)
-            tl.store(gates + gate, i, mask=active)
-            tl.store(gates + gate + H, f, mask=active)
-            tl.store(gates + gate + 2 * H, g, mask=active)
-            tl.store(gates + gate + 3 * H, o, mask=active)
-
-    tl.store(c_state + state, c_tile, mask=mask)
+    if CELL:
+        tl.store(c_state + state, c_tile, mask=mask)
 
 
 def forward(
@@ -246,12 +281,14 @@ def forward(
     layout: Layout = DENSE,
     c_reset: Tensor | None = None,
     stack: Stack = ALONE,
+    weight_hr: Tensor | None = None,
     save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs the recurrences of one layer's directions, or of a stack of layers.
 
     Args:
-        input_gates: (T, B, D*4H), or (rows, D*4H) of a packed sequence: x W_ih^T + b, of the first layer of a stack.
+        input_gates: (T, B, D*4H), (B, T, D*4H) if the layout says so, or (rows, D*4H) of a packed sequence, contiguous:
+            x W_ih^T + b, of the first layer of a stack.
         weight_hh: (M, 4H, H); (4H, H) of a single one, as the states below are then (B, H).
         h0, c0: (M, B, H), contiguous, of the dtype of input_gates.
         plan: mode and tiles.
@@ -260,33 +297,39 @@ def forward(
         c_reset: (M, B, H) in the accumulator's dtype, with layout.starts: the cell from which a reset row goes on. Its
             h is 0: the product of another one belongs to input_gates.
         stack: what leads from one member to the next, which then are layers.
+        weight_hr: (M, P, H), a projection of h; h0 and y then have P features, and weight_hh is (M, 4H, P). The tiles
+            must have features for it, and the members cannot be layers.
         save: also return what backward needs.
 
     Returns:
-        y: as input_gates with D*H features, h of every step, zero past a row's length; of a stack (L, T, B, H).
+        y: as input_gates with D*H features (D*P), h of every step, zero past a row's length; of a stack (L, T, B, H).
         cn: as c0 in the accumulator's dtype (float32; float64 for float64), each row's last cell.
-        c: as y in the accumulator's dtype, and gates, as input_gates, activated, of a stack as y with 4H features; None
-        without save.
+        c: as input_gates with D*H features, of a stack as y, in the accumulator's dtype, and gates, as input_gates,
+        activated, of a stack as y with 4H features; None without save.
     """
-    B = h0.shape[-2]
-    T = input_gates.shape[0] if layout.offsets is None else layout.offsets.shape[0]
+    B, out = h0.shape[-2:]
+    H = c0.shape[-1]
     shape = (*(h0.shape[:1] if stack.flags["STACK"] else ()), *input_gates.shape[:-1])
-    y = exchanged(input_gates, (*shape, input_gates.shape[-1] // 4), plan, plan.forward, layout)
-    dropped = exchanged(y, y[1:].shape, plan, plan.forward, DENSE) if stack.flags["DROP"] else None
+    width = input_gates.shape[-1] // 4  # of all directions
+    y = exchanged(input_gates, (*shape, width // H * out), plan.forward, layout)
+    dropped = exchanged(y, y[1:].shape, plan.forward, DENSE) if stack.flags["DROP"] else None
+    unprojected = None if weight_hr is None else y.new_empty(c0.shape)
     new = input_gates.new_zeros if layout.padded else input_gates.new_empty
-    c = new(y.shape, dtype=accumulator(y.dtype)) if save else None
+    c = new((*shape, width), dtype=accumulator(y.dtype)) if save else None
     gates = input_gates.new_empty((*shape, input_gates.shape[-1])) if save else None
     cn = c0.to(accumulator(c0.dtype), copy=True)
     if B > 0:
+        given = input_gates, weight_hh, h0, cn, c_reset, *layout.tensors, weight_hr, *stack
         launch(
             forward_kernel,
-            (input_gates, weight_hh, h0, cn, c_reset, *layout, layout.order, *stack, y, dropped, c, gates),
+            (*given, y, dropped, c, gates, unprojected),
             plan,
             plan.forward,
-            T,
-            h0,
+            layout,
+            cn,
+            out,
+            ("CELL", "PROJECT"),
             reverse,
-            **layout.flags,
             **stack.flags,
             SAVE=save,
         )

@@ -3,6 +3,7 @@
 import os
 import threading
 from contextlib import AbstractContextManager
+from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .plan import Plan, by_steps, interpreted, refuse
-from .tiles import Tiles, ceil_div, programs_of
+from .tiles import Tiles, alone, ceil_div, programs_of
 
 # The interpreter multiplies bfloat16 bit patterns as integers: there the operands are widened, which is exact.
 DOT = {
@@ -30,7 +31,7 @@ TURNS = 10_000_000 if DEBUG else 0
 
 
 # The integers that both kernels take. None is a constant of theirs: no size but H compiles anything.
-SIZES = ["T", "B", "total_rows", "member_begin", "row_begin", "step_begin", "step_end"]
+SIZES = ["T", "B", "total_rows", "step_stride", "row_stride", "member_begin", "row_begin", "step_begin", "step_end"]
 
 # The interpreter keeps the program's position in globals: two threads cannot be in it at once.
 _INTERPRETER = threading.RLock()
@@ -44,27 +45,40 @@ class Layout(NamedTuple):
         rows a step.
     starts: (rows,) bool, the steps before which the state is set to the reset state, of two directions (2, rows); None:
         none.
+    batch_first: the steps of a batch row lie together, (B, T, ...), not packed; otherwise (T, B, ...).
     """
 
     lengths: Tensor | None = None
     offsets: Tensor | None = None
     starts: Tensor | None = None
+    batch_first: bool = False
+
+    def strides(self, T: int, B: int) -> tuple[int, int]:
+        """How many rows on the next step of the same batch row lies, if not packed, and the next batch row."""
+        return (1, T) if self.batch_first else (B, 1)
+
+    def steps(self, shape: torch.Size) -> int:
+        """T of a tensor of so many steps and features."""
+        return shape[1 if self.batch_first else 0] if self.offsets is None else self.offsets.shape[0]
 
     @property
     def padded(self) -> bool:
         """Rows of several lengths in a tensor that has all T steps of each."""
         return self.lengths is not None and self.offsets is None
 
-    def past(self, T: int) -> Tensor:
-        """(T, B, 1) bool, the steps past each row's length, of padded rows."""
-        time = torch.arange(T, device=self.lengths.device)
-        return (time[:, None] >= self.lengths)[..., None]
+    def past(self, shape: torch.Size) -> Tensor:
+        """(T, B, 1) bool, or (B, T, 1), the steps past each row's length, of padded rows and so many features."""
+        time = torch.arange(shape[-2 if self.batch_first else -3], device=self.lengths.device)
+        past = time[:, None] >= self.lengths
+        return (past.T if self.batch_first else past)[..., None]
 
     @property
-    def order(self) -> Tensor | None:
-        """(B,) int64, the batch rows as they are dealt to programs, the longest first: a program ends with the longest
-        of its rows, so those of like lengths go together. None where that is their own order."""
-        return self.lengths.argsort(descending=True) if self.lengths is not None and self.padded else None
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """lengths, offsets, starts, and the order (B,), int64, in which batch rows are dealt to programs, the longest
+        first: a program ends with the longest of its rows, so those of like lengths go together. None where that is
+        their own order."""
+        order = self.lengths.argsort(descending=True) if self.lengths is not None and self.padded else None
+        return self.lengths, self.offsets, self.starts, order
 
     @property
     def flags(self) -> dict[str, bool]:
@@ -108,20 +122,23 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def exchanged(like: Tensor, shape: tuple[int, ...], plan: Plan, tiles: Tiles, layout: Layout) -> Tensor:
+def exchanged(like: Tensor, shape: tuple[int, ...], tiles: Tiles, layout: Layout) -> Tensor:
     """The buffer of h or dgates of all steps: zero past the rows' lengths, and elsewhere ABSENT if they are polled."""
-    if plan.mode != "grid" or not tiles.poll:
+    if not tiles.poll:
         return like.new_zeros(shape) if layout.padded else like.new_empty(shape)
     buffer = like.new_empty(shape)
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[buffer.itemsize]
     buffer.view(words).fill_(-1)
-    return buffer.masked_fill_(layout.past(shape[-3]), 0) if layout.padded else buffer
+    return buffer.masked_fill_(layout.past(buffer.shape), 0) if layout.padded else buffer
 
 
-def specialization(plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+def specialization(
+    plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype, out: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The constexpr arguments, of which a kernel takes those that it has, and the compile options of a plan."""
     constants = {
         "H": H,
+        "OUT": out,
         "LOCAL": plan.mode == "local",
         "GRID": plan.mode == "grid",
         "TURNS": TURNS if plan.mode == "grid" else 0,
@@ -129,11 +146,12 @@ def specialization(plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype) -> tupl
         "PRECISION": plan.precision,
         "BLOCK_B": tiles.batch,
         "BLOCK_H": tiles.units,
+        "BLOCK_P": tiles.features,
         "BLOCK_K": tiles.chunk,
         "KEPT": tiles.kept,
         "SPLIT": tiles.split,
-        "POLL": tiles.poll and plan.mode == "grid",
-        "TEAM": tiles.team if plan.mode == "grid" else 1,
+        "POLL": tiles.poll,
+        "TEAM": tiles.team,
     }
     # One stage: the pipeliner would load h of the next step before its flag is awaited.
     options = {"num_warps": tiles.warps, "num_stages": 1, **OPTIONS}
@@ -143,11 +161,18 @@ def specialization(plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype) -> tupl
 
 
 def specialized(
-    kernel: Any, plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype
+    kernel: Any, plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype, out: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The constexpr arguments and the compile options by which a plan enters a kernel."""
-    constants, options = specialization(plan, tiles, H, dtype)
-    return {name: value for name, value in constants.items() if name in kernel.arg_names}, options
+    """The constexpr arguments and the compile options by which a plan enters a kernel; out: features of h."""
+    constants, options = _specialized(tuple(kernel.arg_names), TURNS, plan, tiles, H, dtype, out)
+    return constants.copy(), options.copy()
+
+
+@cache
+def _specialized(names: tuple[str, ...], turns: int, *plan: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """specialized() by the names of a kernel's arguments; turns: what specialization() reads beside its own."""
+    constants, options = specialization(*plan)
+    return {name: value for name, value in constants.items() if name in names}, options
 
 
 def launch(
@@ -155,15 +180,19 @@ def launch(
     tensors: tuple[Tensor | None, ...],
     plan: Plan,
     tiles: Tiles,
-    T: int,
+    layout: Layout,
     states: Tensor,
+    out: int,
+    halves: tuple[str, str],
     reverse: bool,
     **flags: bool,
 ) -> None:
     """Launches a recurrence kernel over all members, steps and batch rows, in the plan's mode, on the tensors' device.
 
     Args:
-        tensors: in the kernel's order, but its flags and its report. states: (M, B, H), or (B, H) of a single member.
+        tensors: in the kernel's order, but its flags and its report; the first one lies as `layout` says.
+        states: (M, B, H), or (B, H) of a single member. out: features of h.
+        halves: of a step behind a projection, "CELL" and "PROJECT" in their order.
 
     Raises:
         RuntimeError: under FUSED_LSTM_DEBUG=1, a program that waited in vain for another, and at which step.
@@ -171,32 +200,40 @@ def launch(
     device, stacked = states.device, flags["STACK"]
     B, H = states.shape[-2:]
     members = states.shape[0] if states.dim() == 3 else 1
-    constants, options = specialized(kernel, plan, tiles, H, tensors[0].dtype)
-    unit_blocks, batch_groups = programs_of(tiles, H, B)
-    step_flags = report = None
+    T = layout.steps(tensors[0].shape)
+    constants, options = specialized(kernel, plan, tiles, H, tensors[0].dtype, out)
+    unit_blocks, batch_groups = programs_of(tiles, H, B, out)
+    inner_flags = step_flags = report = None
     at_once = members, batch_groups
     if plan.mode == "grid":
         if not tiles.poll:
             step_flags = torch.zeros((members, batch_groups, T), dtype=torch.int32, device=device)
+        if tiles.team > 1 or out < H:
+            teams = unit_blocks // tiles.team if tiles.team > 1 else 1
+            inner_flags = torch.zeros((members, batch_groups, teams), dtype=torch.int32, device=device)
         report = torch.zeros(4, dtype=torch.int32, device=device) if TURNS else None
-        at_once = together(plan.resident // unit_blocks, members, batch_groups, stacked)
+        at_once = resident_at_once(plan.resident // unit_blocks, members, batch_groups, stacked)
     last = T + members - 1 if stacked else T  # each layer is a step behind the one that it takes from
-    turns = [(step, step + 1) for step in range(last)] if plan.mode == "step" else [(0, last)]
-    sizes = T, B, tensors[0].shape[:-1].numel()
-    flags_of = {"DIRECTIONS": 1 if stacked else members, "REVERSE": reverse, **flags}
+    parts = [{"CELL": True, "PROJECT": out < H}]  # of a step
+    if plan.mode == "step" and out < H:
+        parts = [{half: half == own for half in halves} for own in halves]
+    steps = [(step, step + 1) for step in range(last)] if plan.mode == "step" else [(0, last)]
+    sizes = T, B, tensors[0].shape[:-1].numel(), *layout.strides(T, B)
+    flags_of = {"DIRECTIONS": 1 if stacked else members, "REVERSE": reverse, **layout.flags, **flags}
     with on_device(device):
         for member, group in product(range(0, members, at_once[0]), range(0, batch_groups, at_once[1])):
             programs = (unit_blocks, min(at_once[1], batch_groups - group), min(at_once[0], members - member))
-            for turn in turns:
-                arguments = (*tensors, step_flags, report, *sizes, member, group * tiles.batch, *turn)
+            for turn, part in product(steps, parts):
+                arguments = (*tensors, inner_flags, step_flags, report, *sizes, member, group * tiles.batch, *turn)
                 try:
-                    kernel[programs](*arguments, **constants, **flags_of, **options)
+                    kernel[programs](*arguments, **constants, **flags_of, **part, **options)
                 except RuntimeError as error:
                     if plan.mode != "grid" or (member, group) != (0, 0) or "cooperative" not in str(error):
                         raise
                     # The device refused before anything ran. The form that needs no company takes over for good.
                     refuse(device, str(error))
-                    return launch(kernel, tensors, by_steps(plan, str(error)), tiles, T, states, reverse, **flags)
+                    plan, tiles = by_steps(plan, str(error)), alone(tiles)
+                    return launch(kernel, tensors, plan, tiles, layout, states, out, halves, reverse, **flags)
     if report is not None:
         stuck, program, group, step = report.tolist()
         if stuck:
@@ -206,11 +243,11 @@ def launch(
             )
 
 
-def together(slots: int, members: int, batch_groups: int, stacked: bool) -> tuple[int, int]:
+def resident_at_once(slots: int, members: int, batch_groups: int, stacked: bool) -> tuple[int, int]:
     """How many members and batch groups a launch has where `slots` groups of a member can be resident; the others
     follow in further launches. Layers of a stack wait for each other, so all are in each launch."""
     both = members, max(1, min(batch_groups, slots // members))
-    alone = 1, max(1, min(batch_groups, slots))
-    if stacked or (slots >= members and ceil_div(batch_groups, both[1]) <= members * ceil_div(batch_groups, alone[1])):
+    single = 1, max(1, min(batch_groups, slots))
+    if stacked or (slots >= members and ceil_div(batch_groups, both[1]) <= members * ceil_div(batch_groups, single[1])):
         return both
-    return alone
+    return single

@@ -97,6 +97,7 @@ def step(
     backward: bool,
     directions: int = 1,
     layers: int = 1,
+    proj: int = 0,
 ) -> Time:
     """One step of a pass under its tiles, of all directions and layers of a launch: with their padding, and groups that
     do not fit beside the others after them. Of a bound's optimism it keeps one thing: the parts of a step overlap.
@@ -104,13 +105,16 @@ def step(
     Args:
         kind: of products, "bf16", "fp16", "tf32" or "fp32". mode: "local", "grid" or "step".
         H, B: hidden units, batch rows. backward: it gathers dgates (4H) instead of h (H).
-        directions, layers: in one launch.
+        directions, layers: in one launch. proj: features of a projection in the kernel.
     """
-    blocks, groups = programs_of(tiles, H, B)
+    blocks, groups = programs_of(tiles, H, B, proj)
     if mode == "grid" and layers * blocks > terms.multiprocessors:
         return Time(math.inf, "multiprocessors")
     groups = max(1, groups) * directions
     at_once = min(groups, max(1, terms.multiprocessors // (layers * blocks)))
+    if proj:
+        one = projecting(terms, kind, mode, tiles, H, proj, directions * B, at_once, backward)
+        return Time(one.us * ceil_div(groups, at_once), one.binds)
     chunks = ceil_div(H, tiles.chunk) * (4 // tiles.team if backward else 1)
     streamed = {"local": 0.0, "grid": 1 - (tiles.kept or chunks) / chunks, "step": 1.0}[mode]
     one = parts(
@@ -130,6 +134,37 @@ def step(
         chain=chain(terms, kind, mode, tiles, chunks, backward),
     )
     return Time(one.us * ceil_div(groups, at_once), one.binds)
+
+
+def projecting(
+    terms: Terms, kind: str, mode: str, tiles: Tiles, H: int, P: int, B: int, groups: int, backward: bool
+) -> Time:
+    """As parts(), of a step that projects: it has two exchanges, or launches, one of P features among all programs, and
+    one of all units (backward: all gates) with those that compute features."""
+    size, (blocks, _) = BYTES[kind], programs_of(tiles, H, B, P)
+    wide, few, rows = (4 if backward else 1) * H, ceil_div(P, tiles.features), min(B, groups * tiles.batch)
+    chunks = ceil_div(P, tiles.chunk), ceil_div(wide, tiles.chunk)
+    of_chain = sum(chain(terms, kind, mode, tiles, count, backward) for count in chunks)
+    weights = (4 * tiles.units * P * (0.25 if backward else 1) + tiles.features * wide) * size
+    streamed = groups * (5 * H * P) * size if mode == "step" else 0.0
+    found = {
+        "weights": 0.0 if mode == "step" else weights / terms.shared,
+        "streaming": max(
+            streamed / terms.l2, streamed / groups / terms.memory if 5 * H * P * size > terms.l2_size else 0
+        ),
+        "products": 2 * tiles.batch * weights / size / terms.matrix[kind],
+        "memory": rows * size * ((10 * H if backward else 4 * H) + 2 * P) / terms.memory,
+        "chain": of_chain,
+        # Those who compute features take no more from L2 than 64 bytes a clock each, half of what shared memory gives.
+        "gather": max(
+            rows * size * (blocks * P + few * wide) / terms.l2, tiles.batch * wide * size / (terms.shared / 2)
+        ),
+    }
+    slowest = max(found, key=found.__getitem__)
+    before = 2 * {"grid": terms.exchange, "step": terms.launch}[mode]
+    return Time(
+        before + found[slowest], slowest if found[slowest] > before else {"grid": "exchange"}.get(mode, "launch")
+    )
 
 
 def chain(terms: Terms, kind: str, mode: str, tiles: Tiles, chunks: int, backward: bool) -> float:

@@ -6,10 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .cell import cell_forward, split_gates
-from .forward import gate_rows, load_weight
+from .forward import gate_rows
 from .launch import on_device, specialized
 from .plan import Plan
-from .product import dot, load_columns
+from .product import dot, load_columns, load_weight
 from .tiles import programs_of
 
 
@@ -44,10 +44,10 @@ def one_step_kernel(
     weight_rows = gate_rows(H, BLOCK_H)
     gates = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)  # (1)
     for k in tl.range((I + BLOCK_K - 1) // BLOCK_K, num_stages=3):
-        weight = load_weight(weight_ih, weight_rows, k, I, 1, BLOCK_K)
+        weight = load_weight(weight_ih, weight_rows, k, I, 4 * H, False, 1, BLOCK_K)
         gates = dot(weight, load_columns(x + rows * I, real_rows, k, I, 1, BLOCK_K), gates, DOT, PRECISION)
     for k in tl.range((H + BLOCK_K - 1) // BLOCK_K, num_stages=3):
-        weight = load_weight(weight_hh, weight_rows, k, H, 1, BLOCK_K)
+        weight = load_weight(weight_hh, weight_rows, k, H, 4 * H, False, 1, BLOCK_K)
         gates = dot(weight, load_columns(h0 + rows * H, real_rows, k, H, 1, BLOCK_K), gates, DOT, PRECISION)
     pre_i, pre_f, pre_g, pre_o = split_gates(gates, BLOCK_H, BLOCK_B)
     if BIAS:
@@ -86,7 +86,7 @@ def one_step(
     L, B, H = h0.shape
     hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape)
     tiles = plan.forward
-    constants, options = specialized(one_step_kernel, plan, tiles, H, x.dtype)
+    constants, options = specialized(one_step_kernel, plan, tiles, H, x.dtype, H)
     constants["ACC"] = tl.float64 if x.dtype == torch.float64 else tl.float32
     programs = programs_of(tiles, H, B)
     with on_device(x.device):

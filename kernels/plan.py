@@ -7,7 +7,7 @@ import torch
 import triton
 
 from . import model
-from .tiles import H100, Device, Tiles, aligned, ceil_div, grid_tiles, mma_only
+from .tiles import H100, Device, Tiles, aligned, alone, ceil_div, grid_tiles, mma_only, projectable, projection_tiles
 
 
 @dataclass(frozen=True)
@@ -73,25 +73,39 @@ def why_torch(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def choose(
-    dtype: torch.dtype, B: int, H: int, device: torch.device, ieee: bool, directions: int = 1, layers: int = 1
+    dtype: torch.dtype,
+    B: int,
+    H: int,
+    device: torch.device,
+    ieee: bool,
+    directions: int = 1,
+    layers: int = 1,
+    proj: int = 0,
 ) -> Plan:
     """Returns the plan for a recurrence of H hidden units over B rows of `dtype` on `device`.
 
-    ieee: float32 products in full precision. directions, layers: in one launch; layers as layers_together() says.
+    ieee: float32 products in full precision. directions, layers: in one launch; layers as layers_together() says. proj:
+    features of a projection in the kernel, as in_kernel() says.
     """
     why = why_torch(dtype, device)
     if why is not None:
         return Plan("torch", None, None, 0, "ieee", why)
     if device.type == "cuda":
-        plan = choose_kernel(dtype, B, H, cuda_device(device), ieee, directions, layers)
+        plan = choose_kernel(dtype, B, H, cuda_device(device), ieee, directions, layers, proj)
         if plan.mode == "grid" and device in _refused:
             return by_steps(plan, _refused[device])
         return plan
-    plan = replace(choose_kernel(dtype, B, H, H100, ieee, directions, layers), precision="ieee")
+    return choose_interpreted(dtype, B, H, ieee, directions, layers, proj)
+
+
+@cache
+def choose_interpreted(dtype: torch.dtype, B: int, H: int, ieee: bool, directions: int, layers: int, proj: int) -> Plan:
+    """choose() in the interpreter: an H100's plan, as far as it can run there."""
+    plan = replace(choose_kernel(dtype, B, H, H100, ieee, directions, layers, proj), precision="ieee")
     if plan.mode == "grid":
         # Programs run one after another in the interpreter: one that waits for another would wait for ever, and a few
         # take less time than many.
-        tiles = Tiles(batch=32, units=32, chunk=128, warps=4)
+        tiles = Tiles(batch=32, units=32, chunk=128, warps=4, features=32 if proj else 0)
         plan = replace(plan, forward=tiles, backward=tiles)
         return by_steps(plan, "the interpreter runs programs one after another")
     return plan
@@ -102,6 +116,13 @@ def layers_together(dtype: torch.dtype, B: int, H: int, layers: int, device: tor
     if why_torch(dtype, device) is not None:
         return [1] * layers
     return grouped(dtype, B, H, layers, cuda_device(device) if device.type == "cuda" else H100, ieee)
+
+
+def in_kernel(dtype: torch.dtype, B: int, H: int, P: int, device: torch.device, ieee: bool, directions: int) -> bool:
+    """Whether the kernels are to project to P features; otherwise W_hr is folded into W_hh."""
+    if why_torch(dtype, device) is not None:
+        return False
+    return projects(dtype, B, H, P, cuda_device(device) if device.type == "cuda" else H100, ieee, directions)
 
 
 def choose_one_step(dtype: torch.dtype, device: torch.device, ieee: bool) -> Plan:
@@ -156,7 +177,8 @@ def memory_of(device: torch.device) -> int | None:
 
 def by_steps(plan: Plan, reason: str) -> Plan:
     """A grid plan with one launch a step instead."""
-    return replace(plan, mode="step", resident=0, why=f"one launch a step, because {reason}; {plan.why}")
+    why = f"one launch a step, because {reason}; {plan.why}"
+    return replace(plan, mode="step", forward=alone(plan.forward), backward=alone(plan.backward), resident=0, why=why)
 
 
 _refused: dict[torch.device, str] = {}
@@ -201,20 +223,45 @@ def grouped(dtype: torch.dtype, B: int, H: int, layers: int, device: Device, iee
 
 
 @cache
+def projects(dtype: torch.dtype, B: int, H: int, P: int, device: Device, ieee: bool, directions: int) -> bool:
+    """in_kernel() on a device: whether a step of both passes then takes less by the model."""
+    kind, terms = kind_of(dtype, ieee), model.terms_for(device)
+
+    def step(proj: int) -> float:
+        plan = choose_kernel(dtype, B, H, device, ieee, directions, 1, proj)
+        passes = (plan.forward, False), (plan.backward, True)
+        return sum(
+            model.step(terms, kind, plan.mode, tiles, H, B, back, directions, 1, proj).us for tiles, back in passes
+        )
+
+    size = 8 if kind == "fp32" else dtype.itemsize
+    local = choose_kernel(dtype, B, H, device, ieee, directions).mode == "local"
+    return not local and projectable(H, P, size, device) and step(P) < step(0)
+
+
+@cache
 def choose_kernel(
-    dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool, directions: int = 1, layers: int = 1
+    dtype: torch.dtype,
+    B: int,
+    H: int,
+    device: Device,
+    ieee: bool,
+    directions: int = 1,
+    layers: int = 1,
+    proj: int = 0,
 ) -> Plan:
     """Returns the plan among the kernels' three forms.
 
     ieee: float32 products in full precision, which take three TF32 products and so hold the weights twice.
     directions, layers: in one launch; layers that do not fit together have a plan in mode "step".
+    proj: features of a projection in the kernel, which has no local form.
     """
     kind = kind_of(dtype, ieee)
     size = 8 if kind == "fp32" else dtype.itemsize  # of a weight on chip: in full precision it is two TF32 numbers
     precision = "ieee" if dtype != torch.float32 else "tf32x3" if ieee else "tf32"
     # Local: all of W_hh on one multiprocessor, with a fifth of its memory left to the layout conversions of a step.
     padded = max(16, triton.next_power_of_2(H))
-    largest = 0 if layers > 1 else 32 if mma_only(size, device) else 128 if aligned(H, size) else 64
+    largest = 0 if layers > 1 or proj else 32 if mma_only(size, device) else 128 if aligned(H, size) else 64
     if padded <= largest and 4 * padded * padded * size <= 0.8 * device.shared:
         # At 64 units eight warps spill in TF32 (Triton 3.7, A100), four in 16 bit (Triton 3.7, B200).
         warps = min(8, padded // 8) if (padded, size) != (64, 4) else 4
@@ -222,37 +269,45 @@ def choose_kernel(
         # On a B200 eight warps spill at 128 units (Triton 3.6).
         sixteen = (mma_only(size, device) and padded > 16) or (device.capability[0] == 10 and padded == 128)
         forward = replace(tiles, warps=16) if sixteen else tiles
+        # Two warps spill at 16 units in full precision (Triton 3.9).
+        backward = replace(tiles, warps=4) if (padded, size) == (16, 8) else tiles
         why = f"W_hh of H {H} in {name(dtype)} fits on one multiprocessor"
-        return Plan("local", forward, tiles, 0, precision, why, directions)
+        return Plan("local", forward, backward, 0, precision, why, directions)
 
     # Grid: a slice of W_hh on each of the multiprocessors.
-    forward, backward = grid_tiles(H, size, device, layers)
+    forward, backward = projection_tiles(H, proj, size, device) if proj else grid_tiles(H, size, device, layers)
     if forward and backward:
         best, back = (
-            cheapest(candidates, kind, B, H, device, is_backward, directions, layers)
+            cheapest(candidates, kind, B, H, device, is_backward, directions, layers, proj)
             for candidates, is_backward in ((forward, False), (backward, True))
         )
         why = (
             f"W_hh of H {H} in {name(dtype)} is spread over {ceil_div(H, best.units)} multiprocessors, "
             f"{best.units} units on each{'; what does not fit is loaded at every step' if best.kept else ''}"
         )
+        if proj:
+            why += f"; the first of them project to {proj} features, which takes less than W_hh W_hr on chip"
         if layers > 1:
             why += f"; so are W_hh and W_ih of all {layers} layers, each a step behind the one that it takes from"
         return Plan("grid", best, back, device.multiprocessors, precision, why, directions, layers)
 
-    tiles = Tiles(batch=32, units=16, chunk=128 // size, warps=4 if aligned(H, size) else 8)
+    rows = 16 if size == 8 and not aligned(H, size) else 32  # more spill
+    forward = backward = Tiles(rows, units=16, chunk=128 // size, warps=4 if aligned(H, size) else 8)
+    if proj:
+        forward, backward = (Tiles(16, 16, chunk, 8, split=8, features=16) for chunk in (128, 256))
     why = f"W_hh of H {H} in {name(dtype)} does not fit on {device.multiprocessors} multiprocessors: one launch a step"
-    return Plan("step", tiles, tiles, 0, precision, why, directions, layers)
+    if proj:
+        why = f"{why}, and one for its projection to {proj} features, whose weights are less than W_hh W_hr"
+    return Plan("step", forward, backward, 0, precision, why, directions, layers)
 
 
 def cheapest(
-    candidates: list[Tiles], kind: str, B: int, H: int, device: Device, backward: bool, directions: int, layers: int
+    candidates: list[Tiles], kind: str, B: int, H: int, device: Device, backward: bool, *members: int
 ) -> Tiles:
-    """The candidate whose step takes least by the model."""
+    """The candidate whose step takes least by the model; members: as model.step() takes them."""
     if len(candidates) == 1:
         return candidates[0]
     terms = model.terms_for(device)
-    members = directions, layers
     return min(candidates, key=lambda tiles: model.step(terms, kind, "grid", tiles, H, B, backward, *members).us)
 
 

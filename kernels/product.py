@@ -23,6 +23,29 @@ def columns_of(k, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def load_weight(
+    weight,
+    units,
+    k,
+    K: tl.constexpr,
+    UNITS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Chunk k of a weight (UNITS, K), or TRANSPOSED of one (K of each gate, UNITS), for the units given, of which those
+    past the last have zeros: (units, BLOCK_K), or in parts (SPLIT, units, BLOCK_K // SPLIT)."""
+    CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    columns = columns_of(k, K, SPLIT, BLOCK_K).expand_dims(-2)
+    mask = (units < UNITS)[:, None] & (columns < K)
+    if TRANSPOSED:
+        at = (k // CHUNKS * K + columns).to(tl.int64) * UNITS + units[:, None]
+    else:
+        at = units.to(tl.int64)[:, None] * K + columns
+    return tl.load(weight + at, mask=mask, other=0.0)
+
+
+@triton.jit
 def load_columns(
     rows, active_rows, k, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, VOLATILE: tl.constexpr = False
 ):
@@ -91,8 +114,9 @@ def product(
     first,  # of the chunks that are summed over
     step,
     report,
-    LOAD_WEIGHT: tl.constexpr,
     K: tl.constexpr,
+    UNITS: tl.constexpr,  # of the weight, as load_weight() takes them
+    TRANSPOSED: tl.constexpr,
     ACC: tl.constexpr,
     CHUNKS: tl.constexpr,  # that are summed over
     SPLIT: tl.constexpr,
@@ -121,7 +145,7 @@ def product(
             sum = dot(held[k], tile, sum, DOT, PRECISION)
         if HELD < CHUNKS:
             for k in tl.range(HELD, CHUNKS, num_stages=3):
-                chunk = LOAD_WEIGHT(weight, units, first + k, K, SPLIT, BLOCK_K)
+                chunk = load_weight(weight, units, first + k, K, UNITS, TRANSPOSED, SPLIT, BLOCK_K)
                 tile = load_columns(rows, active_rows, first + k, K, SPLIT, BLOCK_K)
                 sum = dot(chunk, tile, sum, DOT, PRECISION)
     if SPLIT > 1:

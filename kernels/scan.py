@@ -11,7 +11,7 @@ from .tiles import ceil_div
 BLOCK = 64  # units of a program, two a thread of its one warp: element by element, so more programs serve better
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "step_stride", "row_stride"])
 def scan_kernel(
     pre,  # (rows, 4H) in: pre-activations; rows = T * B, or the rows of the packed sequence
     c0,  # (B, H) in
@@ -22,7 +22,8 @@ def scan_kernel(
     gates,  # (rows, 4H) out: activated gates; may be the memory of pre
     c,  # (rows, H) out: c of every step
     T,
-    B,
+    step_stride,  # rows from a step to the next, if not PACKED
+    row_stride,  # rows from a batch row to the next
     H: tl.constexpr,
     REVERSE: tl.constexpr,  # the direction runs from the last step to the first
     LENGTHS: tl.constexpr,  # each batch row has its own length
@@ -47,7 +48,7 @@ def scan_kernel(
         if PACKED:
             row = tl.load(offsets + t) + b
         else:
-            row = t.to(tl.int64) * B + b
+            row = t.to(tl.int64) * step_stride + b * row_stride
         gate = row * (4 * H) + units
         pre_i = tl.load(pre + gate, mask=mask, other=0.0).to(ACC)
         pre_f = tl.load(pre + gate + H, mask=mask, other=0.0).to(ACC)
@@ -74,7 +75,8 @@ def scan(
     """Activates the gates of one layer and direction in place and makes its cells.
 
     Args:
-        pre: (T, B, 4H), or (rows, 4H) of a packed sequence, contiguous: the pre-activations, input and recurrent part.
+        pre: (T, B, 4H), (B, T, 4H) if the layout says so, or (rows, 4H) of a packed sequence, contiguous: the
+            pre-activations, input and recurrent part.
         c0: (B, H) in the accumulator's dtype, contiguous.
         reverse, layout, c_reset: as forward.forward takes them.
 
@@ -82,12 +84,11 @@ def scan(
         c: as pre with H features, in the dtype of c0. Past a row's length c and the gates are what they were.
     """
     B, H = c0.shape
-    T = pre.shape[0] if layout.offsets is None else layout.offsets.shape[0]
+    T = layout.steps(pre.shape)
     c = c0.new_empty((*pre.shape[:-1], H))
     if B > 0:
         flags = {"REVERSE": reverse, **layout.flags, "BLOCK": BLOCK}
         with on_device(pre.device):
-            scan_kernel[(B, ceil_div(H, BLOCK))](
-                pre, c0, c_reset, *layout, pre, c, T, B, H, **flags, num_warps=1, **OPTIONS
-            )
+            given = pre, c0, c_reset, *layout.tensors[:3], pre, c, T, *layout.strides(T, B)
+            scan_kernel[(B, ceil_div(H, BLOCK))](*given, H, **flags, num_warps=1, **OPTIONS)
     return c

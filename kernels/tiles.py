@@ -1,6 +1,6 @@
 """The tiles that a kernel can have: what divides a recurrence among programs, and which of it a device can hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 
@@ -14,6 +14,8 @@ class Tiles:
     team: programs that share the products of all their units in backward, a gate for each (4), or do not (1).
     split: parts of a chunk, each of which a warp sums for itself (1: none).
     poll: a program looks whether h (dgates) is there, element by element, instead of at a step flag.
+    features: of a projection that a program computes beside its units, as long as there are some; 0: the projection is
+        not in the kernel.
     """
 
     batch: int
@@ -24,6 +26,7 @@ class Tiles:
     team: int = 1
     split: int = 1
     poll: bool = False
+    features: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,16 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def programs_of(tiles: Tiles, H: int, B: int) -> tuple[int, int]:
-    """How many programs hold H units, in whole teams, and how many batch groups B rows are."""
-    return tiles.team * ceil_div(H, tiles.team * tiles.units), ceil_div(B, tiles.batch)
+def programs_of(tiles: Tiles, H: int, B: int, out: int = 0) -> tuple[int, int]:
+    """How many programs hold H units, in whole teams, and `out` features of a projection; and how many batch groups B
+    rows are."""
+    blocks = tiles.team * ceil_div(H, tiles.team * tiles.units)
+    return max(blocks, ceil_div(out, tiles.features) if tiles.features else 0), ceil_div(B, tiles.batch)
+
+
+def alone(tiles: Tiles) -> Tiles:
+    """The tiles of a program that waits for no other."""
+    return replace(tiles, team=1, poll=False)
 
 
 @cache
@@ -75,25 +85,27 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
     # chunks there. A B200's tensor memory takes no shorter chunks of 64 rows, elsewhere longer ones spill (Triton 3.9).
     tall = chunk // 2 if tcgen05 else chunk // 4
     if 16 in fits:
-        forward.append(Tiles(16, 16, 128, 8, split=8))
+        if H * size <= 2688:
+            forward.append(Tiles(16, 16, 128, 8, split=8))
         forward.append(Tiles(32, 16, chunk // 2 if wgmma else min(64, chunk), 4 if wgmma else 8))
         if wgmma:
             forward.append(Tiles(16, 16, 2 * chunk if in_1k else min(64, chunk), 4))
-        if in_1k5:
+        if H * size <= 1280 or (in_1k5 and H % 128 == 0):  # masks take registers, too
             forward.append(Tiles(16, 16, 128, 8, split=8, poll=True))
         if in_2k:
             forward.append(Tiles(8, 16, chunk, 4, split=4, poll=True))
         if in_2k and not tcgen05:
             forward.append(Tiles(64, 16, tall, 8))
-        backward.append(Tiles(32, 16, 128, 8, split=8))
-        if in_1k:
+        if H <= 1344:
+            backward.append(Tiles(32, 16, 128, 8, split=8))
+        if in_1k and (size == 2 or H % 128 == 0):
             backward.append(Tiles(16, 16, 128, 8, split=8, poll=True))
         if in_1k5:
             backward.append(Tiles(8, 16, 128, 8, split=8, poll=True))
         if size == 2 or in_2k:
             backward.append(Tiles(16, 16, 2 * chunk, 8, split=8))
         if in_2k:
-            backward.append(Tiles(64, 16, 2 * chunk if size == 2 else chunk, 8))
+            backward.append(Tiles(64, 16, 2 * chunk if size == 2 else chunk // 2 if wgmma else chunk, 8))
             backward += [Tiles(16, 16, chunk // 2, 4, team=4), Tiles(32, 16, chunk // 2, 8, team=4)]
             if size == 2:
                 backward.append(Tiles(64, 16, chunk // 2, 8, team=4))
@@ -109,10 +121,12 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
             backward.append(Tiles(8, 32, 128, 8, split=8, poll=True))
         if not tcgen05 or (in_1k and size == 2):
             forward.append(Tiles(32, 32, chunk // 2, 8))
-        if in_1k and (not tcgen05 or size == 2):
+        if in_1k and (wgmma or (size == 2 and not tcgen05)):
             forward.append(Tiles(64, 32, tall, 8))
         if in_1k or not tcgen05:
-            backward += [Tiles(16, 32, 2 * chunk, 8, split=8), Tiles(32, 32, 128, 8, split=8)]
+            backward.append(Tiles(16, 32, 2 * chunk, 8, split=8))
+        if not tcgen05 or (in_1k and size == 2):
+            backward.append(Tiles(32, 32, 128, 8, split=8))
         if size == 2:
             backward.append(Tiles(64, 32, chunk, 8))
     if 16 not in fits:
@@ -161,7 +175,8 @@ def narrow_tiles(H: int, size: int, device: Device) -> tuple[list[Tiles], list[T
         warps = 16 if mma_only(size, device) else 4 if wide and capability == 9 else 8
         forward.append(Tiles(16, units, min(64, chunk) if wide and capability != 10 else chunk // 2, warps))
         # Four warps repeat nothing of a product, but hold only the shorter rows that fit an A100 without spills.
-        backward.append(Tiles(64 if wide else 32, units, chunk, 4 if not wide and capability == 8 else 8))
+        rows = 64 if wide and capability != 8 else 32
+        backward.append(Tiles(rows, units, chunk, 4 if not wide and capability == 8 else 8))
     if wide and not units and not mma_only(size, device):
         streaming_tiles(forward, backward, H, size, device)
     return forward, backward
@@ -180,12 +195,42 @@ def streaming_tiles(forward: list[Tiles], backward: list[Tiles], H: int, size: i
     if size == 8:
         forward.append(Tiles(16, units, chunk // 2, 4, kept))
     else:
-        kept = min(kept, 12)  # the loads of more chunks spill
+        kept = min(kept, 10 if device.capability[0] == 10 else 12)  # the loads of more chunks spill
         forward.append(Tiles(32 if units == 16 else 16, units, chunk // 2, 8, kept))
         if units == 16:
             backward.append(Tiles(16, 16, chunk // 2, 4, kept, team=4))
             backward.append(Tiles(32, 16, chunk // 2, 8, kept, team=4))
     backward.append(Tiles(64 if units == 16 else 32, units, chunk, 8, room // (units * chunk * size)))
+
+
+def projection_tiles(H: int, P: int, size: int, device: Device) -> tuple[list[Tiles], list[Tiles]]:
+    """grid_tiles() of kernels that project to P features: all of both weights on chip, in wide rows. Of a program's
+    units forward has four rows of P columns, and of its features one of H; backward one of P, and one of 4H."""
+    if not projectable(H, P, size, device) or P * size > 1024:
+        return [], []
+
+    def fits(features: int, chunk: int, backward: bool) -> bool:
+        of_units, of_features = (1, 4) if backward else (4, 1)
+        over_features, over_units = (ceil_div(K, chunk) * chunk for K in (P, H))
+        held = of_units * 16 * over_features + of_features * features * over_units
+        programs = max(ceil_div(H, 16), ceil_div(P, features))
+        return programs <= device.multiprocessors and held * size <= 0.75 * device.shared
+
+    # Of the longest rows the loads of longer chunks spill.
+    chunk = 256 if H * size <= 3072 or size == 4 else 128
+    forward = [Tiles(16, 16, chunk, 8, split=8, features=16)] if fits(16, chunk, False) and H * size <= 4096 else []
+    backward = []
+    for features in (16, 8):
+        chunk = next((chunk for chunk in (512, 256) if fits(features, chunk, True)), 0)
+        if chunk:
+            backward += [Tiles(batch, 16, chunk, 8, split=8, features=features) for batch in (16, 32)]
+    return forward, backward
+
+
+def projectable(H: int, P: int, size: int, device: Device) -> bool:
+    """Whether kernels may project to P features: the addresses of narrow rows, the two numbers of full precision and a
+    B200's registers leave no room for a second product."""
+    return aligned(H, size) and aligned(P, size) and size < 8 and device.capability[0] != 10
 
 
 def stack_tiles(H: int, size: int, device: Device, layers: int) -> tuple[list[Tiles], list[Tiles]]:

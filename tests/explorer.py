@@ -260,10 +260,11 @@ class Explorer:
         if not options.get("GRID"):
             return original(executor, *tensors, **options)
         self.bounded = options["TURNS"] > 0
-        exchanged = [named[name] for name in ("y", "dropped", "dgates", "products") if named.get(name) is not None]
+        names = "y", "dropped", "unprojected", "dgates", "products", "dh_steps"
+        exchanged = [named[name] for name in names if named.get(name) is not None]
         member, group = named["member_begin"], named["row_begin"] // options["BLOCK_B"]
         _, groups, members = executor.grid
-        for flags in (named["flags"], named.get("team_flags")):
+        for flags in (named["flags"], named["inner_flags"]):
             own = () if flags is None else flags.view(-1, *flags.shape[-2:])[member : member + members]
             if len(own) and own[:, group : group + groups].any():
                 raise self._named(Broken("the flags are not zero at launch"))

@@ -1,11 +1,12 @@
-"""The layouts of the kernels' and the reference's links: dense, packed, padded rows of several lengths, and resets."""
+"""The layouts of the kernels' and the reference's links: dense, packed, padded rows of several lengths, resets, and the
+steps of a row beside each other."""
 
 import torch
 
 from fused_lstm.kernels.launch import DENSE, Layout
-from fused_lstm.layer import Sequence
+from fused_lstm.sequence import Sequence
 
-NAMES = ("dense", "packed", "lengths", "reset", "lengths and reset")
+NAMES = ("dense", "packed", "lengths", "reset", "lengths and reset", "rows first", "rows first, lengths and reset")
 
 
 def layout_of(name, T, B, device="cpu"):
@@ -20,5 +21,6 @@ def layout_of(name, T, B, device="cpu"):
         lengths[0] = T
         batch_sizes = torch.stack([(lengths > t).sum() for t in range(T)])
         return Sequence.packed(batch_sizes, torch.device(device)).layout, (int(batch_sizes.sum()),)
-    starts = starts.to(device) if "reset" in name else None
-    return Layout(lengths.to(device) if "lengths" in name else None, None, starts), (T, B)
+    first = "rows first" in name
+    starts = (starts.T.contiguous() if first else starts).to(device) if "reset" in name else None
+    return Layout(lengths.to(device) if "lengths" in name else None, None, starts, first), (B, T) if first else (T, B)

@@ -7,7 +7,7 @@ from fused_lstm.kernels import backward as backward_module
 from fused_lstm.kernels import forward as forward_module
 from fused_lstm.kernels.dropout import dropout
 from fused_lstm.kernels.launch import ALONE, Stack
-from fused_lstm.layer import Sequence
+from fused_lstm.sequence import Sequence
 
 from .layouts import layout_of
 
@@ -33,14 +33,14 @@ def check(plan, members, form, T, B, H, seed=0, forward=forward_module, backward
         dropping = (torch.tensor([seed]), torch.tensor([0.75]).double()) if "dropout" in members else ()
         stack, dc_steps = Stack(randn(M - 1, 4 * H, H), randn(M - 1, 4 * H), *dropping), None
     elif layout.offsets is None:
-        own = [sequence.layout for sequence in Sequence.padded(layout, False).each(2)]
+        own = [sequence.layout for sequence in Sequence.padded(layout, False, T).each(2)]
         if layout.starts is not None:
             all_of = layout._replace(starts=torch.stack([one.starts for one in own]))
     options = {"layout": all_of, "c_reset": c_reset, "stack": stack, "plan": plan}
 
     def both():
         y, cn, c, gates = forward.forward(x, weight_hh, h0, c0, **options)
-        dgates, *of_states = backward.backward(dy, dhn, dcn, weight_hh, c0, c, gates, dc_steps=dc_steps, **options)
+        dgates, *of_states, _ = backward.backward(dy, dhn, dcn, weight_hh, c0, c, gates, dc_steps=dc_steps, **options)
         return y, cn, c, gates, dgates, *of_states
 
     y, cn, c, gates, dgates, dc0, dc_reset = both() if within is None else within(both)
@@ -66,7 +66,7 @@ def check(plan, members, form, T, B, H, seed=0, forward=forward_module, backward
         above = above if stacked else part(dy, m)
         saved = c0[m], part(c, m), part(gates, m)
         of_cells = {"dc_steps": None if dc_steps is None else part(dc_steps, m)}
-        theirs = reference.backward(above, dhn[m], dcn[m], weight_hh[m], *saved, **options_of(m), **of_cells)
+        theirs = reference.backward(above, dhn[m], dcn[m], weight_hh[m], *saved, **options_of(m), **of_cells)[:3]
         pairs += zip((part(dgates, m), dc0[m], None if dc_reset is None else dc_reset[m]), theirs, strict=True)
         if stacked and m > 0:
             above = dropped(theirs[0] @ stack.weight_ih[m - 1], m - 1)

@@ -25,19 +25,24 @@ def tensors(*shapes):
 
 # With every row full: the operator leaves gates as they are past a row's end, and opcheck compares them.
 FORWARD = {
-    "dense": (None, None, None, None),
-    "lengths and resets": (torch.zeros(B, H), torch.full((B,), T), None, RESET),
+    "dense": (None, None, None, None, False),
+    "lengths and resets": (torch.zeros(B, H), torch.full((B,), T), None, RESET, False),
+    "rows first": (torch.zeros(B, H), torch.full((B,), T), None, RESET.T.contiguous(), True),
 }
 
 
+@pytest.mark.parametrize("projects", [False, True])
 @pytest.mark.parametrize("form", FORWARD)
-def test_opcheck_of_the_recurrence(form):
-    inputs = tensors((T, B, 4 * H), (4 * H, H), (B, H), (B, H))
-    arguments = (*inputs, *FORWARD[form], *[None] * 4, False, True, True)
+def test_opcheck_of_the_recurrence(form, projects):
+    lead, P = (B, T) if FORWARD[form][-1] else (T, B), 3
+    out = P if projects else H
+    *inputs, weight_hr = tensors((*lead, 4 * H), (4 * H, out), (B, out), (B, H), (P, H))
+    projection = weight_hr.detach() if projects else None
+    arguments = (*inputs, *FORWARD[form], projection, *[None] * 4, False, True, True)
     opcheck(torch.ops.fused_lstm.forward.default, arguments)
     _, _, c, gates = operators.forward(*arguments)
-    dy, dhn, dcn, dc_steps = tensors((T, B, H), (B, H), (B, H), (T, B, H))
-    saved = (inputs[1], inputs[3], c, gates, dc_steps, *FORWARD[form])
+    dy, dhn, dcn, dc_steps = tensors((*lead, out), (B, out), (B, H), (*lead, H))
+    saved = (inputs[1], inputs[3], c, gates, dc_steps, *FORWARD[form], projection)
     opcheck(torch.ops.fused_lstm.backward.default, (dy, dhn, dcn, *saved, *[None] * 3, False, True))
 
 

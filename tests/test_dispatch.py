@@ -134,7 +134,12 @@ def test_a_replaced_weight_of_another_size_is_not_read_out_of_bounds(name, shape
         module(torch.randn(2, 3, 5))
 
 
-def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(monkeypatch):
+@pytest.mark.parametrize(
+    "tiles, out",
+    [(Tiles(2, 2, 4, 4), 6), (Tiles(2, 2, 4, 4, poll=True), 6), (Tiles(2, 2, 4, 4, features=1), 4)],
+    ids=["flags", "polled", "projecting"],
+)
+def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(tiles, out, monkeypatch):
     text = "Triton Error [CUDA]: too many blocks in cooperative launch"
     real, refused = forward.forward_kernel, []
 
@@ -154,12 +159,12 @@ def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(monkeypatch):
 
     monkeypatch.setattr(forward, "forward_kernel", Kernel())
     monkeypatch.setattr(plan, "_refused", {})
-    tiles = Tiles(2, 2, 4, 4)
     grid = plan.Plan("grid", tiles, tiles, 8, "ieee", "")
-    tensors = [torch.randn(size) for size in [(3, 2, 24), (24, 6), (2, 6), (2, 6)]]
-    y, *_ = forward.forward(*tensors, plan=grid)
-    assert refused == [(3, 1, 1)]
-    torch.testing.assert_close(y, reference.forward(*tensors)[0])
+    *tensors, weight_hr = [torch.randn(size) for size in [(3, 2, 24), (24, out), (2, out), (2, 6), (out, 6)]]
+    weight_hr = weight_hr if out < 6 else None
+    y, *_ = forward.forward(*tensors, plan=grid, weight_hr=weight_hr)
+    assert refused == [(max(3, out if out < 6 else 0), 1, 1)]
+    torch.testing.assert_close(y, reference.forward(*tensors, weight_hr=weight_hr)[0])
 
     cuda = torch.device("cuda", 0)
     plan.refuse(cuda, text)

@@ -61,6 +61,8 @@ RESET_TO_ZERO = "test_sequences.py::test_resets_equal_cutting[cpu-zero-two layer
 LENGTHS = "test_sequences.py::test_lengths_equal_packing[cpu-two layers, both directions-dtype3]"
 LAYERS = "test_parity.py::test_lstm[cpu-batch first-dtype3]"
 PROJECTION = "test_parity.py::test_lstm[cpu-projection-dtype3]"
+WITHIN = "test_projection.py::test_every_state_and_gradient[cpu--rows first]"
+WITHIN_RESET = "test_projection.py::test_every_state_and_gradient[cpu-reset-steps first]"
 UNSORTED = "test_parity.py::test_packed[cpu-packed-dtype3]"
 FLOAT32_CELL = "test_recurrence.py::test_cell_is_float32_across_the_loop[cpu-fp16]"
 SMALL = "test_recurrence.py::test_small_activations_keep_their_relative_accuracy[cpu]"
@@ -68,7 +70,7 @@ DROPOUT = "test_dispatch.py::test_dropout_draws_the_masks_of_nn_lstm"
 ONE_LAUNCH = "test_stack.py::test_parity[cpu-3-3-36-4-dtype3]"
 MASKS = "test_stack.py::test_dropout_by_its_own_masks[dtype3]"
 DEALT = "test_stack.py::test_rows_are_dealt_by_their_lengths"
-DERIVATIVE = "test_reference.py::test_backward_is_the_derivative_of_forward[dense-False]"
+DERIVATIVE = "test_reference.py::test_backward_is_the_derivative_of_forward[dense-False-4]"
 TRACE = "test_trace.py::test_torch_cell[two layers, both directions-hx]"
 TRACE_OF_PADDING = "test_trace.py::test_reference[cpu-one layer-lengths]"
 RECOMPUTED = (
@@ -110,6 +112,7 @@ FAULTS = {
         ),
         "bias of the layer below": ("bias += below * (4 * H)", "bias += 0 * below", ONE_LAUNCH),
         "h without dropout for the layer above": ("(dropped if DROP else y)", "y", MASKS),
+        "the order of steps and rows": ("lanes = rows * row_stride", "lanes = rows", LAYERS),
         "h of the wrong neighbour": (
             "t_prev = tl.where(backwards, t + 1, t - 1)",
             "t_prev = t",
@@ -158,6 +161,8 @@ FAULTS = {
             ONE_ROW,
         ),
         "dhn dropped": ("active & (~has_next)[None, :]", "active & False", ONE_ROW),
+        "dhn of the features dropped": ("dh += at_end.to(ACC)", "dh += 0 * at_end.to(ACC)", WITHIN),
+        "features across a reset": ("linked_next & projects", "active_rows & has_next & projects", WITHIN_RESET),
         "dhn of the longest rows only": ("active & (~has_next)[None, :]", "active & (step == 0)", PACKED),
     },
     "kernels/dropout.py": {
@@ -189,21 +194,29 @@ FAULTS = {
         "input of an upper layer without dropout": ("below = members.drop(", "below, _ = all_y[m - 1], (", MASKS),
         "bias gradient without the first step": ("dgates.sum(0,", "dgates[current].sum(0,", LAYERS),
         "W_hh gradient without h0": ("outer(from_h0, h0[m],", "outer(0 * from_h0, h0[m],", LAYERS),
-        "W_hh gradient across a reset": ("from_h * ~starts[current]", "from_h", RESET_TO_ZERO),
-        "h0 taken where a reset is": ("from_h0 * ~starts[start]", "from_h0", RESET_TO_ZERO),
+        "W_hh gradient across a reset": ("dgates.masked_fill_(starts, 0)", "dgates", RESET_TO_ZERO),
+        "W_hh gradient across two rows": ("dgates[start] = 0", "dgates[start]", LAYERS),
         "h0 gradient without the resets": ("(dgates * starts).view", "(0 * dgates * starts).view", STATES),
         "h0 of the resets dropped": ("addcmul_(starts.to(x.dtype)", "addcmul_(0 * starts.to(x.dtype)", STATES),
         "gradient of a row without steps": ("torch.where(without_steps, dhn[m], dh0)", "dh0", LENGTHS),
         "end of a row without steps": ("torch.where(without_steps, h0, hn)", "hn", LENGTHS),
-        "cut one step late in the other direction": ("[starts[1:], torch.zeros_like(starts[:1])]", "[starts]", STATES),
-        "cut where the other direction begins": ("starts &= following <", "following <", BOTH),
-        "hn from the wrong end": ("(last, first, earlier, later) if", "(last, last, earlier, later) if", LAYERS),
         "W_hr gradient without the recurrence": (
             "outer(from_h @ weight_hh, h[previous], ends, wide)",
             "ends",
             PROJECTION,
         ),
-        "W_hr gradient of the padding": ("h.masked_fill(layout.past(len(h)), 0) if", "h if", PROJECTED),
+        "W_hr gradient without the recurrence, in the kernel": (
+            "members.each(dh_steps, M)",
+            "members.each(dy, M)",
+            WITHIN,
+        ),
+        "W_hr gradient of the padding": ("h.masked_fill(layout.past(h.shape), 0) if", "h if", PROJECTED),
+    },
+    "fused_lstm/sequence.py": {
+        "cut one step late in the other direction": ("[starts[1:], torch.zeros_like(starts[:1])]", "[starts]", STATES),
+        "cut where the other direction begins": ("starts &= following <", "following <", BOTH),
+        "hn from the wrong end": ("(last, first, earlier, later) if", "(last, last, earlier, later) if", LAYERS),
+        "the end of rows that follow each other": ("rows // B - 1, rows", "rows // B - 2, rows", LAYERS),
     },
     "fused_lstm/chunks.py": {
         "no gradient from the chunk after": ("torch.cat([grads.h0[0],", "torch.cat([0 * grads.h0[0],", RECOMPUTED),

@@ -1,5 +1,7 @@
 """The kernels' link: every launcher, in every form, against reference.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from triton.runtime.interpreter import interpreter_builder
@@ -27,24 +29,41 @@ def local(H):
 STEP = Plan("step", Tiles(16, 16, 32, 4), Tiles(16, 16, 64, 4, split=4), 0, "ieee", "")
 
 
+# Features in two programs, of which three have units.
+PROJECTING = replace(STEP, forward=replace(STEP.forward, features=16), backward=replace(STEP.backward, features=16))
+
+
 def tensors(shapes, dtype, device):
     return [torch.randn(shape, dtype=torch.float64).to(device=device, dtype=dtype) for shape in shapes]
 
 
-def check(plan, dtype, T, B, H, device, reverse=False, form="dense"):
+def check(plan, dtype, T, B, H, device, reverse=False, form="dense", out=None):
     """Both passes of one recurrence, by the rule, with the reference in `dtype` as the other side's error."""
+    out = out or H
     layout, lead = layout_of(form, T, B, device)
-    shapes = [(*lead, 4 * H), (4 * H, H), *[(B, H)] * 3, (*lead, H), *[(B, H)] * 2, (*lead, H)]
-    input_gates, weight_hh, h0, c0, c_reset, dy, dhn, dcn, dc_steps = tensors(shapes, dtype, device)
+    shapes = [
+        (*lead, 4 * H),
+        (4 * H, out),
+        (B, out),
+        *[(B, H)] * 2,
+        (*lead, out),
+        (B, out),
+        (B, H),
+        (*lead, H),
+        (out, H),
+    ]
+    input_gates, weight_hh, h0, c0, c_reset, dy, dhn, dcn, dc_steps, weight_hr = tensors(shapes, dtype, device)
     weight_hh /= H**0.5
+    weight_hr /= H**0.5
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     options = {"reverse": reverse, "layout": layout}
     resets = {} if layout.starts is None else {"c_reset": c_reset}
+    projection = {} if out == H else {"weight_hr": weight_hr}
     # Every other form has no gradient of the cells of its own.
     steps = {} if form in ("packed", "lengths") else {"dc_steps": dc_steps}
 
     def run(function, plan, cast, *inputs, **more):
-        arguments = {name: cast(value) for name, value in (resets | more).items()}
+        arguments = {name: cast(value) for name, value in (resets | projection | more).items()}
         return function(*map(cast, inputs), **arguments, **options, **({"plan": plan} if plan else {}))
 
     def compare(names, ours, theirs, gold):
@@ -54,19 +73,19 @@ def check(plan, dtype, T, B, H, device, reverse=False, form="dense"):
 
     inputs = (input_gates, weight_hh, h0, c0)
     wide = {name: value.to(accumulator) for name, value in resets.items()}
-    ours = forward(*inputs, plan=plan, **wide, **options)
+    ours = forward(*inputs, plan=plan, **wide, **projection, **options)
     theirs = run(reference.forward, None, lambda v: v, *inputs)
     gold = run(reference.forward, None, torch.Tensor.double, *inputs)
     y, cn, c, gates = ours
-    inside = slice(None) if layout.lengths is None or form == "packed" else layout.lengths > torch.arange(T)[:, None]
+    inside = ~layout.past(gates.shape)[..., 0] if layout.padded else slice(None)
     written = (y, cn, c, gates[inside])
     compare(("y", "cn", "c", "gates"), written, (*theirs[:3], theirs[3][inside]), (*gold[:3], gold[3][inside]))
 
     inputs = (dy, dhn, dcn, weight_hh, c0.to(accumulator), c, gates)
-    ours = backward(*inputs, plan=plan, **wide, **steps, **options)
+    ours = backward(*inputs, plan=plan, **wide, **projection, **steps, **options)
     theirs = run(reference.backward, None, lambda v: v.to(dtype), *inputs, **steps)
     gold = run(reference.backward, None, torch.Tensor.double, *inputs, **steps)
-    compare(("dgates", "dc0", "dc_reset"), ours, theirs, gold)
+    compare(("dgates", "dc0", "dc_reset", "dh_steps"), ours, theirs, gold)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,6 +98,17 @@ def test_local(dtype, reverse, device):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_step_with_many_programs(dtype, reverse, device):
     check(STEP, dtype, 3, 17, 36, device, reverse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_projection(dtype, reverse, device):
+    check(PROJECTING, dtype, 3, 17, 36, device, reverse, out=20)
+
+
+@pytest.mark.parametrize("form", NAMES[1:])
+def test_projection_of_every_layout(form, device):
+    check(PROJECTING, torch.float32, 5, 5, 20, device, form=form, out=18)
 
 
 def test_step_with_products_in_eight_parts(device):
@@ -135,6 +165,15 @@ def test_grid(dtype, H, form):
     plan = choose(dtype, 33, H, torch.device("cuda"), ieee=True)
     assert plan.mode in ("grid", "step")
     check(plan, dtype, 20, 33, H, "cuda", form=form)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["dense", "lengths and reset"])
+def test_projection_in_the_grid(form):
+    """Its CPU twins: test_projection, and test_schedules.PROJECTING."""
+    plan = choose(torch.bfloat16, 33, 2048, torch.device("cuda"), ieee=False, proj=256)
+    assert plan.forward.features and plan.backward.features
+    check(plan, torch.bfloat16, 20, 33, 2048, "cuda", form=form, out=256)
 
 
 def test_nothing_is_saved_on_request():

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from itertools import product
 
 import pytest
@@ -126,6 +127,27 @@ def test_a_layer_keeps_its_input_once_and_its_weights_as_they_are():
     of_hx = 2 * 3 * 4 * H * 4
     assert x.untyped_storage().data_ptr() in count
     assert beside(count, [x, *module.parameters()]) == of_hx + 3 * 4 * 50 * (module.plan(x).saved_bytes + 4 * H)
+
+
+@pytest.mark.parametrize("form", ["", "lengths", "reset"])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}], ids=str)
+def test_rows_first_copy_no_more_than_steps_first(options, form):
+    T, B, I, H = 30, 3, 8, 8  # noqa: E741
+    reset = torch.rand(T, B) < 0.1
+
+    def copies(batch_first):
+        module, x = LSTM(I, H, **options, batch_first=batch_first), torch.randn(B, T, I).requires_grad_()
+        if not batch_first:
+            x = x.detach().transpose(0, 1).contiguous().requires_grad_()
+        keywords = {"lengths": {"lengths": [T, 7, 0]}, "reset": {"reset": reset.T if batch_first else reset}, "": {}}
+        with torch.profiler.profile(record_shapes=True) as profile:
+            y, _ = module(x, **keywords[form])
+            torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
+        found = (math.prod(event.input_shapes[0]) for event in profile.events() if event.name == "aten::copy_")
+        # Of all steps: what is smaller is a state's, or a weight's.
+        return sorted(size for size in found if size >= T * B * min(I, H))
+
+    assert copies(True) == copies(False)
 
 
 def test_a_third_of_what_nn_lstm_keeps():

@@ -242,10 +242,10 @@ def test_addresses_past_2_31_elements(kernel, mode, packed, reverse, addresses):
         tensors, loads, stores = forward_parts(row, t, neighbours[0], mode, B)
     step = 1 if reverse != backward else t
     tiles = PLANS[mode].backward if backward else PLANS[mode].forward
-    constants, options = specialization(PLANS[mode], tiles, H, torch.float32)
+    constants, options = specialization(PLANS[mode], tiles, H, torch.float32, H)
     total_rows = FAR + FAR * T if packed else T * B
-    sizes = {"T": T, "B": B, "total_rows": total_rows, "member_begin": 0}
-    sizes |= {"row_begin": 0, "step_begin": step, "step_end": step + 1}
+    sizes = {"T": T, "B": B, "total_rows": total_rows, "step_stride": B, "row_stride": 1}
+    sizes |= {"member_begin": 0, "row_begin": 0, "step_begin": step, "step_end": step + 1}
     arguments = dict.fromkeys(kernel.arg_names)  # None for what only the grid form takes
     arguments |= tensors | {"lengths": lengths, "offsets": offsets} | sizes | constants
     arguments |= {
@@ -256,6 +256,8 @@ def test_addresses_past_2_31_elements(kernel, mode, packed, reverse, addresses):
         "RESET": False,
         "STACK": False,
         "DROP": False,
+        "CELL": True,
+        "PROJECT": False,
     }
     arguments |= {"DC_STEPS": False} if backward else {"SAVE": True}
     kernel[(triton.cdiv(H, tiles.units), 1, 1)](**arguments, **options)

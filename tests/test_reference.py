@@ -17,6 +17,7 @@ class Reference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_gates, weight_hh, h0, c0, c_reset, options):
         y, cn, c, gates = reference.forward(input_gates, weight_hh, h0, c0, c_reset=c_reset, **options)
+        ctx.h0 = h0
         ctx.save_for_backward(weight_hh, c0, c_reset, c, gates)
         ctx.options = options
         return y, cn, c.clone()
@@ -25,19 +26,21 @@ class Reference(torch.autograd.Function):
     def backward(ctx, dy, dcn, dc_steps):
         weight_hh, c0, c_reset, c, gates = ctx.saved_tensors
         more = {"c_reset": c_reset, "dc_steps": dc_steps}
-        grads = reference.backward(dy, torch.zeros_like(c0), dcn, weight_hh, c0, c, gates, **more, **ctx.options)
+        grads = reference.backward(dy, torch.zeros_like(ctx.h0), dcn, weight_hh, c0, c, gates, **more, **ctx.options)
         return grads[0], None, None, grads[1], grads[2], None
 
 
+@pytest.mark.parametrize("out", [H, 3])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("form", NAMES)
-def test_backward_is_the_derivative_of_forward(reverse, form):
+def test_backward_is_the_derivative_of_forward(reverse, form, out):
     layout, lead = layout_of(form, 4, B)
-    shapes = [(*lead, 4 * H), (4 * H, H), (B, H), (B, H), (B, H)]
-    input_gates, weight_hh, h0, c0, c_reset = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    shapes = [(*lead, 4 * H), (4 * H, out), (B, out), (B, H), (B, H), (out, H)]
+    input_gates, weight_hh, h0, c0, c_reset, weight_hr = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     c_reset = None if layout.starts is None else c_reset.requires_grad_()
     differentiable = (input_gates.requires_grad_(), weight_hh, h0, c0.requires_grad_(), c_reset)
-    assert torch.autograd.gradcheck(Reference.apply, (*differentiable, {"reverse": reverse, "layout": layout}))
+    options = {"reverse": reverse, "layout": layout} | ({} if out == H else {"weight_hr": weight_hr})
+    assert torch.autograd.gradcheck(Reference.apply, (*differentiable, options))
 
 
 @pytest.mark.parametrize("reverse", [False, True])

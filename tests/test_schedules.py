@@ -33,7 +33,10 @@ TEAM = replace(PLAN, backward=Tiles(2, 2, 8, 4, team=4))
 TEAMS = replace(PLAN, backward=Tiles(2, 1, 2, 4, kept=1, team=4))
 # h and dgates are polled; in backward each chunk of a product is in four parts.
 POLLING = replace(PLAN, forward=Tiles(2, 2, 4, 4, poll=True), backward=Tiles(2, 2, 4, 4, split=4, poll=True))
-PLANS = [PLAN, STREAMING, TEAM, TEAMS, POLLING]
+# To about half as many features as units. Forward four programs have some, of which three have units, or three and two;
+# backward two of three or both have some, and its products are in parts.
+PROJECTING = replace(PLAN, forward=Tiles(2, 2, 8, 4, features=1), backward=Tiles(2, 2, 4, 4, split=4, features=2))
+PLANS = [PLAN, STREAMING, TEAM, TEAMS, POLLING, PROJECTING]
 
 
 def run(
@@ -51,12 +54,14 @@ def run(
 ):
     """Both passes under a schedule, against the reference, in float64 and exact to rounding."""
     B, H = sizes
+    out = H // 2 + 1 if plan.forward.features else H
     layout, lead = layout_of(form, T, B)
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(*lead, 4 * H), (4 * H, H), *[(B, H)] * 3, (*lead, H), (B, H), (B, H)]
+    shapes = [(*lead, 4 * H), (4 * H, out), (out, H), (B, out), *[(B, H)] * 2, (*lead, out), (B, out), (B, H)]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    input_gates, weight_hh, h0, c0, c_reset, *cotangents = tensors
+    input_gates, weight_hh, weight_hr, h0, c0, c_reset, *cotangents = tensors
     options = {"reverse": reverse, "layout": layout, "c_reset": None if layout.starts is None else c_reset}
+    options["weight_hr"] = weight_hr if out < H else None
     with explore(schedule, seed, strict, memory) as explorer:
         ours = forward.forward(input_gates, weight_hh, h0, c0, plan=plan, **options)
         saved = (weight_hh, c0, *ours[2:])
@@ -87,7 +92,7 @@ def sweep(first, count):
     for seed in range(first, first + count):
         form = seed // len(names)
         if seed % 8 == 7:
-            of, plan = members.FORMS[seed // 8 % len(members.FORMS)], PLANS[seed // 24 % len(PLANS)]
+            of, plan = members.FORMS[seed // 8 % len(members.FORMS)], PLANS[seed // 24 % len(PLANS[:-1])]
             run_members(names[seed % len(names)], seed, form % 6 == 0, of, plan=plan, form=NAMES[form % len(NAMES)])
             continue
         sizes = TWO_GROUPS if form % 2 else ONE_GROUP
@@ -147,42 +152,42 @@ def plant(tmp_path, monkeypatch):
     return load
 
 
-FLAG_OF_STEP = "step_flags + step)"
-FLAG_OF_PREVIOUS = "step_flags + step - 1"
-TARGET = "step - 1, tl.num_programs(0),"
+PUBLISH = {
+    "forward": "publish(inner_flag if OUT < H else step_flags + step)",
+    "backward": "publish(step_flags + step)",
+}
+# The wait without a projection, and of whom.
+WAIT = "if step > 0:\n                        wait(step_flags + step - 1, "
+WRITERS = {"forward": "writers", "backward": "tl.num_programs(0)"}
+# What stands there by the pass, and what is put in its place.
 FAULTS = {
-    "a publish is missing": (
-        f"publish({FLAG_OF_STEP}",
-        f"if step < {T - 2}:\n                publish({FLAG_OF_STEP}",
-        "deadlock",
-    ),
-    "the target is off by one": (TARGET, TARGET.replace("(0)", "(0) - 1"), "nobody has written|race"),
-    "the target is out of reach": (TARGET, TARGET.replace("(0)", "(0) + 1"), "deadlock"),
-    "the flag of the step before": (
-        FLAG_OF_PREVIOUS,
-        FLAG_OF_PREVIOUS.replace("- 1", "- 2 * (step > 1)"),
-        "deadlock|written|race",
-    ),
+    "a publish is missing": (PUBLISH, f"if step < {T - 2}:\n                    {{}}", "deadlock"),
+    "the target is off by one": (WRITERS, "{} - 1", "nobody has written|race"),
+    "the target is out of reach": (WRITERS, "{} + 1", "deadlock"),
+    "the flag of the step before": (WAIT, WAIT.replace("- 1", "- 2 * (step > 1)"), "deadlock|written|race"),
     "another group's flag": (
-        f"wait({FLAG_OF_PREVIOUS}",
-        f"wait({FLAG_OF_PREVIOUS} + (1 - 2 * tl.program_id(1)) * T",
+        WAIT,
+        WAIT.replace("step - 1", "step - 1 + (1 - 2 * tl.program_id(1)) * T"),
         "nobody has written|race",
     ),
-    "no wait at all": (
-        "if step > 0:\n                    wait(",
-        "if step < 0:\n                    wait(",
-        "nobody has written|race",
-    ),
+    "no wait at all": (WAIT, WAIT.replace("> 0", "< 0"), "nobody has written|race"),
     "a relaxed publish": ('1, sem="release"', '1, sem="relaxed"', "race"),
     "no acquire": ('0, sem="acquire"', '0, sem="relaxed"', "race"),
 }
 
 
+def planted(which, fault):
+    """The module of a pass, and one of FAULTS in its words: what stands there, and what is put in its place."""
+    old, new, _ = FAULTS[fault]
+    old = old if isinstance(old, str) else old[which]
+    before = WAIT if old in WRITERS.values() else ""
+    return forward_module if which == "forward" else backward_module, before + old, before + new.format(old)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_planted_fault_is_found(plant, which, fault):
-    old, new, found = FAULTS[fault]
-    module = plant(forward_module if which == "forward" else backward_module, old, new)
+    module, found = plant(*planted(which, fault)), FAULTS[fault][2]
     with pytest.raises(Broken, match=found):
         for seed, schedule in enumerate(SCHEDULES):
             run(schedule, seed, **{which: module})
@@ -193,8 +198,8 @@ FAULTS_OF_A_TEAM = {
     "the target is short of one": ("TEAM * (step + 1)", "TEAM * (step + 1) - 1"),
     "another team's flag": ("wait(team_flag, TEAM", "wait(team_flag + 1 - 2 * team, TEAM"),
     "the step's dgates counted in before the products are read": (
-        "            publish(team_flag)\n",
-        f"            publish({FLAG_OF_STEP}\n            publish(team_flag)\n",
+        "publish(team_flag)\n",
+        f"{PUBLISH['backward']}\n                publish(team_flag)\n",
     ),
 }
 
@@ -205,6 +210,48 @@ def test_planted_fault_in_a_team_is_found(plant, fault):
     with pytest.raises(Broken, match=r"nobody has written|race|overwrote|deadlock"):
         for seed, schedule in enumerate(SCHEDULES):
             run(schedule, seed, plan=TEAMS, sizes=ONE_GROUP, backward=module)
+
+
+# The projection's: a step's second exchange, and its first between other programs than without one.
+FAULTS_OF_A_PROJECTION = {
+    "features before the cells": (
+        "forward",
+        "tl.num_programs(0) * (step + 1), step",
+        "tl.num_programs(0) * step, step",
+    ),
+    "features that one has not counted in": (
+        "forward",
+        "wait(step_flags + step - 1, writers,",
+        "wait(step_flags + step - 1, 1,",
+    ),
+    "only the first has features": ("forward", "< writers\n", "< 1\n"),
+    "cells before their gradient": (
+        "backward",
+        "wait(inner_flag, writers * (step + 1)",
+        "wait(inner_flag, writers * step",
+    ),
+    "cells before one's features": ("backward", "writers * (step + 1)", "writers * (step + 1) - 1"),
+    "no wait for dgates": ("backward", "if (step > 0) & projects:", "if (step < 0) & projects:"),
+    "all count features in": (
+        "backward",
+        "                if projects:\n                    publish",
+        "                if step >= 0:\n                    publish",
+    ),
+    "cells that are not read yet are written over": (
+        "forward",
+        "tl.store(unprojected + state, h, mask=active)\n",
+        "tl.store(unprojected + state, h, mask=active)\n                publish(step_flags + step)\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_A_PROJECTION)
+def test_planted_fault_in_the_projection_is_found(plant, fault):
+    which, *texts = FAULTS_OF_A_PROJECTION[fault]
+    module = plant(forward_module if which == "forward" else backward_module, *texts)
+    with pytest.raises(Broken, match=r"nobody has written|race|overwrote|deadlock"):
+        for seed, schedule in enumerate(SCHEDULES):
+            run(schedule, seed, plan=PROJECTING, sizes=ONE_GROUP, **{which: module})
 
 
 LOOKED_AT = "(tile.to(WORD, bitcast=True) == -1) & awaited_rows"
@@ -234,7 +281,7 @@ def test_nan_is_data():
         y, _, c, gates = forward_module.forward(*tensors, plan=POLLING)
         assert y[1:, 0].isnan().all() and not y[:, 1].isnan().any() and not y[0].isnan().any()
         given = torch.randn(T, B, H), *torch.randn(2, B, H), *tensors[1::2]
-        dgates, _, _ = backward_module.backward(*given, c, gates, plan=POLLING)
+        dgates, _, _, _ = backward_module.backward(*given, c, gates, plan=POLLING)
     assert dgates[:, 0].isnan().any() and not dgates[:, 1].isnan().any()
 
 
@@ -251,20 +298,20 @@ FAULTS_OF_MEMBERS = {
     "a wrong direction's counter": (
         "forward",
         "directions",
-        "wait(step_flags + step",
-        "wait(flags + (1 - member) * T + step",
+        WAIT,
+        WAIT.replace("step_flags", "flags + (1 - member) * T"),
     ),
     "a wrong direction's counter, backward": (
         "backward",
         "directions",
-        "wait(step_flags + step",
-        "wait(flags + (1 - group) * T + step",
+        WAIT,
+        WAIT.replace("step_flags", "flags + (1 - group) * T"),
     ),
     "counted in before dropout's part is written": (
         "forward",
         "layers with dropout",
-        "        tl.store(y + hidden, h, mask=active)\n",
-        "        tl.store(y + hidden, h, mask=active)\n        publish(step_flags + step)\n",
+        "tl.store(y + hidden, h, mask=active)\n",
+        "tl.store(y + hidden, h, mask=active)\n                publish(step_flags + step)\n",
     ),
 }
 
@@ -289,9 +336,9 @@ def test_directions_that_do_not_fit_together_follow_in_further_launches(schedule
 
 def test_flag_published_before_the_data(plant):
     source = Path(forward_module.__file__).read_text()
-    store, publish = "        tl.store(y + hidden, h, mask=active)\n", f"            publish({FLAG_OF_STEP}\n"
+    store, publish = "tl.store(y + hidden, h, mask=active)\n", f"{PUBLISH['forward']}\n"
     both = source[source.index(store) : source.index(publish) + len(publish)]
-    module = plant(forward_module, both, both.removeprefix(store) + store)
+    module = plant(forward_module, both, f"pass\n{both.removeprefix(store)}            {store}")
     with pytest.raises(Broken, match=r"nobody has written|race"):
         run("uniform", 0, forward=module)
 
@@ -314,14 +361,14 @@ def test_flags_left_from_an_earlier_launch(monkeypatch):
 
 
 def test_a_failure_names_the_seed_that_repeats_it(plant):
-    module = plant(forward_module, *FAULTS["no wait at all"][:2])
+    module = plant(*planted("forward", "no wait at all"))
     with pytest.raises(Broken, match=r"schedule='uniform', seed=3, strict=False"):
         run("uniform", 3, forward=module)
 
 
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_debug_mode_reports_who_waits_in_vain(plant, which, monkeypatch):
-    module = plant(forward_module if which == "forward" else backward_module, *FAULTS["a publish is missing"][:2])
+    module = plant(*planted(which, "a publish is missing"))
     monkeypatch.setattr(launch, "TURNS", 50)
     with pytest.raises(RuntimeError, match=r"program \d of batch group [01] waited in vain for step 1 of the others"):
         run("uniform", 0, memory=False, **{which: module})

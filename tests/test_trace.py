@@ -144,10 +144,7 @@ def test_the_numbers_are_those_that_the_kernels_save(options, device, monkeypatc
     of_layers = [zip(c.chunk(D, -1), gates.chunk(D, -1), strict=True) for _, _, c, gates in saved[:calls]]
     of_directions = [both for of_layer in of_layers for both in of_layer]
     for (layer, direction, _), (c, gates) in zip(cells_of(module), of_directions, strict=calls > 0):
-        at = [
-            v[..., layer, direction, :].transpose(0, 1) if module.batch_first else v[..., layer, direction, :]
-            for v in ours
-        ]
+        at = [v[..., layer, direction, :] for v in ours]
         assert torch.equal(torch.cat(at[:4], -1), gates) and torch.equal(at[4], c)
     # Composed of torch operations, as on torch's path, it differs from the call by rounding.
     torch.testing.assert_close(ours.h[..., -1, :, :].flatten(-2), y, rtol=0, atol=0 if calls else 1e-6)
