@@ -23,6 +23,7 @@ class Case:
         packs and pads again); or "reset" (episodes of 50 steps on average end anywhere: nn.LSTM goes step by step).
     lengths: of uneven rows: "spread" (evenly from T to T / 8), "uniform" (at random from 1 to T) or "one long" (a row
         of T among rows of T / 50).
+    proj: features of a projection, as proj_size of torch.nn.LSTM; 0: none.
     """
 
     mode: str
@@ -35,6 +36,12 @@ class Case:
     directions: int = 1
     form: str = "dense"
     lengths: str = "spread"
+    proj: int = 0
+
+    @property
+    def out(self) -> int:
+        """Features of h in each direction."""
+        return self.proj or self.H
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -47,6 +54,7 @@ class Case:
         out."""
         parts = [f"T{self.T}", f"H{self.H}"]
         parts += [f"I{self.I}"] if self.I != self.H else []
+        parts += [f"P{self.proj}"] if self.proj else []
         parts += [f"L{self.layers}"] if self.layers > 1 else []
         parts += [f"D{self.directions}"] if self.directions > 1 else []
         parts += [self.form] if self.form != "dense" else []
@@ -91,6 +99,10 @@ GPU = [
         Case(mode, T=512, B=16, I=H, H=H, dtype=dtype, directions=2)
         for H, dtype, mode in product([512, 256], _MAIN, BOTH)
     ),
+    *(
+        Case(mode, T=512, B=16, I=512, H=2048, dtype=dtype, proj=proj)
+        for proj, dtype, mode in product([256, 512], _MAIN, BOTH)
+    ),
     *(_square(64, H, B, dtype, "one step") for H, B, dtype in product([512, 1024], [1, 16], _MAIN)),
     *(
         _square(512, H, B, *rest)
@@ -125,5 +137,6 @@ DRY = [
         for lengths in ["uniform", "one long"]
     ),
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", layers=4) for mode in BOTH),
+    *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", proj=3) for mode in BOTH),
     *_LONG_IF_DRY,
 ]

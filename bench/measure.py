@@ -51,11 +51,12 @@ def build(case: Case, device: torch.device) -> tuple[nn.LSTM, Tensor | PackedSeq
     """Returns nn.LSTM with the case's weights, the input x (T, B, I), packed if the case is, and hx = (h0, c0), the
     same at every call."""
     torch.manual_seed(0)
-    lstm = nn.LSTM(case.I, case.H, case.layers, bidirectional=case.directions == 2)
+    lstm = nn.LSTM(case.I, case.H, case.layers, bidirectional=case.directions == 2, proj_size=case.proj)
     # In training mode cuDNN would write in the forward what only a backward reads.
     lstm = lstm.to(device, case.torch_dtype).train(case.mode == "forward+backward")
-    states = (case.layers * case.directions, case.B, case.H)
-    x, h0, c0 = (torch.randn(size).to(device, case.torch_dtype) for size in ((case.T, case.B, case.I), states, states))
+    cells = case.layers * case.directions, case.B
+    sizes = (case.T, case.B, case.I), (*cells, case.out), (*cells, case.H)
+    x, h0, c0 = (torch.randn(size).to(device, case.torch_dtype) for size in sizes)
     if case.form == "packed":
         return lstm, pack_padded_sequence(x, lengths_of(case), enforce_sorted=False), (h0, c0)
     return lstm, x, (h0, c0)
@@ -169,7 +170,7 @@ def step(case: Case, module: nn.Module, x: Tensor | PackedSequence, hx: tuple[Te
         return torch.no_grad()(lambda: module(x, hx))
     leaf = (x.data if isinstance(x, PackedSequence) else x).detach().requires_grad_()
     leaves = [leaf, *module.parameters()]
-    dy = torch.randn((*leaf.shape[:-1], case.directions * case.H)).to(leaf)
+    dy = torch.randn((*leaf.shape[:-1], case.directions * case.out)).to(leaf)
 
     def both() -> tuple[Tensor, ...]:
         y, _ = module(x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf, hx)

@@ -158,14 +158,14 @@ def _remembers(case: Case) -> bool:
 
 
 def _one_layer(case: Case) -> bool:
-    return case.form == "dense" and case.layers == case.directions == 1
+    return case.form == "dense" and case.layers == case.directions == 1 and not case.proj
 
 
 PROVIDERS = {
     "fused_lstm": Provider(fused),
     "fused_lstm, recompute": Provider(recomputing, runs=_remembers),
     "nn.LSTM, checkpointed": Provider(checkpointed, runs=_remembers),
-    "compiled cell": Provider(CompiledCell, runs=lambda case: case.form == "dense" and not _remembers(case)),
+    "compiled cell": Provider(CompiledCell, lambda case: case.form == "dense" and not (case.proj or _remembers(case))),
     "TorchRL": Provider(TorchRL, lambda case: _one_layer(case) and case.torch_dtype == torch.float32, "torchrl"),
     "FlashRNN": Provider(FlashRNN, lambda case: _one_layer(case) and case.dtype != "tf32", "flashrnn"),
 }

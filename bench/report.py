@@ -33,6 +33,7 @@ def share_of_floor(row: Row, measured: dict[str, float]) -> float | None:
         or not row["plan"]
         or row["plan"]["mode"] == "torch"
         or case.form != "dense"
+        or case.proj
         or case.mode == "one step"
     ):
         return None
