@@ -6,7 +6,7 @@ import torch
 from fused_lstm.kernels.launch import DENSE, Layout
 from fused_lstm.sequence import Sequence
 
-NAMES = ("dense", "packed", "lengths", "reset", "lengths and reset", "rows first", "rows first, lengths and reset")
+NAMES = ("dense", "packed", "lengths", "reset", "lengths and reset", "rows first, lengths and reset")
 
 
 def layout_of(name, T, B, device="cpu"):

@@ -77,7 +77,7 @@ RECOMPUTED = (
     "test_memory.py::test_every_state_and_gradient"
     "[cpu-lengths and reset to hx-two layers, both directions-4-torch.float64]"
 )
-COMPILED = "test_offline.py::test_variants[inference]"
+COMPILED = "test_offline.py::test_bounded_waits"
 
 # By file: a fault, the text that it replaces, the text that it puts there, and a test that must then fail.
 FAULTS = {
