@@ -177,6 +177,8 @@ def narrow_tiles(H: int, size: int, device: Device) -> tuple[list[Tiles], list[T
         # Four warps repeat nothing of a product, but hold only the shorter rows that fit an A100 without spills.
         rows = 64 if wide and capability != 8 else 32
         backward.append(Tiles(rows, units, chunk, 4 if not wide and capability == 8 else 8))
+        if wide and not mma_only(size, device):
+            split_tiles(forward, backward, H, size, device)
     if wide and not units and not mma_only(size, device):
         streaming_tiles(forward, backward, H, size, device)
     return forward, backward
@@ -201,6 +203,16 @@ def streaming_tiles(forward: list[Tiles], backward: list[Tiles], H: int, size: i
             backward.append(Tiles(16, 16, chunk // 2, 4, kept, team=4))
             backward.append(Tiles(32, 16, chunk // 2, 8, kept, team=4))
     backward.append(Tiles(64 if units == 16 else 32, units, chunk, 8, room // (units * chunk * size)))
+    if units == 16 and (size == 2 or H <= 1536):  # the masks of longer rows spill
+        split_tiles(forward, backward, H, size, device)
+
+
+def split_tiles(forward: list[Tiles], backward: list[Tiles], H: int, size: int, device: Device) -> None:
+    """Adds the tiles that split a product of few rows among warps, with as much of W_hh on chip as leaves registers."""
+    room, chunks = int((0.6 if size == 2 else 0.4) * device.shared), ceil_div(H, 128)
+    for tiles, of_units, all_chunks in ((forward, 4, chunks), (backward, 1, 4 * chunks)):
+        kept = min(room // (of_units * 16 * 128 * size), 4 if size == 8 else all_chunks)
+        tiles.append(Tiles(16, 16, 128, 8, 0 if kept >= all_chunks else kept, split=8))
 
 
 def projection_tiles(H: int, P: int, size: int, device: Device) -> tuple[list[Tiles], list[Tiles]]:
