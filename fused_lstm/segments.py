@@ -26,7 +26,7 @@ def run(
     Returns:
         y: (T, B, D*Hout), zero past a row's length; hn, cn: as hx.
     """
-    lengths, _, starts = sequence.layout
+    lengths, starts = sequence.lengths, sequence.starts
     T, B, _ = x.shape
     if lengths is None:
         lengths = torch.full((B,), T, device=x.device)
