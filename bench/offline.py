@@ -303,10 +303,11 @@ def choices(
         return choose(torch_dtype, B, H, DEVICES[device], ieee, directions, layers, proj)
 
     low, high = chosen(first), chosen(last)
-    if low == high or last - first == 1:
-        for plan, begin, end in ((low, first, last),) if low == high else ((low, first, first), (high, last, last)):
-            if plan is not None:
-                yield plan, begin, end
+    if low == high:
+        if low is not None:
+            yield low, first, last
+    elif last - first == 1:
+        yield from ((plan, B, B) for plan, B in ((low, first), (high, last)) if plan is not None)
     else:
         middle = (first + last) // 2
         yield from choices(device, dtype, H, first, middle, directions, layers, proj)
@@ -343,19 +344,8 @@ def groups(
                 same = (device, dtype, kernel, plan.mode, plan.precision, getattr(plan, kernel), *several, aligned)
                 found.setdefault(same, []).append((H, first, last, plan.layers))
     rows = []
-    for (
-        device,
-        dtype,
-        kernel,
-        mode,
-        precision,
-        tiles,
-        directions,
-        stack,
-        proj,
-        half,
-        aligned,
-    ), members in found.items():
+    for same, members in found.items():
+        device, dtype, kernel, mode, precision, tiles, directions, stack, proj, half, aligned = same
         sizes, firsts, lasts, layers = zip(*members, strict=True)
         chosen = {max(sizes, key=lambda H: (H % tiles.chunk > 0 if aligned else H % 2, H))}
         if mode == "grid":
