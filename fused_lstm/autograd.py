@@ -151,8 +151,10 @@ class LSTMFunction(torch.autograd.Function):
         weights = by_member(saved[14:])
         needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[19:]]
         dy = torch.zeros_like(y[-1] if members.layers else y) if dy is None else dy
-        dhn = torch.zeros_like(h0) if dhn is None else dhn
-        dcn = torch.zeros_like(c0) if dcn is None else dcn
+        if dhn is None or dcn is None:
+            zeros = torch.zeros_like(c0)
+            dhn = zeros[..., : h0.shape[2]] if dhn is None else dhn
+            dcn = zeros if dcn is None else dcn
         if ctx.chunk:
             grads = LSTMFunction.in_chunks(ctx, dy, dhn, dcn, dcells, x, h0, c0, weights, sequence, y, h, c, needs)
         else:

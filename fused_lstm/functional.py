@@ -27,6 +27,15 @@ from .kernels.plan import (
 from .layer import Members, together
 from .sequence import Sequence
 
+# The switch of nn.LSTM's float32 products: on the way to it torch.backends looks up a module at every step.
+_OF_RNN: Any = torch.backends.cudnn.rnn
+
+
+def constant(function: Callable[..., Any]) -> Any:
+    """torch.compiler.assume_constant_result, without importing all of the compiler, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 class States(NamedTuple):
     """The states of all steps, a tensor for each layer.
@@ -143,7 +152,8 @@ def lstm(
         if drops and layers > 1:
             seed = torch.randint(2**62, (1,), device=x.device)
             members = Members(True, projects, seed, x.new_full((1,), 1 - dropout, dtype=accumulator(x.dtype)))
-        tensors = x, hx[0][begin:end], hx[1][begin:end]
+        h0, c0 = hx if len(groups) == 1 else (hx[0][begin:end], hx[1][begin:end])
+        tensors = x, h0, c0
         if on_torch or forward_mode:
             x, hn, cn, cells, gates = composed.members(*tensors, parameters, sequence, members)
             c_saved = cells
@@ -292,7 +302,7 @@ def groups_of(input: Tensor, states: tuple[int, int], num_layers: int, alone: bo
     return layers_together(autocast_dtype(input), B, H, num_layers, input.device, full_precision())
 
 
-@torch.compiler.assume_constant_result
+@constant
 def compiled_groups(dtype: torch.dtype, H: int, num_layers: int, device: torch.device) -> list[int]:
     """groups_of() for a graph, which is to be the same for every B: the groups of a middling one."""
     return layers_together(dtype, 16, H, num_layers, device, full_precision())
@@ -306,7 +316,7 @@ def projects_in_kernel(input: Tensor, states: tuple[int, int, int], directions: 
     return in_kernel(autocast_dtype(input), B, H, P, input.device, full_precision(), directions)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def compiled_projects(dtype: torch.dtype, H: int, P: int, device: torch.device, directions: int) -> bool:
     """projects_in_kernel() for a graph, as compiled_groups()."""
     return in_kernel(dtype, 16, H, P, device, full_precision(), directions)
@@ -337,10 +347,10 @@ def plan_for_one_step(input: Tensor) -> Plan:
     return choose_one_step(autocast_dtype(input), input.device, full_precision())
 
 
-@torch.compiler.assume_constant_result
+@constant
 def full_precision() -> bool:
     """Whether float32 products are not to be TF32: cuDNN's own switch says so, which is the one nn.LSTM follows."""
-    return torch.backends.cudnn.rnn.fp32_precision != "tf32"  # type: ignore[attr-defined]
+    return _OF_RNN.fp32_precision != "tf32"
 
 
 def by_torch(

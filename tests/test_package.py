@@ -24,6 +24,8 @@ for module in (fused_lstm, fused_lstm.kernels.forward):
 # Another package may have that name, but ours must not.
 spec = importlib.util.find_spec("kernels")
 assert spec is None or unpacked not in Path(spec.origin).parents, spec
+# All of torch's compiler would take a second.
+assert "torch._dynamo" not in sys.modules
 """
 
 
