@@ -21,7 +21,7 @@ from fused_lstm.kernels.sync import publish, wait
 from fused_lstm.kernels.tiles import H100, Device
 
 from .cases import DTYPES
-from .timing import Times, alternate
+from .timing import Times, alternate, graphed
 
 # Turns of a spin before it gives up: a second or so, where a wait takes a few turns.
 TURNS = 1_000_000
@@ -275,16 +275,6 @@ def broadcast(lab: Lab, name: str, params: dict[str, Any]) -> Measured:
     times = lab.slope(partial(call, True), steps, less=partial(call, False))
     heard(report)
     return times, params["bytes"] / times.median, "bytes/us"
-
-
-def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Returns a call that replays `call`, which has run before, as one CUDA graph; on the CPU `call` itself."""
-    if device.type != "cuda":
-        return call
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def launch_items(lab: Lab) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,6 +15,7 @@ from fused_lstm.kernels.plan import CHUNK
 
 from . import memory
 from .cases import MEMORY, Case
+from .timing import graphed
 
 BASELINE = "nn.LSTM"
 
@@ -68,6 +69,33 @@ def checkpointed(lstm: nn.LSTM) -> nn.Module:
     module.__class__ = Checkpointed
     module.flatten_parameters()
     return module
+
+
+class Graphed(nn.Module):
+    """One step of a module as a CUDA graph, which keeps the state from call to call; on the CPU the module itself."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.replay = module, None
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if self.replay is None:
+            self.x, self.hx = x.clone(), (hx[0].clone(), hx[1].clone())
+            self.step()  # compiles
+            self.replay = graphed(self.step, x.device)
+        if hx[0] is not self.hx[0]:
+            self.keep(hx)
+        self.x.copy_(x)
+        self.replay()
+        return self.y.clone(), self.hx
+
+    def step(self) -> None:
+        self.y, hx = self.module(self.x, self.hx)
+        self.keep(hx)
+
+    def keep(self, hx: tuple[Tensor, Tensor]) -> None:
+        for place, state in zip(self.hx, hx, strict=True):
+            place.copy_(state)
 
 
 class Stack(nn.Module):
@@ -157,6 +185,10 @@ def _remembers(case: Case) -> bool:
     return case in MEMORY
 
 
+def _step_on_cuda(case: Case) -> bool:
+    return case.mode == "one step" and torch.cuda.is_available()
+
+
 def _one_layer(case: Case) -> bool:
     return case.form == "dense" and case.layers == case.directions == 1 and not case.proj
 
@@ -165,6 +197,8 @@ PROVIDERS = {
     "fused_lstm": Provider(fused),
     "fused_lstm, recompute": Provider(recomputing, runs=_remembers),
     "nn.LSTM, checkpointed": Provider(checkpointed, runs=_remembers),
+    "fused_lstm, CUDA graph": Provider(lambda lstm: Graphed(fused(lstm)), _step_on_cuda),
+    "nn.LSTM, CUDA graph": Provider(lambda lstm: Graphed(copy.deepcopy(lstm)), _step_on_cuda),
     "compiled cell": Provider(CompiledCell, lambda case: case.form == "dense" and not (case.proj or _remembers(case))),
     "TorchRL": Provider(TorchRL, lambda case: _one_layer(case) and case.torch_dtype == torch.float32, "torchrl"),
     "FlashRNN": Provider(FlashRNN, lambda case: _one_layer(case) and case.dtype != "tf32", "flashrnn"),

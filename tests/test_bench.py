@@ -90,6 +90,20 @@ def test_what_breaks_parity_gets_no_time(path, monkeypatch):
         assert "ms" not in row
 
 
+@pytest.mark.parametrize("name", ["fused_lstm, CUDA graph", "nn.LSTM, CUDA graph"])
+def test_steps_of_a_graph(name):
+    """Of the right results, also in a second sequence, which begins with a state of its own."""
+    assert PROVIDERS[name].runs(ONE_STEP) == torch.cuda.is_available()  # without it there is no graph
+    measure.check(ONE_STEP, name, CPU)
+    lstm, x, hx = measure.build(ONE_STEP, CPU)
+    with torch.no_grad():
+        module = measure.called(ONE_STEP, PROVIDERS[name].build(lstm))
+        for states in (hx, tuple(-state for state in hx)):
+            y, (hn, cn) = module(x, states)
+            theirs, ends = lstm(x, states)
+            torch.testing.assert_close((y, hn, cn), (theirs, *ends))
+
+
 def test_a_failure_is_a_row_and_the_sweep_goes_on(path, monkeypatch):
     monkeypatch.setitem(PROVIDERS, "broken", Provider(no_build))
     assert sweep(path, "broken", "fused_lstm") == 0
