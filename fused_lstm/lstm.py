@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import States, check_recompute, lstm, lstm_cell, plan_for, plan_for_one_step, takes_one_step
+from .functional import States, lstm, lstm_cell
 from .kernels.plan import Plan
+from .planning import check_recompute, plan_for, plan_for_one_step, takes_one_step
 
 
 class _Unquantized:

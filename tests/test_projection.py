@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.testing
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fused_lstm import LSTM, functional, operators
+from fused_lstm import LSTM, operators, planning
 from fused_lstm.kernels.model import step, terms_for
 from fused_lstm.kernels.plan import choose_kernel, projects
 from fused_lstm.kernels.tiles import A100, B200, H100
@@ -20,7 +20,7 @@ FORMS = ["", "lengths", "reset", "lengths and reset", "lengths and reset to hx"]
 @pytest.fixture
 def within(monkeypatch):
     """Has the kernels project, whatever it costs."""
-    monkeypatch.setattr(functional, "in_kernel", lambda *_: True)
+    monkeypatch.setattr(planning, "in_kernel", lambda *_: True)
 
 
 @pytest.mark.parametrize("options", [{"batch_first": True}, {"batch_first": False}], ids=["rows first", "steps first"])

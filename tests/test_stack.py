@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fused_lstm import LSTM, functional
+from fused_lstm import LSTM, functional, planning
 from fused_lstm.kernels import forward, launch
 from fused_lstm.kernels.dropout import dropout
 from fused_lstm.kernels.model import step, terms_for
@@ -28,7 +28,7 @@ def one_launch(monkeypatch):
     """Groups layers as told, whatever they cost; all in one launch if not told."""
 
     def group(*sizes):
-        monkeypatch.setattr(functional, "layers_together", lambda dtype, B, H, layers, *rest: list(sizes) or [layers])
+        monkeypatch.setattr(planning, "layers_together", lambda dtype, B, H, layers, *rest: list(sizes) or [layers])
 
     group()
     return group
