@@ -62,7 +62,7 @@ LAUNCHES = ((1, 1, 0), (1, 2, 0), (1, 4, 0))
 # Of projections in the kernel: H, and P.
 PROJECTIONS = tuple(pairs((1016, 1400, 2048, 2104, 4096), (136, 512, 1024)))
 TENSOR_MEMORY = 512  # columns that a multiprocessor with tcgen05 has
-IN_ACCUMULATOR = {"c_state", "c", "c0", "dc_state", "c_reset", "dc_reset", "products", "keep"}
+IN_ACCUMULATOR = {"cn", "c", "dc0", "c_reset", "dc_reset", "products", "keep"}  # and backward's c0
 INTEGER_POINTERS = {
     "flags": "*i32",
     "inner_flags": "*i32",
@@ -123,12 +123,12 @@ def compile_kernel(
     """Compiles a kernel of KERNELS as its launcher would, for a capability such as (9, 0), without a GPU."""
     kernel: Any = KERNELS[name]
     tiles = getattr(plan, name)
-    constants, options = launch.specialized(kernel, plan, tiles, H, dtype, out or H)
     stack = plan.layers > 1
-    constants |= {"CELL": half != "PROJECT", "PROJECT": bool(out) and half != "CELL"}
-    constants |= {"DIRECTIONS": plan.directions, "REVERSE": reverse}
-    constants |= {"LENGTHS": packed or lengths, "PACKED": packed, "RESET": reset, "STACK": stack, "DROP": drop}
-    constants |= {"SAVE": save} if name == "forward" else {"DC_STEPS": False}
+    flags = {"CELL": half != "PROJECT", "PROJECT": bool(out) and half != "CELL"}
+    flags |= {"DIRECTIONS": plan.directions, "REVERSE": reverse}
+    flags |= {"LENGTHS": packed or lengths, "PACKED": packed, "RESET": reset, "STACK": stack, "DROP": drop}
+    flags |= {"SAVE": save} if name == "forward" else {"DC_STEPS": False}
+    made = launch.specialized(kernel, plan, tiles, H, dtype, out or H, **flags)
     taken = {
         ("c", "gates"): save or name == "backward",
         ("lengths",): packed or lengths,
@@ -142,10 +142,11 @@ def compile_kernel(
         ("products",): tiles.team > 1,
         ("weight_hr", "unprojected", "dh_steps"): bool(out),
         ("inner_flags",): tiles.team > 1 or (bool(out) and plan.mode == "grid"),
-        ("report",): constants["TURNS"] > 0,
+        ("report",): made.constants["TURNS"] > 0,
     }
     absent = [name for names, is_taken in taken.items() if not is_taken for name in names]
-    return compile_for(capability, kernel, dtype, constants, absent, options)
+    in_accumulator = IN_ACCUMULATOR | ({"c0"} if name == "backward" else set())
+    return compile_for(capability, kernel, dtype, made.constants, absent, made.options, in_accumulator)
 
 
 def compile_for(
@@ -155,10 +156,10 @@ def compile_for(
     constants: dict[str, Any],
     absent: Iterable[str],
     options: dict[str, Any],
-    in_accumulator: Iterable[str] = IN_ACCUMULATOR,
+    in_accumulator: Iterable[str] = (),
 ) -> CompiledKernel:
     """Compiles any kernel, with its constexpr arguments; absent: the pointers that are None, of those it has."""
-    constants |= {name: None for name in absent if name in kernel.arg_names}
+    constants = constants | {name: None for name in absent if name in kernel.arg_names}
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -193,9 +194,9 @@ def beside(device: str, dtype: str, H: int) -> Iterator[Row]:
     kernel = compile_for(capability, dropout.drop_kernel, torch_dtype, constants, (), {})
     yield row | {"kernel": "dropout", "flags": ["LENGTHS", "PACKED"], "usage": usage(kernel)}
     plan = choose_one_step(torch_dtype, torch.device("cuda"), ieee)
-    constants, options = launch.specialized(one_step.one_step_kernel, plan, plan.forward, H, torch_dtype, H)
-    constants |= {"I": H, "BIAS": True, "ACC": tl.float32}
-    kernel = compile_for(capability, one_step.one_step_kernel, torch_dtype, constants, (), options, in_accumulator=())
+    flags = {"I": H, "BIAS": True, "ACC": tl.float32}
+    made = launch.specialized(one_step.one_step_kernel, plan, plan.forward, H, torch_dtype, H, **flags)
+    kernel = compile_for(capability, made.kernel, torch_dtype, made.constants, (), made.options)
     yield row | {"kernel": "one step", "flags": [], "usage": usage(kernel)}
 
 
@@ -215,7 +216,10 @@ def resources(kernel: CompiledKernel) -> Resources:
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
         instructions = time_loop(tool("nvdisasm", "-c", file.name))
-    before, loop = kernel.asm["ttgir"].split("scf.for", 1)
+    ttgir = kernel.asm["ttgir"]
+    # The text of the loop over the steps, which is the first one: to the brace at its own indentation.
+    loop = re.search(r"^( *)(?:%\S+ = )?scf\.for .*?^\1}", ttgir, re.DOTALL | re.MULTILINE)
+    assert loop, kernel.metadata.name
     ptx = kernel.asm["ptx"]
     # Neighbours among the barriers and the accesses to global memory.
     pairs = list(pairwise(re.findall(r"\b(?:bar\.sync|(?:ld|st|atom|red)\.\S*global\S*)", ptx)))
@@ -231,8 +235,8 @@ def resources(kernel: CompiledKernel) -> Resources:
         instructions=len(instructions),
         loaded=threads * sum(width(access) for access in instructions if re.match(r"LDG", access)),
         stored=threads * sum(width(access) for access in instructions if access.startswith("STG")),
-        resident=before.count("ttg.local_alloc"),
-        loads=loop.count("tt.load"),
+        resident=ttgir.count("ttg.local_alloc", 0, loop.start()),
+        loads=loop[0].count("tt.load"),
         acquires=sum(".acquire" in first and second == "bar.sync" for first, second in pairs),
         releases=sum(first == "bar.sync" and ".release" in second for first, second in pairs),
         read_only=len(re.findall(r"\bld\.\S*\.nc\b", ptx)),

@@ -182,7 +182,7 @@ def forward(
             layout = layout._replace(starts=together([s.starts for s in sequences if s.starts is not None], 0))
             c_reset = reset_to[1] if sequence.reset_to_hx else torch.zeros_like(c0)
             c_reset = c_reset.to(accumulator(c0.dtype)).contiguous()
-        h, cn, c, gates = operators.run(
+        y, hn, cn, c, gates = operators.run(
             operators.forward,
             input_gates.view(*lead, input_gates.shape[-1]),
             recurrent(weights, folds),
@@ -199,17 +199,14 @@ def forward(
             save,
             ieee,
         )
-        y = h
         if folds:
-            y = projected(members.each(h, M), [w_hr.T for w_hr in by])
+            y = projected(members.each(y, M), [w_hr.T for w_hr in by])
+            lasts = (own.places(h0.shape[1], y.shape[0])[1] for own in sequences)
+            # Shares no memory with y.
+            hn = torch.stack([of_d[last] for of_d, last in zip(members.each(y, M), lasts, strict=True)])
+            if (without_steps := sequence.without_steps()) is not None:
+                hn = torch.where(without_steps, h0, hn)
             y = y.view(*lead, y.shape[-1])
-    ends = []
-    for m, own in enumerate(members.each(y, M)):
-        _, end, _, _ = sequences[0 if members.layers else m].places(h0.shape[1], input_gates.shape[0])
-        ends.append(own[end])
-    hn = torch.stack(ends)  # shares no memory with y
-    if (without_steps := sequence.without_steps()) is not None:
-        hn = torch.where(without_steps, h0, hn)
     return y, hn, cn, c, gates
 
 

@@ -1,7 +1,7 @@
 """The launchers as torch operators, fused_lstm::forward, ::backward, ::dropout and ::one_step: what torch.compile and
 torch.func see."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,18 +31,23 @@ def as_operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 def run(operator: Any, *args: Any) -> Any:
     """Runs an operator. Its way through torch's dispatcher takes the host as long as a launch: where nobody looks at it
     there, no compiler, transform, mode or subclass of Tensor, the function itself is called."""
-    function = _functions.get(operator)
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if watched or function is None or torch._C._functorch.peek_interpreter_stack() is not None:
+    if watched or torch._C._functorch.peek_interpreter_stack() is not None or not _are_plain(args):
         return operator(*args)
-    plain = all(_is_plain(arg) for arg in args if isinstance(arg, Tensor))
-    return function(*args) if plain else operator(*args)
+    return _functions.get(operator, operator)(*args)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    # A transform's tensor says that it is a Tensor, but it has no backend of its own.
-    keys, backends = torch._C._dispatch_keys(tensor), (torch._C.DispatchKey.CUDA, torch._C.DispatchKey.CPU)
-    return type(tensor) in (Tensor, torch.nn.Parameter) and any(map(keys.has, backends))
+def _are_plain(args: Iterable[Any]) -> bool:
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            # A transform's tensor says that it is a Tensor, but it has no backend of its own.
+            keys = torch._C._dispatch_keys(arg)
+            if not (keys.has(torch._C.DispatchKey.CUDA) or keys.has(torch._C.DispatchKey.CPU)):
+                return False
+        elif not (_are_plain(arg) if kind is list else arg is None or kind is bool or kind is int):
+            return False
+    return True
 
 
 @as_operator("forward")
@@ -64,16 +69,24 @@ def forward(
     reverse: bool,
     save: bool,
     ieee: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """kernels.forward.forward under the plan for its sizes; c and gates are empty without save."""
     members = _check(c0, weight_hh, input_gates, weight_hr, weight_ih)
     plan = choose(h0.dtype, *c0.shape[-2:], h0.device, ieee, **members)
-    tensors = (tensor.contiguous() for tensor in (input_gates, weight_hh, h0, c0))
-    layout = Layout(lengths, offsets, None if starts is None else starts.contiguous(), batch_first)
-    options: dict[str, Any] = {"plan": plan, "reverse": reverse, "layout": layout, "c_reset": c_reset, "save": save}
-    options |= {"stack": Stack(weight_ih, bias, seed, keep)}
-    y, cn, c, gates = forward_kernel.forward(*tensors, weight_hr=weight_hr, **options)
-    return y, cn, cn.new_empty(0) if c is None else c, y.new_empty(0) if gates is None else gates
+    y, hn, cn, c, gates = forward_kernel.forward(
+        input_gates.contiguous(),
+        weight_hh.contiguous(),
+        h0.contiguous(),
+        c0.contiguous(),
+        plan=plan,
+        reverse=reverse,
+        layout=Layout(lengths, offsets, None if starts is None else starts.contiguous(), batch_first),
+        c_reset=c_reset,
+        stack=Stack(weight_ih, bias, seed, keep),
+        weight_hr=weight_hr,
+        save=save,
+    )
+    return y, hn, cn, cn.new_empty(0) if c is None else c, y.new_empty(0) if gates is None else gates
 
 
 @forward.register_fake
@@ -95,14 +108,14 @@ def _(
     reverse: bool,
     save: bool,
     ieee: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lead = (*(h0.shape[:1] if weight_ih is not None else ()), *input_gates.shape[:-1])
     width = input_gates.shape[-1] // 4
     y = input_gates.new_empty((*lead, width // c0.shape[-1] * h0.shape[-1]))
-    cn = c0.new_empty(c0.shape, dtype=accumulator(c0.dtype))
+    hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape, dtype=accumulator(c0.dtype))
     if not save:
-        return y, cn, cn.new_empty(0), y.new_empty(0)
-    return y, cn, cn.new_empty((*lead, width)), input_gates.new_empty((*lead, input_gates.shape[-1]))
+        return y, hn, cn, cn.new_empty(0), y.new_empty(0)
+    return y, hn, cn, cn.new_empty((*lead, width)), input_gates.new_empty((*lead, input_gates.shape[-1]))
 
 
 @as_operator("backward")
@@ -131,12 +144,22 @@ def backward(
     projection."""
     members = _check(c0, weight_hh, gates, weight_hr, weight_ih)
     plan = choose(dy.dtype, *c0.shape[-2:], dy.device, ieee, **members)
-    tensors = (tensor.contiguous() for tensor in (dy, dhn, dcn, weight_hh, c0, c, gates))
-    layout = Layout(lengths, offsets, None if starts is None else starts.contiguous(), batch_first)
-    options: dict[str, Any] = {"plan": plan, "reverse": reverse, "layout": layout, "c_reset": c_reset}
-    options |= {"stack": Stack(weight_ih, None, seed, keep)}
-    options |= {"dc_steps": None if dc_steps is None else dc_steps.contiguous()}
-    dgates, dc0, dc_reset, dh_steps = backward_kernel.backward(*tensors, weight_hr=weight_hr, **options)
+    dgates, dc0, dc_reset, dh_steps = backward_kernel.backward(
+        dy.contiguous(),
+        dhn.contiguous(),
+        dcn.contiguous(),
+        weight_hh.contiguous(),
+        c0.contiguous(),
+        c.contiguous(),
+        gates.contiguous(),
+        plan=plan,
+        reverse=reverse,
+        layout=Layout(lengths, offsets, None if starts is None else starts.contiguous(), batch_first),
+        c_reset=c_reset,
+        stack=Stack(weight_ih, None, seed, keep),
+        weight_hr=weight_hr,
+        dc_steps=None if dc_steps is None else dc_steps.contiguous(),
+    )
     empty = dc0.new_empty(0) if dc_reset is None else dc_reset, dy.new_empty(0) if dh_steps is None else dh_steps
     return dgates, dc0, *empty
 
@@ -305,7 +328,7 @@ def _select(arg: Any, dim: Any, k: int) -> Any:
     return arg if dim is None else arg.select(dim, k)
 
 
-forward.register_vmap(_vmap(forward, of_time_out=(0, 2, 3)))
+forward.register_vmap(_vmap(forward, of_time_out=(0, 3, 4)))
 backward.register_vmap(_vmap(backward, of_time_out=(0, 3)))
 one_step.register_vmap(_vmap(one_step))
 dropout.register_vmap(one_by_one(dropout))

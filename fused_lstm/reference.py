@@ -33,8 +33,8 @@ def forward(
     layout: Layout = DENSE,
     c_reset: Tensor | None = None,
     weight_hr: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns y, cn, c and gates; shapes as in fused_lstm.kernels.forward.forward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns y, hn, cn, c and gates; shapes as in fused_lstm.kernels.forward.forward."""
     B, H = c0.shape
     h, c = h0.clone(), c0.clone()
     flat = input_gates.reshape(-1, 4 * H)
@@ -52,7 +52,7 @@ def forward(
         h[active] = h_t if weight_hr is None else h_t @ weight_hr.T
         y[rows], cells[rows], gates[rows] = h[active], c[active], torch.cat([i, f, g, o], dim=1)
     shape = input_gates.shape[:-1]
-    return y.reshape(*shape, -1), c, cells.reshape(*shape, H), gates.reshape(input_gates.shape)
+    return y.reshape(*shape, -1), h, c, cells.reshape(*shape, H), gates.reshape(input_gates.shape)
 
 
 def backward(

@@ -31,7 +31,7 @@ def backward_kernel(
     c,  # (rows, D, H), of a stack (M, rows, H) in: saved by forward
     gates,  # (rows, D, 4H), of a stack (M, rows, 4H) in: saved by forward
     dc_steps,  # as c, in: gradient of c of every step, beside its part in h; only if DC_STEPS
-    dc_state,  # (M, B, H) in: gradient of the cell from the steps after; out: from step_end on, dc0 in the end
+    dcn,  # (M, B, H) in: gradient of each row's last cell
     c_reset,  # (M, B, H) in: the cell from which a reset row goes on; only if RESET
     dc_reset,  # (M, B, H) in/out: its gradient, summed over the resets; only if RESET
     lengths,  # (B,) in: steps of each batch row; only if LENGTHS
@@ -43,6 +43,7 @@ def backward_kernel(
     seed,  # (1,) in: of the dropout between layers; only if DROP
     keep,  # (1,) in: the share of units that it keeps; only if DROP
     dgates,  # as gates, out: w.r.t. the pre-activations; also the buffer through which programs exchange it
+    dc0,  # (M, B, H) out: gradient of c0; in between, where every step is a launch, of the cell before step_end
     products,  # (M, TEAM, B, H) between the programs of a team: each one's part of dh; only if TEAM > 1
     dh_steps,  # (rows, D, OUT) out: the whole gradient of h, also the buffer by which programs exchange it; if OUT < H
     inner_flags,  # (M, batch groups, teams or 1) in/out: who has written one of these; zero at launch; only in GRID
@@ -83,7 +84,7 @@ def backward_kernel(
     SPLIT: tl.constexpr,  # parts of a chunk that warps sum apart from each other
     BLOCK_K: tl.constexpr,  # units of one gate that one product reduces over
 ):
-    ACC: tl.constexpr = dc_state.dtype.element_ty
+    ACC: tl.constexpr = dc0.dtype.element_ty
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K  # of one gate
     member = 0
     if DIRECTIONS > 1 or STACK:
@@ -160,7 +161,9 @@ def backward_kernel(
         step_end = tl.minimum(step_end, last + 1)
     else:
         last = T - 1
-    dc = tl.load(dc_state + state, mask=mask, other=0.0)
+    dc = tl.load(dcn + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
+    if not (LOCAL or GRID):
+        dc += tl.load(dc0 + state, mask=mask & (step_begin > 0), other=0.0)
     if LOCAL:
         dh_next = tl.zeros((BLOCK_H, BLOCK_B), ACC)  # dgates_{t+1} W_hh
     if RESET:
@@ -310,7 +313,7 @@ def backward_kernel(
                 dh_next = sum_parts(dh_next, 4, BLOCK_H, BLOCK_B)
 
     if CELL:
-        tl.store(dc_state + state, dc, mask=mask)
+        tl.store(dc0 + state, dc, mask=mask)
         if RESET:
             tl.store(dc_reset + state, dc_reset_tile, mask=mask)
 
@@ -351,17 +354,17 @@ def backward(
     """
     B, H = c0.shape[-2:]
     dgates = exchanged(gates, gates.shape, plan.backward, layout)
-    dc0 = dcn.to(c0.dtype, copy=True)
+    dc0 = c0.new_empty(c0.shape)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
     team = plan.backward.team
     products = c0.new_empty((*c0.shape[:-2], team, B, H)) if team > 1 else None
     dh_steps = None if weight_hr is None else exchanged(dy, dy.shape, plan.backward, layout)
     if B > 0:
         weight_ih, _, *dropout = stack
-        given = dy, dhn, weight_hh, c0, c, gates, dc_steps, dc0, c_reset, dc_reset, *layout.tensors
+        given = dy, dhn, weight_hh, c0, c, gates, dc_steps, dcn, c_reset, dc_reset, *layout.tensors
         launch(
             backward_kernel,
-            (*given, weight_hr, weight_ih, *dropout, dgates, products, dh_steps),
+            (*given, weight_hr, weight_ih, *dropout, dgates, dc0, products, dh_steps),
             plan,
             plan.backward,
             layout,

@@ -30,7 +30,7 @@ def forward_kernel(
     input_gates,  # (rows, D, 4H) in: x W_ih^T + b; rows = T * B, or the rows of the packed sequence; D = 1 in a stack
     weight_hh,  # (M, 4H, OUT) in: a matrix for each member
     h0,  # (M, B, OUT) in
-    c_state,  # (M, B, H) in: the cell before step_begin; out: the cell after step_end
+    c0,  # (M, B, H) in
     c_reset,  # (M, B, H) in: the cell from which a reset row goes on, its h being 0; only if RESET
     lengths,  # (B,) in: steps of each batch row; only if LENGTHS
     offsets,  # (T,) in: first row of each step; only if PACKED
@@ -45,6 +45,8 @@ def forward_kernel(
     dropped,  # (M - 1, rows, H) out: y with dropout, for the layer above; only if DROP
     c,  # (rows, D, H), of a stack (M, rows, H) out: c of every step; only if SAVE
     gates,  # (rows, D, 4H), of a stack (M, rows, 4H) out: activated gates; only if SAVE
+    hn,  # (M, B, OUT) out: each row's last h
+    cn,  # (M, B, H) out: each row's last cell; in between, where every step is a launch, the one after step_end
     unprojected,  # (M, B, H) between programs: o tanh c of the step; only if OUT < H
     inner_flags,  # (M, batch groups) in/out: who has written it, zero at launch; only if OUT < H in GRID
     flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID without POLL
@@ -83,7 +85,7 @@ def forward_kernel(
     SPLIT: tl.constexpr,  # parts of a chunk that warps sum apart from each other
     BLOCK_K: tl.constexpr,  # units of h that one product reduces over
 ):
-    ACC: tl.constexpr = c_state.dtype.element_ty
+    ACC: tl.constexpr = cn.dtype.element_ty
     CHUNKS: tl.constexpr = (OUT + BLOCK_K - 1) // BLOCK_K
     member = 0
     if DIRECTIONS > 1 or STACK:
@@ -156,7 +158,9 @@ def forward_kernel(
         step_end = tl.minimum(step_end, last + 1)
     else:
         last = T - 1
-    c_tile = tl.load(c_state + state, mask=mask, other=0.0)
+    c_tile = tl.load(c0 + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
+    if not (LOCAL or GRID):
+        c_tile += tl.load(cn + state, mask=mask & (step_begin > 0), other=0.0)
     if LOCAL:
         h_tile = tl.load(h0 + state, mask=mask, other=0.0)
     if RESET:
@@ -267,7 +271,22 @@ def forward_kernel(
                     publish(step_flags + step)
 
     if CELL:
-        tl.store(c_state + state, c_tile, mask=mask)
+        tl.store(cn + state, c_tile, mask=mask)
+    if OUT == H or PROJECT:
+        # From this program's part of y, which may be of other threads than these.
+        tl.debug_barrier()
+        own_rows, own = real_rows, units
+        if PROJECT:
+            own_rows, own = real_rows & projects, features
+        steps = T
+        if LENGTHS:
+            steps = length
+        end = tl.where(backwards, 0, steps - 1)
+        begin = tl.load(offsets + end, mask=real_rows, other=0) if PACKED else end.to(tl.int64) * step_stride
+        h_rows = tl.where(steps > 0, y + (begin * DIRECTIONS + places) * OUT, h0 + states * OUT)
+        own_mask = (own < OUT)[:, None] & own_rows[None, :]
+        h = tl.load(h_rows[None, :] + own[:, None], mask=own_mask, other=0.0)
+        tl.store(hn + states[None, :] * OUT + own[:, None], h, mask=own_mask)
 
 
 def forward(
@@ -283,14 +302,14 @@ def forward(
     stack: Stack = ALONE,
     weight_hr: Tensor | None = None,
     save: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs the recurrences of one layer's directions, or of a stack of layers.
 
     Args:
         input_gates: (T, B, D*4H), (B, T, D*4H) if the layout says so, or (rows, D*4H) of a packed sequence, contiguous:
             x W_ih^T + b, of the first layer of a stack.
         weight_hh: (M, 4H, H); (4H, H) of a single one, as the states below are then (B, H).
-        h0, c0: (M, B, H), contiguous, of the dtype of input_gates.
+        h0, c0: (M, B, H), contiguous, h0 of the dtype of input_gates.
         plan: mode and tiles.
         reverse: of a single direction, run from the last step to the first. Of two the second does.
         layout: where the sequences lie.
@@ -303,6 +322,7 @@ def forward(
 
     Returns:
         y: as input_gates with D*H features (D*P), h of every step, zero past a row's length; of a stack (L, T, B, H).
+        hn: as h0, each row's last h.
         cn: as c0 in the accumulator's dtype (float32; float64 for float64), each row's last cell.
         c: as input_gates with D*H features, of a stack as y, in the accumulator's dtype, and gates, as input_gates,
         activated, of a stack as y with 4H features; None without save.
@@ -317,12 +337,12 @@ def forward(
     new = input_gates.new_zeros if layout.padded else input_gates.new_empty
     c = new((*shape, width), dtype=accumulator(y.dtype)) if save else None
     gates = input_gates.new_empty((*shape, input_gates.shape[-1])) if save else None
-    cn = c0.to(accumulator(c0.dtype), copy=True)
+    hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape, dtype=accumulator(c0.dtype))
     if B > 0:
-        given = input_gates, weight_hh, h0, cn, c_reset, *layout.tensors, weight_hr, *stack
+        given = input_gates, weight_hh, h0, c0, c_reset, *layout.tensors, weight_hr, *stack
         launch(
             forward_kernel,
-            (*given, y, dropped, c, gates, unprojected),
+            (*given, y, dropped, c, gates, hn, cn, unprojected),
             plan,
             plan.forward,
             layout,
@@ -333,4 +353,4 @@ def forward(
             **stack.flags,
             SAVE=save,
         )
-    return y, cn, c, gates
+    return y, hn, cn, c, gates

@@ -3,6 +3,7 @@
 import os
 import threading
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from .plan import Plan, by_steps, interpreted, refuse
 from .tiles import Tiles, alone, ceil_div, programs_of
@@ -83,8 +85,8 @@ class Layout(NamedTuple):
     @property
     def flags(self) -> dict[str, bool]:
         """The constexpr arguments by which a layout enters a kernel."""
-        given = {"LENGTHS": self.lengths, "PACKED": self.offsets, "RESET": self.starts}
-        return {name: tensor is not None for name, tensor in given.items()}
+        lengths, offsets, starts, _ = self
+        return {"LENGTHS": lengths is not None, "PACKED": offsets is not None, "RESET": starts is not None}
 
 
 DENSE = Layout()  # T steps of B rows
@@ -160,19 +162,55 @@ def specialization(
     return constants, options
 
 
+@dataclass(frozen=True, eq=False)
+class Specialized:
+    """A kernel with its constexpr arguments and compile options.
+
+    compiled: what Triton has made of it so far, by device and by all that it distinguishes in the other arguments.
+    """
+
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    compiled: dict[Any, CompiledKernel] = field(default_factory=dict)
+
+    def launch(
+        self,
+        programs: tuple[int, int, int],
+        device: torch.device,
+        tensors: tuple[Tensor | None, ...],
+        sizes: tuple[int, ...],
+    ) -> None:
+        """Launches it on the current device; tensors, sizes: all that are no constants, in the kernel's order.
+
+        Triton finds out at every call, from all of them, which machine code is meant: here it is asked once.
+        """
+        # Of tensors the dtype, and whether loads can be wide; of integers whether 32 bits hold them.
+        of_tensors = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
+        key = device, *of_tensors, *[size < 2**31 for size in sizes]
+        compiled = self.compiled.get(key)
+        if compiled is not None:
+            compiled[programs](*tensors, *sizes, *self.constants.values())
+            return
+        compiled = self.kernel[programs](*tensors, *sizes, **self.constants, **self.options)
+        if compiled is not None:  # the interpreter compiles nothing
+            self.compiled[key] = compiled
+
+
 def specialized(
-    kernel: Any, plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype, out: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The constexpr arguments and the compile options by which a plan enters a kernel; out: features of h."""
-    constants, options = _specialized(tuple(kernel.arg_names), TURNS, plan, tiles, H, dtype, out)
-    return constants.copy(), options.copy()
+    kernel: Any, plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype, out: int, **flags: Any
+) -> Specialized:
+    """A kernel as a plan runs it. out: features of h; flags: further constexpr arguments."""
+    return _specialized(kernel, TURNS, tuple(flags.items()), plan, tiles, H, dtype, out)
 
 
 @cache
-def _specialized(names: tuple[str, ...], turns: int, *plan: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """specialized() by the names of a kernel's arguments; turns: what specialization() reads beside its own."""
+def _specialized(kernel: Any, turns: int, flags: tuple[tuple[str, Any], ...], *plan: Any) -> Specialized:
+    """specialized(); turns: what specialization() reads beside its own."""
     constants, options = specialization(*plan)
-    return {name: value for name, value in constants.items() if name in names}, options
+    constants |= flags
+    # In the kernel's order, of which it has not every one.
+    return Specialized(kernel, {name: constants[name] for name in kernel.arg_names if name in constants}, options)
 
 
 def launch(
@@ -201,7 +239,6 @@ def launch(
     B, H = states.shape[-2:]
     members = states.shape[0] if states.dim() == 3 else 1
     T = layout.steps(tensors[0].shape)
-    constants, options = specialized(kernel, plan, tiles, H, tensors[0].dtype, out)
     unit_blocks, batch_groups = programs_of(tiles, H, B, out)
     inner_flags = step_flags = report = None
     at_once = members, batch_groups
@@ -214,19 +251,21 @@ def launch(
         report = torch.zeros(4, dtype=torch.int32, device=device) if TURNS else None
         at_once = resident_at_once(plan.resident // unit_blocks, members, batch_groups, stacked)
     last = T + members - 1 if stacked else T  # each layer is a step behind the one that it takes from
-    parts = [{"CELL": True, "PROJECT": out < H}]  # of a step
-    if plan.mode == "step" and out < H:
-        parts = [{half: half == own for half in halves} for own in halves]
     steps = [(step, step + 1) for step in range(last)] if plan.mode == "step" else [(0, last)]
+    directions = 1 if stacked else members
+    flags |= {"DIRECTIONS": directions, "REVERSE": reverse, "CELL": True, "PROJECT": out < H, **layout.flags}
+    parts = [flags]  # of a step
+    if plan.mode == "step" and out < H:
+        parts = [flags | dict.fromkeys(halves, False) | {half: True} for half in halves]
+    kernels = [specialized(kernel, plan, tiles, H, tensors[0].dtype, out, **part) for part in parts]
     sizes = T, B, tensors[0].shape[:-1].numel(), *layout.strides(T, B)
-    flags_of = {"DIRECTIONS": 1 if stacked else members, "REVERSE": reverse, **layout.flags, **flags}
+    given = *tensors, inner_flags, step_flags, report
     with on_device(device):
         for member, group in product(range(0, members, at_once[0]), range(0, batch_groups, at_once[1])):
             programs = (unit_blocks, min(at_once[1], batch_groups - group), min(at_once[0], members - member))
-            for turn, part in product(steps, parts):
-                arguments = (*tensors, inner_flags, step_flags, report, *sizes, member, group * tiles.batch, *turn)
+            for turn, part in product(steps, kernels):
                 try:
-                    kernel[programs](*arguments, **constants, **flags_of, **part, **options)
+                    part.launch(programs, device, given, (*sizes, member, group * tiles.batch, *turn))
                 except RuntimeError as error:
                     if plan.mode != "grid" or (member, group) != (0, 0) or "cooperative" not in str(error):
                         raise

@@ -86,13 +86,12 @@ def one_step(
     L, B, H = h0.shape
     hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape)
     tiles = plan.forward
-    constants, options = specialized(one_step_kernel, plan, tiles, H, x.dtype, H)
-    constants["ACC"] = tl.float64 if x.dtype == torch.float64 else tl.float32
-    programs = programs_of(tiles, H, B)
+    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    programs = (*programs_of(tiles, H, B), 1)
     with on_device(x.device):
         for layer in range(L if B > 0 else 0):
             below = x if layer == 0 else hn[layer - 1]
-            arguments = (below, h0[layer], c0[layer], *weights[layer], hn[layer], cn[layer], B)
-            sizes = {"I": below.shape[1], "BIAS": weights[layer][-1] is not None}
-            one_step_kernel[programs](*arguments, **constants, **sizes, **options)
+            tensors = below, h0[layer], c0[layer], *weights[layer], hn[layer], cn[layer]
+            flags = {"I": below.shape[1], "BIAS": weights[layer][-1] is not None, "ACC": acc}
+            specialized(one_step_kernel, plan, tiles, H, x.dtype, H, **flags).launch(programs, x.device, tensors, (B,))
     return hn, cn

@@ -113,7 +113,8 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
         forward.append(Tiles(16, 8, 128, 8, split=8))
         # Over the longest rows that a B200 spreads, eight warps spill one register (Triton 3.7).
         forward.append(Tiles(32, 8, chunk // 2 if tcgen05 else min(64, chunk), 4 if tcgen05 else 8))
-        backward += [Tiles(batch, 8, 128, 8, split=8) for batch in (16, 32)]
+        # So does the smaller batch in TF32 (Triton 3.9).
+        backward += [Tiles(batch, 8, 128, 8, split=8) for batch in ((32,) if tcgen05 and size == 4 else (16, 32))]
     if 32 in fits:
         forward.append(Tiles(16, 32, chunk // 2, 8))
         if in_1k:
@@ -125,7 +126,7 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
             forward.append(Tiles(64, 32, tall, 8))
         if in_1k or not tcgen05:
             backward.append(Tiles(16, 32, 2 * chunk, 8, split=8))
-        if not tcgen05 or (in_1k and size == 2):
+        if sum((in_1k, size == 2, not tcgen05)) >= 2:  # of what spares registers
             backward.append(Tiles(32, 32, 128, 8, split=8))
         if size == 2:
             backward.append(Tiles(64, 32, chunk, 8))
@@ -228,9 +229,7 @@ def projection_tiles(H: int, P: int, size: int, device: Device) -> tuple[list[Ti
         programs = max(ceil_div(H, 16), ceil_div(P, features))
         return programs <= device.multiprocessors and held * size <= 0.75 * device.shared
 
-    # Of the longest rows the loads of longer chunks spill.
-    chunk = 256 if H * size <= 3072 or size == 4 else 128
-    forward = [Tiles(16, 16, chunk, 8, split=8, features=16)] if fits(16, chunk, False) and H * size <= 4096 else []
+    forward = [Tiles(16, 16, 256, 8, split=8, features=16)] if fits(16, 256, False) and H * size <= 4096 else []
     backward = []
     for features in (16, 8):
         chunk = next((chunk for chunk in (512, 256) if fits(features, chunk, True)), 0)
@@ -256,7 +255,8 @@ def stack_tiles(H: int, size: int, device: Device, layers: int) -> tuple[list[Ti
             return [], []
         return [Tiles(16, 16, min(64, chunk), 4)], [Tiles(16, 16, chunk, 8)]
     forward = [Tiles(16, 16, 128, 8, split=8)]
-    forward.append(Tiles(32, 16, chunk // 2 if wgmma else min(64, chunk), 4 if wgmma else 8))
+    # On an A100 longer chunks in 16 bit spill.
+    forward.append(Tiles(32, 16, chunk // 2, 4) if wgmma else Tiles(32, 16, chunk // 4 if size == 2 else chunk, 8))
     backward = [Tiles(16, 16, 128, 8, split=8)]
     if H * size <= 2048:
         backward.append(Tiles(16, 16, chunk // 2, 8, team=4))

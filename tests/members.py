@@ -39,11 +39,11 @@ def check(plan, members, form, T, B, H, seed=0, forward=forward_module, backward
     options = {"layout": all_of, "c_reset": c_reset, "stack": stack, "plan": plan}
 
     def both():
-        y, cn, c, gates = forward.forward(x, weight_hh, h0, c0, **options)
+        y, hn, cn, c, gates = forward.forward(x, weight_hh, h0, c0, **options)
         dgates, *of_states, _ = backward.backward(dy, dhn, dcn, weight_hh, c0, c, gates, dc_steps=dc_steps, **options)
-        return y, cn, c, gates, dgates, *of_states
+        return y, hn, cn, c, gates, dgates, *of_states
 
-    y, cn, c, gates, dgates, dc0, dc_reset = both() if within is None else within(both)
+    y, hn, cn, c, gates, dgates, dc0, dc_reset = both() if within is None else within(both)
 
     def part(tensor, m):
         return tensor[m] if stacked else tensor.chunk(2, -1)[m]
@@ -58,8 +58,8 @@ def check(plan, members, form, T, B, H, seed=0, forward=forward_module, backward
     pairs, above, taken = [], dy, x
     for m in range(M):
         taken = taken if stacked else x.chunk(2, -1)[m]
-        theirs = reference.forward(taken, weight_hh[m], h0[m], c0[m], **options_of(m))[:3]
-        pairs += zip((part(y, m), cn[m], part(c, m)), theirs, strict=True)
+        theirs = reference.forward(taken, weight_hh[m], h0[m], c0[m], **options_of(m))[:4]
+        pairs += zip((part(y, m), hn[m], cn[m], part(c, m)), theirs, strict=True)
         if stacked and m < M - 1:
             taken = dropped(theirs[0], m) @ stack.weight_ih[m].T + stack.bias[m]
     for m in reversed(range(M)):

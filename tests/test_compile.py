@@ -39,7 +39,7 @@ def test_opcheck_of_the_recurrence(form, projects):
     projection = weight_hr.detach() if projects else None
     arguments = (*inputs, *FORWARD[form], projection, *[None] * 4, False, True, True)
     opcheck(torch.ops.fused_lstm.forward.default, arguments)
-    _, _, c, gates = operators.forward(*arguments)
+    *_, c, gates = operators.forward(*arguments)
     dy, dhn, dcn, dc_steps = tensors((*lead, out), (B, out), (B, H), (*lead, H))
     saved = (inputs[1], inputs[3], c, gates, dc_steps, *FORWARD[form], projection)
     opcheck(torch.ops.fused_lstm.backward.default, (dy, dhn, dcn, *saved, *[None] * 3, False, True))

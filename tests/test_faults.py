@@ -57,6 +57,7 @@ LOOP = "test_sequences.py::test_every_state_against_a_loop_over_nn_lstm"
 STATES = f"{LOOP}[cpu-lengths and reset to hx-two layers, both directions-dtype3]"
 BOTH = f"{LOOP}[cpu-lengths and reset-two layers, both directions-dtype3]"
 PROJECTED = f"{LOOP}[cpu-lengths-projection, both directions-dtype3]"
+OF_PROJECTED = f"{LOOP}[cpu--projection, both directions-dtype3]"
 RESET_TO_ZERO = "test_sequences.py::test_resets_equal_cutting[cpu-zero-two layers, both directions-dtype3]"
 LENGTHS = "test_sequences.py::test_lengths_equal_packing[cpu-two layers, both directions-dtype3]"
 LAYERS = "test_parity.py::test_lstm[cpu-batch first-dtype3]"
@@ -104,6 +105,9 @@ FAULTS = {
         "a reset that keeps h": ("linked_rows = active_rows & ~start", "linked_rows = active_rows", RESET_STEP),
         "a reset that keeps h on chip": ("tl.where(start[None, :], 0.0, h_tile)", "h_tile", RESET),
         "a reset that keeps c": ("tl.where(start[None, :], c_reset_tile, c_tile)", "c_tile", RESET),
+        "hn from the wrong end": ("end = tl.where(backwards, 0, steps - 1)", "end = steps - 1", REVERSE),
+        "end of a row without steps": ("tl.where(steps > 0, y +", "tl.where(steps >= 0, y +", LENGTHS),
+        "cell of the launch before": ("mask & (step_begin > 0)", "mask & (step_begin > 1)", STEP),
         "cells of the padding": ("new_zeros if layout.padded else input_gates.new_empty", "new_empty", PADDED),
         "the layer below a step late": (
             "(place - total_rows) * H",
@@ -199,7 +203,7 @@ FAULTS = {
         "h0 gradient without the resets": ("(dgates * starts).view", "(0 * dgates * starts).view", STATES),
         "h0 of the resets dropped": ("addcmul_(starts.to(x.dtype)", "addcmul_(0 * starts.to(x.dtype)", STATES),
         "gradient of a row without steps": ("torch.where(without_steps, dhn[m], dh0)", "dh0", LENGTHS),
-        "end of a row without steps": ("torch.where(without_steps, h0, hn)", "hn", LENGTHS),
+        "end of a row without steps, projected": ("torch.where(without_steps, h0, hn)", "hn", PROJECTED),
         "W_hr gradient without the recurrence": (
             "outer(from_h @ weight_hh, h[previous], ends, wide)",
             "ends",
@@ -215,8 +219,8 @@ FAULTS = {
     "fused_lstm/sequence.py": {
         "cut one step late in the other direction": ("[starts[1:], torch.zeros_like(starts[:1])]", "[starts]", STATES),
         "cut where the other direction begins": ("starts &= following <", "following <", BOTH),
-        "hn from the wrong end": ("(last, first, earlier, later) if", "(last, last, earlier, later) if", LAYERS),
-        "the end of rows that follow each other": ("rows // B - 1, rows", "rows // B - 2, rows", LAYERS),
+        "hn from the wrong end": ("(last, first, earlier, later) if", "(last, last, earlier, later) if", OF_PROJECTED),
+        "the end of rows that follow each other": ("rows // B - 1, rows", "rows // B - 2, rows", OF_PROJECTED),
     },
     "fused_lstm/chunks.py": {
         "no gradient from the chunk after": ("torch.cat([grads.h0[0],", "torch.cat([0 * grads.h0[0],", RECOMPUTED),

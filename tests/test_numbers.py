@@ -172,7 +172,7 @@ def addresses(monkeypatch):
     load = interpreter_builder.create_masked_load
 
     def record(kind, pointers, mask):
-        seen[kind].update(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel().tolist())
+        seen[kind].update(pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].ravel().tolist())
 
     def fake_load(pointers, mask, *args):
         if pointers.get_element_ty() == tl.int64:
@@ -197,26 +197,27 @@ def elements(tensor, first, count):
 FAR = 2**31 // H + 1  # from this row on, an offset in a tensor of H columns needs more than 32 bits
 
 
-def forward_parts(row, t, previous, mode, B):
+def forward_parts(row, t, previous, end, mode, B):
     """What the forward kernel may load and store in step t, as (tensor, first element, count)."""
-    names = ("input_gates", "weight_hh", "h0", "c_state", "y", "c", "gates")
+    names = ("input_gates", "weight_hh", "h0", "c0", "cn", "hn", "y", "c", "gates")
     tensors = {name: torch.empty(1) for name in names}
     steps, states = B * H, B * H
     h = ("y", row(previous) * H, steps) if mode == "step" else ("h0", 0, states)
-    loads = [("input_gates", row(t) * 4 * H, 4 * steps), ("weight_hh", 0, 4 * H * H), ("c_state", 0, states), h]
+    loads = [("input_gates", row(t) * 4 * H, 4 * steps), ("weight_hh", 0, 4 * H * H), h]
+    loads += [("y", row(end) * H, steps)] + ([("cn", 0, states)] if mode == "step" else [])
     stores = [("y", row(t) * H, steps), ("c", row(t) * H, steps), ("gates", row(t) * 4 * H, 4 * steps)]
-    return tensors, loads, [*stores, ("c_state", 0, states)]
+    return tensors, loads, [*stores, ("cn", 0, states), ("hn", 0, states)]
 
 
 def backward_parts(row, t, previous, following, mode, B):
     """What the backward kernel may load and store in step t, as (tensor, first element, count)."""
-    names = ("dy", "dhn", "weight_hh", "c0", "c", "gates", "dc_state", "dgates")
+    names = ("dy", "dhn", "weight_hh", "c0", "c", "gates", "dcn", "dc0", "dgates")
     tensors = {name: torch.empty(1) for name in names}
     n, w = B * H, 4 * B * H
     loads = [("dy", row(t) * H, n), ("gates", row(t) * 4 * H, w), ("c", row(t) * H, n), ("c", row(previous) * H, n)]
-    loads += [("weight_hh", 0, 4 * H * H), ("dc_state", 0, n)]
-    loads += [("dgates", row(following) * 4 * H, w)] if mode == "step" else []
-    return tensors, loads, [("dgates", row(t) * 4 * H, w), ("dc_state", 0, n)]
+    loads += [("weight_hh", 0, 4 * H * H)]
+    loads += [("dgates", row(following) * 4 * H, w), ("dc0", 0, n)] if mode == "step" else []
+    return tensors, loads, [("dgates", row(t) * 4 * H, w), ("dc0", 0, n)]
 
 
 @pytest.mark.parametrize("mode", PLANS)
@@ -239,7 +240,7 @@ def test_addresses_past_2_31_elements(kernel, mode, packed, reverse, addresses):
     if backward:
         tensors, loads, stores = backward_parts(row, t, *neighbours, mode, B)
     else:
-        tensors, loads, stores = forward_parts(row, t, neighbours[0], mode, B)
+        tensors, loads, stores = forward_parts(row, t, neighbours[0], 0 if reverse else T - 1, mode, B)
     step = 1 if reverse != backward else t
     tiles = PLANS[mode].backward if backward else PLANS[mode].forward
     constants, options = specialization(PLANS[mode], tiles, H, torch.float32, H)

@@ -16,17 +16,16 @@ class Reference(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input_gates, weight_hh, h0, c0, c_reset, options):
-        y, cn, c, gates = reference.forward(input_gates, weight_hh, h0, c0, c_reset=c_reset, **options)
-        ctx.h0 = h0
+        y, hn, cn, c, gates = reference.forward(input_gates, weight_hh, h0, c0, c_reset=c_reset, **options)
         ctx.save_for_backward(weight_hh, c0, c_reset, c, gates)
         ctx.options = options
-        return y, cn, c.clone()
+        return y, hn, cn, c.clone()
 
     @staticmethod
-    def backward(ctx, dy, dcn, dc_steps):
+    def backward(ctx, dy, dhn, dcn, dc_steps):
         weight_hh, c0, c_reset, c, gates = ctx.saved_tensors
         more = {"c_reset": c_reset, "dc_steps": dc_steps}
-        grads = reference.backward(dy, torch.zeros_like(ctx.h0), dcn, weight_hh, c0, c, gates, **more, **ctx.options)
+        grads = reference.backward(dy, dhn, dcn, weight_hh, c0, c, gates, **more, **ctx.options)
         return grads[0], None, None, grads[1], grads[2], None
 
 
@@ -52,9 +51,10 @@ def test_forward_equals_nn_lstm(reverse):
     )
     x, hx = torch.randn(6, B, 5, dtype=torch.float64), torch.randn(2, 2, B, H, dtype=torch.float64)
     with torch.no_grad():
-        y, (_, cn) = theirs(x, (hx[0], hx[1]))
+        y, (hn, cn) = theirs(x, (hx[0], hx[1]))
     input_gates = x @ weight_ih.T + bias_ih + bias_hh
     ours = reference.forward(input_gates, weight_hh, hx[0, reverse * 1], hx[1, reverse * 1], reverse=reverse)
     side = slice(H, None) if reverse else slice(H)
     assert_close("y", ours[0], None, y[..., side], torch.float64)
-    assert_close("cn", ours[1], None, cn[reverse * 1], torch.float64)
+    assert_close("hn", ours[1], None, hn[reverse * 1], torch.float64)
+    assert_close("cn", ours[2], None, cn[reverse * 1], torch.float64)

@@ -64,9 +64,9 @@ def run(
     options["weight_hr"] = weight_hr if out < H else None
     with explore(schedule, seed, strict, memory) as explorer:
         ours = forward.forward(input_gates, weight_hh, h0, c0, plan=plan, **options)
-        saved = (weight_hh, c0, *ours[2:])
-        ours = (*ours[:3], *backward.backward(*cotangents, *saved, plan=plan, **options))
-    theirs = reference.forward(input_gates, weight_hh, h0, c0, **options)[:3]
+        saved = (weight_hh, c0, *ours[3:])
+        ours = (*ours[:4], *backward.backward(*cotangents, *saved, plan=plan, **options))
+    theirs = reference.forward(input_gates, weight_hh, h0, c0, **options)[:4]
     theirs += reference.backward(*cotangents, *saved, **options)
     for a, b in zip(ours, theirs, strict=True):
         if b is not None:
@@ -278,7 +278,7 @@ def test_nan_is_data():
     tensors = [torch.randn(shape) for shape in [(T, B, 4 * H), (4 * H, H), (B, H), (B, H)]]
     tensors[0][1, 0] = torch.nan
     with explore("uniform", 0):
-        y, _, c, gates = forward_module.forward(*tensors, plan=POLLING)
+        y, _, _, c, gates = forward_module.forward(*tensors, plan=POLLING)
         assert y[1:, 0].isnan().all() and not y[:, 1].isnan().any() and not y[0].isnan().any()
         given = torch.randn(T, B, H), *torch.randn(2, B, H), *tensors[1::2]
         dgates, _, _, _ = backward_module.backward(*given, c, gates, plan=POLLING)

@@ -24,7 +24,7 @@ LAYERS = {
     "one layer": {},
     "three layers": {"num_layers": 3, "bias": False},
     "two layers, both directions": {"num_layers": 2, "bidirectional": True, "batch_first": True},
-    "projection, both directions": {"bidirectional": True, "proj_size": 2},
+    "projection, both directions": {"bidirectional": True, "proj_size": 2, "batch_first": True},
 }
 LENGTHS = torch.tensor([4, 0, 6, 1])
 RESET = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1], [0, 0, 1, 1]]).bool()

@@ -67,7 +67,7 @@ def by_reference(layout=Layout()):  # noqa: B008
             )
             input_gates[first, torch.arange(B)] += h0 @ weight_hh.T
             h0, weight_hh = torch.zeros_like(c0), weight_hh @ weight_hr
-        h, _, c, gates = reference.forward(input_gates, weight_hh, h0, c0, reverse=reverse, layout=layout)
+        h, _, _, c, gates = reference.forward(input_gates, weight_hh, h0, c0, reverse=reverse, layout=layout)
         return *gates.chunk(4, -1), c, h if weight_hr is None else h @ weight_hr.T
 
     return run
@@ -141,7 +141,7 @@ def test_the_numbers_are_those_that_the_kernels_save(options, device, monkeypatc
     assert len(saved) == 2 * calls
     # A call with gradients saves c and gates for backward; each call of trace gave the same.
     D = 2 if module.bidirectional else 1
-    of_layers = [zip(c.chunk(D, -1), gates.chunk(D, -1), strict=True) for _, _, c, gates in saved[:calls]]
+    of_layers = [zip(c.chunk(D, -1), gates.chunk(D, -1), strict=True) for *_, c, gates in saved[:calls]]
     of_directions = [both for of_layer in of_layers for both in of_layer]
     for (layer, direction, _), (c, gates) in zip(cells_of(module), of_directions, strict=calls > 0):
         at = [v[..., layer, direction, :] for v in ours]
