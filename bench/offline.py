@@ -62,7 +62,7 @@ LAUNCHES = ((1, 1, 0), (1, 2, 0), (1, 4, 0))
 # Of projections in the kernel: H, and P.
 PROJECTIONS = tuple(pairs((1016, 1400, 2048, 2104, 4096), (136, 512, 1024)))
 TENSOR_MEMORY = 512  # columns that a multiprocessor with tcgen05 has
-IN_ACCUMULATOR = {"cn", "c", "dc0", "c_reset", "dc_reset", "products", "keep"}  # and backward's c0
+IN_ACCUMULATOR = {"cn", "c", "c0", "dc0", "c_reset", "dc_reset", "products", "keep"}
 INTEGER_POINTERS = {
     "flags": "*i32",
     "inner_flags": "*i32",
@@ -145,7 +145,7 @@ def compile_kernel(
         ("report",): made.constants["TURNS"] > 0,
     }
     absent = [name for names, is_taken in taken.items() if not is_taken for name in names]
-    in_accumulator = IN_ACCUMULATOR | ({"c0"} if name == "backward" else set())
+    in_accumulator = IN_ACCUMULATOR - ({"c0"} if name == "forward" else set())
     return compile_for(capability, kernel, dtype, made.constants, absent, made.options, in_accumulator)
 
 
@@ -156,7 +156,7 @@ def compile_for(
     constants: dict[str, Any],
     absent: Iterable[str],
     options: dict[str, Any],
-    in_accumulator: Iterable[str] = (),
+    in_accumulator: Iterable[str] = IN_ACCUMULATOR,
 ) -> CompiledKernel:
     """Compiles any kernel, with its constexpr arguments; absent: the pointers that are None, of those it has."""
     constants = constants | {name: None for name in absent if name in kernel.arg_names}
@@ -196,7 +196,7 @@ def beside(device: str, dtype: str, H: int) -> Iterator[Row]:
     plan = choose_one_step(torch_dtype, torch.device("cuda"), ieee)
     flags = {"I": H, "BIAS": True, "ACC": tl.float32}
     made = launch.specialized(one_step.one_step_kernel, plan, plan.forward, H, torch_dtype, H, **flags)
-    kernel = compile_for(capability, made.kernel, torch_dtype, made.constants, (), made.options)
+    kernel = compile_for(capability, made.kernel, torch_dtype, made.constants, (), made.options, in_accumulator=())
     yield row | {"kernel": "one step", "flags": [], "usage": usage(kernel)}
 
 
