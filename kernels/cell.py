@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def exp(x):
-    # tl.exp takes twice the instructions, to give denormal results, too.
+    # tl.exp takes three instructions more, to give denormal results, too.
     return tl.exp2(1.4426950408889634 * x)
 
 

@@ -47,7 +47,8 @@ def same_as_triton():
     with without_driver() as driver:
         for changed in variants:
             values = {**dict.fromkeys(names), **given, **sizes, **changed}
-            *tensors, numbers = (*(values[name] for name in names[:-9]), tuple(values[name] for name in names[-9:]))
+            tensors = [values[name] for name in names if name not in sizes]
+            numbers = tuple(values[name] for name in sizes)
             by_triton = made.kernel[programs](*tensors, *numbers, **made.constants, **made.options)
             theirs = launched(driver)
             for _ in range(2):
