@@ -80,9 +80,10 @@ class LSTMFunction(torch.autograd.Function):
     float32 products in full precision; chunk: keep the states between chunks of so many steps alone, and recompute the
     rest in backward; 0: keep c and gates of every step; then of each member weight_ih (4H, I), weight_hh (4H, Hout),
     bias_ih and bias_hh (4H) or None, weight_hr (P, H) or None.
-    Outputs: y like x with D*Hout features; hn (M, B, Hout); cn (M, B, H); the cells like x with D*H features, None
-    without states; and, kept for backward only, y of all layers of a stack, None, c and gates, or of recomputing the
-    states h and c between the chunks of each direction.
+    Outputs: y like x with D*Hout features; hn (M, B, Hout); cn (M, B, H); kept for backward only, c and gates, or of
+    recomputing the states c and h between the chunks of each direction; last, with states, the cells like x with D*H
+    features, or of a stack, kept for backward only, y of all layers; otherwise None. It is last because torch 2.11's
+    compiler counts the outputs behind a None wrong, and would take hn for one that has no gradient.
     """
 
     generate_vmap_rule = True
@@ -100,37 +101,37 @@ class LSTMFunction(torch.autograd.Function):
                     chunks.forward(x, h0[d], c0[d], *weights[d], *places(own), states, chunk, ieee, members.projects)
                 )
             of_y, of_h, of_c, of_cells, *between = (list(tensors) for tensors in zip(*parts, strict=True))
-            kept = None, *map(stacked, between), None
-            return together(of_y), stacked(of_h), stacked(of_c), together(of_cells) if states else None, *kept
+            h, c = map(stacked, between)
+            return together(of_y), stacked(of_h), stacked(of_c), c, h, together(of_cells) if states else None
         y, hn, cn, c, gates = layer.forward(x, h0, c0, weights, sequence, members, (h0, c0), save or states, ieee)
-        cells = c.to(x.dtype, copy=True) if states else None
-        top, of_layers = y, None
+        top, last = y, c.to(x.dtype, copy=True) if states else None
         if members.layers:
             # Without backward a copy, or the last layer's y would hold those of all.
-            top, of_layers = (y[-1], y) if save else (y[-1].clone(), None)
-        return top, hn, cn.to(c0.dtype), cells, of_layers, None, c, gates
+            top, last = (y[-1], y) if save else (y[-1].clone(), None)
+        # .to() would return the same tensor under a second name, of which torch 2.11's compiler loses the gradient.
+        return top, hn, cn if cn.dtype == c0.dtype else cn.to(c0.dtype), c, gates, last
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         x, h0, c0, *places = inputs[:8]
         *ctx.flags, ctx.projects, seed, keep, save, _, ctx.ieee, ctx.chunk = inputs[8:19]
-        y, _, _, _, *kept = output
-        ctx.mark_non_differentiable(*(t for t in kept if t is not None))
+        y, _, _, *kept, last = output
+        of_layers = ctx.flags[-1] and save
+        ctx.mark_non_differentiable(*kept, *([last] if of_layers else []))
         ctx.set_materialize_grads(False)
         if save:
-            of_layers, *rest = kept
-            y = y if of_layers is None else of_layers
-            ctx.save_for_backward(*places, seed, keep, y, *rest, x, h0, c0, *inputs[19:])
+            ctx.save_for_backward(*places, seed, keep, last if of_layers else y, *kept, x, h0, c0, *inputs[19:])
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dcells: Tensor | None, *_: None
+        ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, *rest: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        *_, dcells = rest  # what is kept has none
         saved = ctx.saved_tensors  # once: under a checkpoint each look unpacks
         with torch.no_grad():
             grads = LSTMFunction.gradients(ctx, saved, dy, dhn, dcn, dcells)
         if torch.is_grad_enabled():  # someone wants to differentiate once more
-            tensors = saved[11:]
+            tensors = saved[10:]
             cotangents = dy, dhn, dcn, dcells
             grads = Gradients.apply(*ctx.flags, *saved[:7], len(tensors), *tensors, *cotangents, *grads)
         return *grads[:3], *[None] * 16, *grads[3:]
@@ -147,8 +148,8 @@ class LSTMFunction(torch.autograd.Function):
         """The gradient of each tensor that forward() takes, None where none is needed."""
         *of_sequence, layers = ctx.flags
         sequence, members = Sequence(*saved[:5], *of_sequence), Members(layers, ctx.projects, *saved[5:7])
-        y, h, c, gates, x, h0, c0 = saved[7:14]
-        weights = by_member(saved[14:])
+        y, c, gates_or_h, x, h0, c0 = saved[7:13]
+        weights = by_member(saved[13:])
         needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[19:]]
         dy = torch.zeros_like(y[-1] if members.layers else y) if dy is None else dy
         if dhn is None or dcn is None:
@@ -156,9 +157,11 @@ class LSTMFunction(torch.autograd.Function):
             dhn = zeros[..., : h0.shape[2]] if dhn is None else dhn
             dcn = zeros if dcn is None else dcn
         if ctx.chunk:
-            grads = LSTMFunction.in_chunks(ctx, dy, dhn, dcn, dcells, x, h0, c0, weights, sequence, y, h, c, needs)
+            grads = LSTMFunction.in_chunks(
+                ctx, dy, dhn, dcn, dcells, x, h0, c0, weights, sequence, y, gates_or_h, c, needs
+            )
         else:
-            hx, of_time = (h0, c0), (y, c, gates)
+            hx, of_time = (h0, c0), (y, c, gates_or_h)
             found = layer.gradients(
                 dy, dhn, dcn, dcells, x, *hx, weights, sequence, members, hx, *of_time, needs, ctx.ieee
             )

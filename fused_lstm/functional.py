@@ -150,7 +150,7 @@ def lstm(
             # Where nothing is differentiated autograd would only cost the host its time.
             run = LSTMFunction.apply if save else LSTMFunction.forward
             results: Any = run(*tensors, *sequence, *members, save, return_states, ieee, chunk, *flat)
-            x, hn, cn, cells, _, _, c_saved, gates = results
+            x, hn, cn, c_saved, gates, cells = results
         if record is not None:
             if layout.padded:  # the kernels leave the gates of the padding as the memory was
                 gates = gates.masked_fill(layout.past(gates.shape), 0)

@@ -173,7 +173,7 @@ def forward(
         the accumulator's dtype; c and gates, as the kernel saves them, empty without save.
     """
     by, M, lead = projections(weights), len(weights), x.shape[:-1]
-    folds = bool(by) and not members.projects
+    folds = len(by) > 0 and not members.projects
     sequences = sequence.each(members.directions(M))
     layout, c_reset = sequence.layout, None
     with matmul_precision(x, ieee):
@@ -262,7 +262,7 @@ def gradients(
         The Grads, that of c0 and c_reset in the accumulator's dtype.
     """
     by, M, B = projections(weights), len(weights), h0.shape[1]
-    folds = bool(by) and not members.projects
+    folds = len(by) > 0 and not members.projects
     sequences = sequence.each(members.directions(M))
     layout, c_first, c_reset = sequence.layout, c0.to(c.dtype).contiguous(), None
     with matmul_precision(x, ieee):

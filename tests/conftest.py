@@ -1,13 +1,13 @@
 """Sets up Triton's interpreter where there is no GPU, and poisons uninitialised memory."""
 
 import os
+import sys
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
-
 
 torch.set_num_threads(1)  # one worker a core: more threads would only wait for each other
 
@@ -18,6 +18,13 @@ def poison():
     torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    """The compiler keeps eight graphs of a function and then refuses: of one test alone."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
