@@ -72,7 +72,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """kernels.forward.forward under the plan for its sizes; c and gates are empty without save."""
     members = _check(c0, weight_hh, input_gates, weight_hr, weight_ih)
-    plan = choose(h0.dtype, *c0.shape[-2:], h0.device, ieee, **members)
+    B, H = c0.shape[-2:]
+    plan = choose(h0.dtype, B, H, h0.device, ieee, **members)
     y, hn, cn, c, gates = forward_kernel.forward(
         input_gates.contiguous(),
         weight_hh.contiguous(),
@@ -143,7 +144,8 @@ def backward(
     """kernels.backward.backward under the plan for its sizes; dc_reset is empty without starts, dh_steps without a
     projection."""
     members = _check(c0, weight_hh, gates, weight_hr, weight_ih)
-    plan = choose(dy.dtype, *c0.shape[-2:], dy.device, ieee, **members)
+    B, H = c0.shape[-2:]
+    plan = choose(dy.dtype, B, H, dy.device, ieee, **members)
     dgates, dc0, dc_reset, dh_steps = backward_kernel.backward(
         dy.contiguous(),
         dhn.contiguous(),
