@@ -18,6 +18,7 @@ from .planning import (
     check_recompute,
     chunk_of,
     full_precision,
+    full_precision_of_cell,
     groups_of,
     projects_in_kernel,
     takes_one_step,
@@ -52,6 +53,7 @@ def lstm(
     reset_to: str = "zero",
     return_states: bool = False,
     recompute: bool | int = False,
+    ieee: bool | None = None,
     record: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, States | None]:
     """Runs a stack of LSTM layers, in the form that its plan chooses.
@@ -73,6 +75,8 @@ def lstm(
             as many as the device's memory suggests), and make the gates and cells of a chunk again when backward comes
             to it: less memory for a forward pass of the products and the cells more. Without gradients, with record, in
             forward mode and on torch's path it has no effect.
+        ieee: float32 products on CUDA in full precision, or else in TF32; None: as cuDNN's own switch says, which
+            torch.nn.LSTM follows. torch's own LSTM follows that switch alone.
         record: called for each layer, then direction, with its y (T, B, Hout), c (T, B, H) and activated gates
             (T, B, 4H), or (rows, ...) packed, as they are saved for backward, zero past a row's end; only to be read:
             the kernels let no gradient through c and gates.
@@ -105,12 +109,12 @@ def lstm(
     save = record is not None or (torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)))
     per_cell = len(weights) // (num_layers * directions)
     drops = bool(training and dropout > 0 and num_layers > 1)
+    ieee = full_precision() if ieee is None else ieee
     plain = batch_sizes is None and layout is DENSE and not (return_states or forward_mode)
     if plain and takes_one_step(x.shape[0], bidirectional, per_cell % 2 == 1, save, drops):
-        hn, cn = operators.run(operators.one_step, x[0], *hx, weights, bias, full_precision())
+        hn, cn = operators.run(operators.one_step, x[0], *hx, weights, bias, ieee)
         y = hn[-1:].clone()
         return y.transpose(0, 1) if batch_first else y, hn, cn, None
-    ieee = full_precision()
     B, H = hx[1].shape[1:]
     # Without save nothing is kept, with record all is asked for.
     chunk = chunk_of(recompute, x, B, H) if save and record is None else 0
@@ -172,7 +176,7 @@ def lstm(
 def lstm_cell(
     input: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor], *, bias: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """One step of one layer on the kernels.
+    """One step of one layer on the kernels, in the precision that torch.nn.LSTMCell's products have.
 
     Args:
         input: (B, I). hx: (h0, c0), both (B, H). weights, bias: as of one layer in lstm().
@@ -184,11 +188,12 @@ def lstm_cell(
         RuntimeError: as lstm().
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)):
-        _, hn, cn, _ = lstm(input[None], (hx[0][None], hx[1][None]), weights, bias=bias)
+        _, hn, cn, _ = lstm(input[None], (hx[0][None], hx[1][None]), weights, bias=bias, ieee=full_precision_of_cell())
     else:
         input, hx, weights = autocast(input, hx, weights)
         check(input, hx, weights, 0)
-        hn, cn = operators.run(operators.one_step, input, hx[0][None], hx[1][None], weights, bias, full_precision())
+        states, ieee = (hx[0][None], hx[1][None]), full_precision_of_cell()
+        hn, cn = operators.run(operators.one_step, input, *states, weights, bias, ieee)
     return hn[0], cn[0]
 
 

@@ -11,7 +11,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .functional import States, lstm, lstm_cell
 from .kernels.plan import Plan
-from .planning import check_recompute, plan_for, plan_for_one_step, takes_one_step
+from .planning import (
+    check_recompute,
+    full_precision,
+    full_precision_of_cell,
+    plan_for,
+    plan_for_one_step,
+    takes_one_step,
+)
 
 
 class _Unquantized:
@@ -231,7 +238,7 @@ class LSTM(_Unquantized, nn.RNNBase):
         saves = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *self.parameters()))
         drops = self.training and self.dropout > 0 and self.num_layers > 1
         if takes_one_step(T, self.bidirectional, self.proj_size > 0, saves, drops):
-            return plan_for_one_step(input)
+            return plan_for_one_step(input, full_precision())
         return self._plan(input, B)
 
     def _plan(self, input: Tensor, B: int) -> Plan:
@@ -290,7 +297,7 @@ class LSTMCell(_Unquantized, nn.LSTMCell):
 
     def plan(self, input: Tensor) -> Plan:
         """Returns the Plan that forward(input) takes without gradients."""
-        return plan_for_one_step(input)
+        return plan_for_one_step(input, full_precision_of_cell())
 
 
 def swap(model: nn.Module, back: bool = False) -> int:

@@ -19,8 +19,10 @@ from .kernels.plan import (
     memory_of,
 )
 
-# The switch of nn.LSTM's float32 products: on the way to it torch.backends looks up a module at every step.
+# The switches of nn.LSTM's and of nn.LSTMCell's float32 products: on the way to the first torch.backends looks up a
+# module at every step.
 _OF_RNN: Any = torch.backends.cudnn.rnn
+_OF_MATMUL: Any = torch.backends.cuda.matmul
 
 
 def constant(function: Callable[..., Any]) -> Any:
@@ -41,6 +43,12 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 def full_precision() -> bool:
     """Whether float32 products are not to be TF32: cuDNN's own switch says so, which is the one nn.LSTM follows."""
     return _OF_RNN.fp32_precision != "tf32"
+
+
+@constant
+def full_precision_of_cell() -> bool:
+    """The same of nn.LSTMCell, whose products are torch's own: not TF32, unless torch is told so."""
+    return _OF_MATMUL.fp32_precision != "tf32"
 
 
 def check_recompute(recompute: bool | int) -> None:
@@ -119,6 +127,6 @@ def plan_for(
     return keeping(plan, dtype, H, P, chunk)
 
 
-def plan_for_one_step(input: Tensor) -> Plan:
-    """The plan of a call with one step and without gradients."""
-    return choose_one_step(autocast_dtype(input), input.device, full_precision())
+def plan_for_one_step(input: Tensor, ieee: bool) -> Plan:
+    """The plan of a call with one step and without gradients. ieee: float32 products in full precision."""
+    return choose_one_step(autocast_dtype(input), input.device, ieee)
