@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fused_lstm.kernels.launch import DOT
 from fused_lstm.kernels.plan import choose_kernel, cuda_device
-from fused_lstm.kernels.product import dot, load_columns
+from fused_lstm.kernels.product import dot, load_columns, operand
 from fused_lstm.kernels.sync import publish, wait
 from fused_lstm.kernels.tiles import H100, Device
 
@@ -131,7 +131,8 @@ def matrix_kernel(
     weights = ()
     for k in tl.static_range(CHUNKS):
         columns = k * BLOCK_K + k_units
-        weights = weights + (tl.load(weight + rows[:, None] * (CHUNKS * BLOCK_K) + columns[None, :]),)  # noqa: RUF005
+        chunk = tl.load(weight + rows[:, None] * (CHUNKS * BLOCK_K) + columns[None, :])
+        weights = weights + (operand(chunk, PRECISION),)  # noqa: RUF005
     x_tile = tl.load(x + batch[None, :] * BLOCK_K + k_units[:, None]).to(DOT)
     sum = tl.zeros((ROWS, BLOCK_B), tl.float32)
     for _ in range(steps):

@@ -9,17 +9,17 @@ from .cell import cell_backward
 from .dropout import drop
 from .launch import ALONE, DENSE, SIZES, Layout, Stack, exchanged, launch
 from .plan import Plan
-from .product import dot, load_weight, product, sum_parts
+from .product import dot, load_weight, operand, product, sum_parts
 from .sync import publish, wait
 
 
 @triton.jit
-def load_gates(weight, units, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """All of a weight (4H, H), transposed, gate by gate: (4, units, BLOCK_K)."""
+def load_gates(weight, units, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """All of a weight (4H, H), transposed, gate by gate, as an operand(): (4, units, BLOCK_K)."""
     columns = tl.arange(0, BLOCK_K)[None, None, :]
     rows = tl.arange(0, 4)[:, None, None] * H + columns
     mask = (units < H)[None, :, None] & (columns < H)
-    return tl.load(weight + rows * H + units[None, :, None], mask=mask, other=0.0)
+    return operand(tl.load(weight + rows * H + units[None, :, None], mask=mask, other=0.0), PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -126,10 +126,10 @@ def backward_kernel(
     HELD: tl.constexpr = (KEPT if KEPT > 0 else OWN) if LOCAL or GRID else 0
     weights = ()
     if LOCAL:
-        weights = (load_gates(weight_hh, units, H, BLOCK_K),)
+        weights = (load_gates(weight_hh, units, H, BLOCK_K, PRECISION),)
     elif OUT == H:
         for k in tl.static_range(HELD):
-            chunk = load_weight(weight_hh, team_units, chunk_begin + k, H, H, True, SPLIT, BLOCK_K)
+            chunk = load_weight(weight_hh, team_units, chunk_begin + k, H, H, True, SPLIT, BLOCK_K, PRECISION)
             weights = weights + (chunk,)
     else:
         # Behind a projection the first programs multiply W_hh^T for features of dh_steps, all W_hr^T for their units.
@@ -141,16 +141,16 @@ def backward_kernel(
         weight_hr += member * (OUT * H)
         weights_proj = ()
         for k in tl.static_range(HELD):
-            weights = weights + (load_weight(weight_hh, features, k, H, OUT, True, SPLIT, BLOCK_K),)
+            weights = weights + (load_weight(weight_hh, features, k, H, OUT, True, SPLIT, BLOCK_K, PRECISION),)
         for k in tl.static_range(PROJ_CHUNKS if GRID else 0):
-            weights_proj = weights_proj + (load_weight(weight_hr, units, k, OUT, H, True, SPLIT, BLOCK_K),)
+            weights_proj = weights_proj + (load_weight(weight_hr, units, k, OUT, H, True, SPLIT, BLOCK_K, PRECISION),)
         if GRID:
             inner_flag = inner_flags + group
     if STACK:
         weight_ih += tl.minimum(member, tl.num_programs(2) - 2) * (4 * H * H)
         weights_above = ()
         for k in tl.static_range(HELD):
-            chunk = load_weight(weight_ih, team_units, chunk_begin + k, H, H, True, SPLIT, BLOCK_K)
+            chunk = load_weight(weight_ih, team_units, chunk_begin + k, H, H, True, SPLIT, BLOCK_K, PRECISION)
             weights_above = weights_above + (chunk,)
         step_begin = tl.maximum(step_begin - depth, 0)
         step_end = tl.minimum(step_end - depth, T)

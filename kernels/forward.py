@@ -122,13 +122,13 @@ def forward_kernel(
     weight_rows = gate_rows(H, BLOCK_H)
     weights = ()
     for k in tl.static_range(HELD):
-        weights = weights + (load_weight(weight_hh, weight_rows, k, OUT, 4 * H, False, SPLIT, BLOCK_K),)
+        weights = weights + (load_weight(weight_hh, weight_rows, k, OUT, 4 * H, False, SPLIT, BLOCK_K, PRECISION),)
     if STACK:
         weight_ih += below * (4 * H * H)
         bias += below * (4 * H)
         weights_below = ()
         for k in tl.static_range(HELD):
-            chunk = load_weight(weight_ih, weight_rows, k, H, 4 * H, False, SPLIT, BLOCK_K)
+            chunk = load_weight(weight_ih, weight_rows, k, H, 4 * H, False, SPLIT, BLOCK_K, PRECISION)
             weights_below = weights_below + (chunk,)
         of_unit = (units < H) & above
         bias_i = tl.load(bias + units, mask=of_unit, other=0.0).to(ACC)[:, None]
@@ -148,7 +148,9 @@ def forward_kernel(
         weight_hr += member * (OUT * H)
         weights_proj = ()
         for k in tl.static_range(PROJ_CHUNKS if GRID else 0):
-            weights_proj = weights_proj + (load_weight(weight_hr, features, k, H, OUT, False, SPLIT, BLOCK_K),)
+            weights_proj = weights_proj + (
+                load_weight(weight_hr, features, k, H, OUT, False, SPLIT, BLOCK_K, PRECISION),
+            )
         if GRID:
             inner_flag = inner_flags + (member * tl.cdiv(B, BLOCK_B) + batch_group)
 

@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
+from bench.measure import precision
+
 torch.set_num_threads(1)  # one worker a core: more threads would only wait for each other
 
 
@@ -25,6 +27,13 @@ def no_graphs_of_other_tests():
     """The compiler keeps eight graphs of a function and then refuses: of one test alone."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """float32 is float32, on CUDA too; what tests TF32 asks for it."""
+    with precision("fp32"):
+        yield
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

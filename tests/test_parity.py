@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from bench.measure import precision
 from fused_lstm import LSTM
 
 from .parity import assert_parity
@@ -69,14 +70,27 @@ def test_packed(case, dtype, device):
     assert_parity(module, packed, states(module, 5))
 
 
+SWITCHED = {
+    "local": (20, {}),
+    "grid": (256, {}),
+    "rows of odd width": (650, {}),
+    "streaming": (1100, {}),
+    "stack": (256, {"num_layers": 3}),
+    "both directions": (256, {"bidirectional": True}),
+    "projection": (2048, {"proj_size": 256}),
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("allow_tf32", [False, True])
-@pytest.mark.parametrize("H", [20, 256, 650, 1100])
-def test_float32_follows_cudnn_own_switch(H, allow_tf32, monkeypatch):
-    """The rule holds nn.LSTM's own error against ours, so it also tells whether we took the precision it took."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allow_tf32)
-    module = LSTM(I, H, device="cuda")
-    assert_parity(module, torch.randn(9, 33, I, device="cuda"), states(module, 33))
+@pytest.mark.parametrize("dtype", ["fp32", "tf32"])
+@pytest.mark.parametrize("case", SWITCHED)
+def test_float32_follows_cudnn_own_switch(case, dtype):
+    """The rule holds nn.LSTM's own error against ours, so it also tells whether we took the precision it took. The CPU
+    twins of TF32 are in test_tf32.py."""
+    H, options = SWITCHED[case]
+    with precision(dtype):
+        module = LSTM(I, H, **options, device="cuda")
+        assert_parity(module, torch.randn(9, 33, I, device="cuda"), states(module, 33))
 
 
 OPTIONS = [{"num_layers": 3}, {"num_layers": 2, "bidirectional": True}, {"proj_size": 1}]
