@@ -1,0 +1,280 @@
+"""A CUDA device that is not there, so that the tests marked `gpu` run without one as far as they can:
+
+    python -m pytest -p tests.faked -m "gpu and not slow" tests
+
+What shall lie on the device lies on the CPU, the plans are a device's, the kernels are compiled for it and a launch
+does nothing. So no result is right, and an assertion about one is counted and not judged: a test fails here only if
+something goes wrong on its way to the comparison, or if there is none. An assertion before the first look at the
+elements of a tensor, as about a plan or a shape, must hold.
+
+A few refusals of a real device are made as there: cuDNN differentiates in training mode alone; and nothing looks at the
+device or loads a kernel while a CUDA graph is captured.
+"""
+
+import ast
+import os
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import CodeType, ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from bench.ahead import without_device
+from fused_lstm import functional, operators, planning
+from fused_lstm.kernels import plan, tiles
+
+DEVICE = getattr(tiles, os.environ.get("FAKED_DEVICE", "H100"))
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+# Of torch and of tensors: what reads elements, for which the host waits for the device.
+LOOKS = {"item", "tolist", "__bool__", "__int__", "__float__", "__contains__", "equal", "allclose", "nonzero", "numpy"}
+
+
+class State:
+    """Of the test that runs."""
+
+    comparisons = 0
+    looked = False
+    forbidden = ""  # why nothing may look at the device
+
+
+def look() -> None:
+    if State.forbidden:
+        raise RuntimeError(State.forbidden)
+    State.looked = True
+
+
+@contextmanager
+def forbidding(why: str):
+    State.forbidden, before = why, State.forbidden
+    try:
+        yield
+    finally:
+        State.forbidden = before
+
+
+# What lies on the device lies on the CPU
+
+
+def placed(value: Any) -> Any:
+    """An argument, the CPU if it is the device."""
+    if isinstance(value, torch.device) and value.type == "cuda":
+        return CPU
+    return "cpu" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
+
+
+class OnCPU(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = function.__name__
+        if name in LOOKS:
+            look()
+        if name == "cuda":
+            return args[0]
+        args = [placed(value) for value in args]
+        result = function(*args, **{key: placed(value) for key, value in (kwargs or {}).items()})
+        # float64 is gold, on the CPU.
+        if name == "lstm" and result[0].requires_grad and result[0].dtype != torch.float64:
+            training = args[6] if isinstance(args[1], (tuple, list)) else args[7]  # packed: batch_sizes stand second
+            if not training:
+                for tensor in result:
+                    tensor.register_hook(refused_by_cudnn)
+        return result
+
+
+def refused_by_cudnn(grad: torch.Tensor) -> None:
+    raise RuntimeError("cudnn RNN backward can only be called in training mode")
+
+
+class Stream:
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        pass
+
+    def nothing(self, *args: Any) -> None:
+        look()
+
+    synchronize = wait_stream = wait_event = nothing
+
+
+class Event(Stream):
+    def record(self, stream: Any = None) -> None:
+        self.time = time.perf_counter()
+
+    wait = query = Stream.nothing
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.time - self.time)
+
+
+class Graph:
+    def replay(self) -> None:
+        pass
+
+    reset = replay
+
+
+def set_sync_debug_mode(mode: str | int) -> None:
+    State.forbidden = "called a synchronizing CUDA operation" if mode in ("error", 2) else ""
+
+
+PROPERTIES = SimpleNamespace(
+    name="faked",
+    multi_processor_count=DEVICE.multiprocessors,
+    shared_memory_per_block_optin=DEVICE.shared,
+    major=DEVICE.capability[0],
+    minor=DEVICE.capability[1],
+    total_memory=80 * 2**30,
+    L2_cache_size=2**20,
+)
+OF_TORCH_CUDA = {
+    "is_available": lambda: True,
+    "is_initialized": lambda: True,
+    "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "set_device": lambda device: None,
+    "device": lambda device: nullcontext(),
+    "get_device_properties": lambda device=None: PROPERTIES,
+    "get_device_capability": lambda device=None: DEVICE.capability,
+    "get_device_name": lambda device=None: PROPERTIES.name,
+    "synchronize": lambda device=None: look(),
+    "set_sync_debug_mode": set_sync_debug_mode,
+    "manual_seed": lambda seed: None,
+    "manual_seed_all": lambda seed: None,
+    "_sleep": lambda cycles: None,
+    "empty_cache": lambda: None,
+    "memory_allocated": lambda device=None: 0,
+    "max_memory_allocated": lambda device=None: 0,
+    "memory_reserved": lambda device=None: 0,
+    "max_memory_reserved": lambda device=None: 0,
+    "reset_peak_memory_stats": lambda device=None: None,
+    "memory_stats": lambda device=None: {},
+    "mem_get_info": lambda device=None: (PROPERTIES.total_memory, PROPERTIES.total_memory),
+    "is_current_stream_capturing": lambda: bool(State.forbidden),
+    "Stream": Stream,
+    "Event": Event,
+    "CUDAGraph": Graph,
+    "current_stream": Stream,
+    "default_stream": Stream,
+    "stream": lambda stream: nullcontext(),
+    "graph": lambda graph, **options: forbidding("operation not permitted when stream is capturing"),
+}
+
+
+class Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> "Generator":
+        return super().__new__(cls, placed(device))
+
+
+def as_on_the_device(function: Any) -> Any:
+    """A question about a plan, asked about the device where it is asked about the CPU."""
+
+    def asked(*args: Any, **keywords: Any) -> Any:
+        return function(*(CUDA if value == CPU else value for value in args), **keywords)
+
+    return asked
+
+
+def install() -> None:
+    """From now on there is a device, which does nothing."""
+    if plan.interpreted():
+        raise pytest.UsageError("tests.faked compiles the kernels: not under TRITON_INTERPRET=1")
+    driver = without_device(DEVICE)
+    load = driver.utils.load_binary
+
+    def load_binary(*args: Any) -> Any:
+        if State.forbidden:
+            raise RuntimeError(f"a kernel is loaded: {State.forbidden}")
+        return load(*args)
+
+    driver.utils.load_binary = load_binary
+    for name, value in OF_TORCH_CUDA.items():
+        setattr(torch.cuda, name, value)
+    torch.Generator = Generator
+    for name in ("why_torch", "choose", "layers_together", "in_kernel", "choose_one_step", "memory_of"):
+        own = getattr(plan, name)
+        asked = as_on_the_device(own)
+        for module in (plan, planning, operators, functional):
+            if getattr(module, name, None) is own:
+                setattr(module, name, asked)
+
+
+# Assertions are counted
+
+
+def compared() -> None:
+    """Where an assertion has been evaluated."""
+    State.comparisons += 1
+
+
+def failed(message: object = None) -> None:
+    """Where an assertion does not hold."""
+    if not State.looked:
+        raise AssertionError(message)
+
+
+class Counting(ast.NodeTransformer):
+    """Makes `if not a: failed(b)` and compared() of `assert a, b`."""
+
+    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+        call = lambda name, *args: ast.Expr(  # noqa: E731
+            ast.Call(ast.Attribute(ast.Name("__faked__", ast.Load()), name, ast.Load()), list(args), [])
+        )
+        body: list[ast.stmt] = [call("failed", *filter(None, [node.msg]))]
+        made = [ast.If(ast.UnaryOp(ast.Not(), node.test), body, []), call("compared")]
+        return [ast.fix_missing_locations(ast.copy_location(each, node)) for each in made]
+
+
+class Loader(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return compile(Counting().visit(ast.parse(self.get_data(path))), path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__["__faked__"] = sys.modules[__name__]
+        super().exec_module(module)
+
+
+class Finder:
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name.startswith("tests.") else None
+        if spec and spec.origin and spec.origin.endswith(".py"):
+            spec.loader = Loader(name, spec.origin)
+        return spec
+
+
+def assert_close(*args: Any, **keywords: Any) -> None:
+    look()
+    compared()
+
+
+install()
+sys.meta_path.insert(0, Finder)
+torch.testing.assert_close = assert_close
+FOUND: dict[str, str] = {}  # by test, "" or what went wrong
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    State.comparisons, State.looked, State.forbidden = 0, False, ""
+    with OnCPU():
+        yield
+    if not State.comparisons:
+        pytest.fail("reached no comparison", pytrace=False)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.failed:
+        lines = report.longreprtext.strip().splitlines() if report.failed else [""]
+        FOUND[report.nodeid] = next((line[2:].strip() for line in lines if line.startswith("E ")), lines[-1])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    wrong = {name: why for name, why in FOUND.items() if why}
+    terminalreporter.section("a faked device")
+    for name, why in wrong.items():
+        terminalreporter.write_line(f"{name}: {why}")
+    terminalreporter.write_line(f"{len(FOUND) - len(wrong)} of {len(FOUND)} tests reached a comparison")
