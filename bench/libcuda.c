@@ -1,4 +1,4 @@
-// A libcuda.so.1 of a device that is not there, for bench/ahead.py: what Triton's driver.c and its launchers call. Every
+// A libcuda.so.1 of a device that is not there, for absent.py: what Triton's driver.c and its launchers call. Every
 // launch does nothing. Whose numbers it has does not matter: the plans are asked about the device of kernels/tiles.py.
 #include "cuda.h"
 

@@ -24,12 +24,10 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bench.ahead import without_device
-from fused_lstm import functional, operators, planning
-from fused_lstm.kernels import plan, tiles
+from bench.absent import CPU, DEVICES, without_device
+from fused_lstm.kernels import plan
 
-DEVICE = getattr(tiles, os.environ.get("FAKED_DEVICE", "H100"))
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+DEVICE = DEVICES[os.environ.get("FAKED_DEVICE", "H100")]
 # Of torch and of tensors: what reads elements, for which the host waits for the device.
 LOOKS = {"item", "tolist", "__bool__", "__int__", "__float__", "__contains__", "equal", "allclose", "nonzero", "numpy"}
 
@@ -168,15 +166,6 @@ class Generator(torch.Generator):
         return super().__new__(cls, placed(device))
 
 
-def as_on_the_device(function: Any) -> Any:
-    """A question about a plan, asked about the device where it is asked about the CPU."""
-
-    def asked(*args: Any, **keywords: Any) -> Any:
-        return function(*(CUDA if value == CPU else value for value in args), **keywords)
-
-    return asked
-
-
 def install() -> None:
     """From now on there is a device, which does nothing."""
     if plan.interpreted():
@@ -193,12 +182,6 @@ def install() -> None:
     for name, value in OF_TORCH_CUDA.items():
         setattr(torch.cuda, name, value)
     torch.Generator = Generator
-    for name in ("why_torch", "choose", "layers_together", "in_kernel", "choose_one_step", "memory_of"):
-        own = getattr(plan, name)
-        asked = as_on_the_device(own)
-        for module in (plan, planning, operators, functional):
-            if getattr(module, name, None) is own:
-                setattr(module, name, asked)
 
 
 # Assertions are counted
@@ -216,7 +199,14 @@ def failed(message: object = None) -> None:
 
 
 class Counting(ast.NodeTransformer):
-    """Makes `if not a: failed(b)` and compared() of `assert a, b`."""
+    """Makes `if not a: failed(b)` and compared() of `assert a, b`, and two turns of the loops whose turns are alike."""
+
+    def visit_For(self, node: ast.For | ast.comprehension) -> ast.AST:
+        if ast.unparse(node.target) == "_" and ast.unparse(node.iter).startswith("range("):
+            node.iter = ast.parse(f"{ast.unparse(node.iter)}[:2]", mode="eval").body
+        return self.generic_visit(node)
+
+    visit_comprehension = visit_For
 
     def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
         call = lambda name, *args: ast.Expr(  # noqa: E731
@@ -252,6 +242,7 @@ def assert_close(*args: Any, **keywords: Any) -> None:
 
 
 install()
+assert "tests.parity" not in sys.modules, "too late: its assertions are judged"
 sys.meta_path.insert(0, Finder)
 torch.testing.assert_close = assert_close
 FOUND: dict[str, str] = {}  # by test, "" or what went wrong
