@@ -224,12 +224,14 @@ def unpack(archive: Path, cache: Path) -> str:
                     about = json.loads(data)
                     continue
                 key, name = entry.name.split("/")
-                folder = cache.absolute() / Path(key).name
+                if not key.isalnum() or name.startswith("."):
+                    raise ValueError(f"{entry.name} is no file of a cache")
+                folder = cache.absolute() / key
                 folder.mkdir(parents=True, exist_ok=True)
                 if name.startswith("__grp__"):
                     children = {child: str(folder / child) for child in json.loads(data)}
                     data = json.dumps({"child_paths": children}).encode()
-                (folder / Path(name).name).write_bytes(data)
+                (folder / name).write_bytes(data)
         there = store._smi("compute_cap")  # torch would make a CUDA context to say so
         here = manifest(tuple(map(int, there.split("."))) if there else tuple(about["capability"]))
         kernels = f"{about['kernels']} kernels compiled ahead"

@@ -3,6 +3,7 @@
 #include "cuda.h"
 
 CUresult cuGetErrorString(CUresult e, const char **s) { *s = "no device"; return CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int *v) { return CUDA_ERROR_NO_DEVICE; } // to torch there is none
 CUresult cuDeviceGet(CUdevice *d, int o) { *d = 0; return CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) {
   // As much shared memory as any device has, so that no kernel is refused for it.
@@ -22,5 +23,8 @@ CUresult cuFuncGetAttribute(int *v, CUfunction_attribute a, CUfunction f) {
 }
 CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int v) { return CUDA_SUCCESS; }
 CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) { return CUDA_SUCCESS; }
-CUresult cuPointerGetAttribute(void *p, CUpointer_attribute a, CUdeviceptr d) { *(CUdeviceptr *)p = d; return CUDA_SUCCESS; }
+CUresult cuPointerGetAttribute(void *p, CUpointer_attribute a, CUdeviceptr d) {
+  *(CUdeviceptr *)p = d;
+  return CUDA_SUCCESS;
+}
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p, void **e) { return CUDA_SUCCESS; }
