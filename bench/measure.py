@@ -16,7 +16,7 @@ from tests import parity
 from . import memory, store
 from .cases import Case
 from .providers import BASELINE, PROVIDERS
-from .timing import Call, alternate
+from .timing import Call, alternate, on_host
 
 # Gold is float64 on the CPU: at the full T it would take longer than the measurement.
 CHECKED_STEPS = 8
@@ -214,8 +214,9 @@ def row(
     """Returns one row of a results file.
 
     status is "ok", or "refused" (broke the parity rule) or "failed", then with the reason in why. A row that is ok
-    holds plan; ms and baseline_ms, the Times of the provider and of nn.LSTM in milliseconds, timed side by side; memory
-    and baseline_memory, their peaks in bytes (None on a CPU); kept and baseline_kept, the bytes that their forward pass
+    holds plan; ms and baseline_ms, the Times of the provider and of nn.LSTM in milliseconds, timed side by side;
+    host_ms and baseline_host_ms, the medians of on_host(), which are not in them (None on a CPU); memory and
+    baseline_memory, their peaks in bytes (None on a CPU); kept and baseline_kept, the bytes that their forward pass
     keeps for backward, input and output included and weights not; and clock, the GPU's in MHz after the last round.
     """
     key = {"case": asdict(case), "provider": provider, "baseline": BASELINE, "environment": environment}
@@ -230,12 +231,14 @@ def measure(
         with precision(case.dtype):
             check(case, provider, device)
             timed = steps(case, provider, device)
-            times = alternate(timed.calls, device, seconds)
+            hosts = on_host(timed.calls, device)
+            times = alternate(timed.calls, device, seconds, hosts)
             clock = store.clock() if device.type == "cuda" else None
             taken = timed.memory(provider, device)
     except Refused as broken:
         return row(case, provider, environment, "refused", str(broken))
     except Exception as error:
         return row(case, provider, environment, "failed", f"{type(error).__name__}: {error}"[:2000])
-    ms, baseline_ms = asdict(times[provider]), asdict(times[BASELINE])
-    return row(case, provider, environment, "ok", plan=timed.plan, ms=ms, baseline_ms=baseline_ms, **taken, clock=clock)
+    measured = {"ms": asdict(times[provider]), "baseline_ms": asdict(times[BASELINE])}
+    measured |= {"host_ms": hosts.get(provider), "baseline_host_ms": hosts.get(BASELINE)}
+    return row(case, provider, environment, "ok", plan=timed.plan, **measured, **taken, clock=clock)

@@ -21,7 +21,7 @@ from fused_lstm.kernels.sync import publish, wait
 from fused_lstm.kernels.tiles import H100, Device
 
 from .cases import DTYPES
-from .timing import Times, alternate, graphed
+from .timing import Times, alternate, graphed, on_host
 
 # Turns of a spin before it gives up: a second or so, where a wait takes a few turns.
 TURNS = 1_000_000
@@ -182,16 +182,23 @@ class Lab:
     def steps(self, many: int) -> int:
         return 4 if self.dry else many
 
-    def slope(self, call: Callable[[int], object], steps: int, less: Callable[[int], object] | None = None) -> Times:
+    def slope(
+        self,
+        call: Callable[[int], object],
+        steps: int,
+        less: Callable[[int], object] | None = None,
+        hold: bool = True,
+    ) -> Times:
         """Times in microseconds of one more step of call(steps), without that of less(steps) if given.
 
-        Two lengths are timed by turns: what is not a step (launch, memset, loading of W_hh) falls out.
+        Two lengths are timed by turns: what is not a step (launch, memset, loading of W_hh) falls out. hold: the host's
+        time for its launches, too.
         """
         short = max(1, steps // 4)
         calls = {"long": partial(call, steps), "short": partial(call, short)}
         if less is not None:
             calls |= {"less long": partial(less, steps), "less short": partial(less, short)}
-        times = alternate(calls, self.device, self.seconds)
+        times = alternate(calls, self.device, self.seconds, on_host(calls, self.device) if hold else {})
         rest = times["short"].median
         if less is not None:
             rest += times["less long"].median - times["less short"].median
@@ -299,7 +306,8 @@ def launch(lab: Lab, name: str, params: dict[str, Any]) -> Measured:
     run(launches)()
     if x.item() != launches:
         raise Wrong(f"{x.item()} launches ran, of {launches}")
-    times = lab.slope(lambda launches: run(launches)(), launches)
+    # From Python it is the host that sets the pace.
+    times = lab.slope(lambda launches: run(launches)(), launches, hold=name == "graph")
     return times, times.median, "us a launch"
 
 

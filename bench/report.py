@@ -53,21 +53,24 @@ def _cells(row: Row, measured: dict[str, float]) -> list[str]:
         return [*start, row["status"], *[""] * (len(HEAD) - len(start) - 1)]
     ratio, low, high = speed_up(row)
     share = share_of_floor(row, measured)
-    # Rows of an older sweep have no count of what is kept.
+    # Rows of an older sweep have no count of what is kept and no time of the host.
     memory = [f"{row[name] / 2**20:.1f}" if row.get(name) else "" for name in MEMORY]
+    hosts = [f"{1e3 * row[name]:.0f}" if row.get(name) else "" for name in HOSTS]
     times = [f"{microseconds(row):.2f}", f"{1e3 * row['baseline_ms']['median'] / case.T:.2f}"]
-    plan = row["plan"]["mode"] if row["plan"] else ""
-    return [*start, f"{ratio:.2f} ({low:.2f}-{high:.2f})", *times, *memory, plan, f"{share:.0%}" if share else ""]
+    plan = [row["plan"]["mode"] if row["plan"] else "", f"{share:.0%}" if share else ""]
+    return [*start, f"{ratio:.2f} ({low:.2f}-{high:.2f})", *times, *hosts, *memory, *plan]
 
 
+HOSTS = ("host_ms", "baseline_host_ms")
 MEMORY = ("memory", "baseline_memory", "kept", "baseline_kept")
 HEAD = [
-    *("dtype", "mode", "sizes", "provider", "speed-up (20-80%)", "µs a step", "nn.LSTM's", "peak MiB", "nn.LSTM's"),
-    *("kept MiB", "nn.LSTM's", "plan", "of the floor"),
+    *("dtype", "mode", "sizes", "provider", "speed-up (20-80%)", "µs a step", "nn.LSTM's", "host µs", "nn.LSTM's"),
+    *("peak MiB", "nn.LSTM's", "kept MiB", "nn.LSTM's", "plan", "of the floor"),
 ]
 LEGEND = (
-    "Speed-up: nn.LSTM's median time over the provider's, timed side by side in turns. Kept: what forward leaves for "
-    "backward, input and output included and weights not. Peak: beyond the input, with the gradients."
+    "Speed-up: nn.LSTM's median time over the provider's, timed side by side in turns. Host: until a whole call "
+    "returns, its work queued; on a GPU that is not in the other times. Kept: what forward leaves for backward, input "
+    "and output included and weights not. Peak: beyond the input, with the gradients."
 )
 
 

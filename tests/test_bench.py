@@ -167,13 +167,14 @@ def test_the_table_of_a_known_device_gives_the_share_of_the_floor():
     case = cases.Case("forward", T=100, B=16, I=512, H=512, dtype="bf16")
     times = {"median": 0.4, "q20": 0.38, "q80": 0.5, "rounds": 9}
     row = {"plan": {"mode": "grid"}, "ms": times, "baseline_ms": times | {"median": 1.2}, "memory": 2**20}
-    row = measure.row(case, "fused_lstm", environment, "ok", **row, baseline_memory=2**21)
+    row |= {"baseline_memory": 2**21, "host_ms": 0.0204, "baseline_host_ms": 0.0301}
+    row = measure.row(case, "fused_lstm", environment, "ok", **row)
     share = report.share_of_floor(row, {})
     assert floor("H100", "bf16", "grid", 512, 16).us / 4 < share < 0.5
     assert report.share_of_floor(row, {"poll_us": 1.8, "exchange_us": 1.8}) > share + 0.2
     cells = report.table([row], {}).splitlines()[-1].split(" | ")
     assert cells[2:] == [
-        *("T100 H512 B16", "fused_lstm", "3.00 (2.40-3.16)", "4.00", "12.00", "1.0", "2.0", "", "", "grid"),
+        *("T100 H512 B16", "fused_lstm", "3.00 (2.40-3.16)", "4.00", "12.00", "20", "30", "1.0", "2.0", "", "", "grid"),
         f"{share:.0%} |",
     ]
     assert report.share_of_floor(row | {"environment": {"device": "another"}}, {}) is None
@@ -219,7 +220,7 @@ def test_rows_say_what_is_kept_for_backward():
         row = measure.measure(case, name, CPU, HERE, seconds=0.0)
         assert row["kept"] == x + y + hx + size and row["baseline_kept"] > x + 6 * y, name
         cells = report.table([row | {"kept": 2**20, "baseline_kept": 2**21}], {}).splitlines()[-1].split(" | ")
-        assert cells[7:11] == ["", "", "1.0", "2.0"]
+        assert cells[7:13] == ["", "", "", "", "1.0", "2.0"]  # the time of the host is in the others, on a CPU
     assert measure.measure(FORWARD, "fused_lstm", CPU, HERE, seconds=0.0)["kept"] == 0
 
 
@@ -268,6 +269,57 @@ def test_both_names_of_cudnns_switch_agree(dtype, tf32):
 
 def test_times_are_median_and_quantiles():
     assert timing.summary([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == timing.Times(3.5, 2.0, 5.0, 6)
+
+
+def test_a_cuda_device_is_held_until_the_host_is_ahead(monkeypatch):
+    """Filled and held before the first event, for 1.5 times what the host takes, in cycles of the clock that it has."""
+    now, held, done = 0.0, 0.0, []  # the host's clock in seconds, the device's work in milliseconds
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+            self.at = held
+
+        def synchronize(self):
+            done.append("read")
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def sleep(cycles):
+        nonlocal held
+        done.append(cycles)
+        held += cycles / 2e6
+
+    def call(ms_of_host, ms):
+        nonlocal now, held
+        done.append("call")
+        now, held = now + 1e-3 * ms_of_host, held + ms
+
+    for name, value in {"Event": Event, "_sleep": sleep, "synchronize": lambda device: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(timing, "_cache_filler", lambda device: SimpleNamespace(zero_=lambda: done.append("fill")))
+    calls = {"short": lambda: call(2.0, 0.5), "long": lambda: call(100.0, 7.0)}
+    cuda = torch.device("cuda")
+    hosts = timing.on_host(calls, cuda)
+    assert hosts == {"short": pytest.approx(2.0), "long": pytest.approx(100.0)} and set(done) == {"call"}
+    done.clear()
+    times = timing.alternate(calls, cuda, 0.0, hosts)
+    assert (times["short"].median, times["long"].median, times["long"].rounds) == (pytest.approx(0.5), 7.0, 5)
+    calibrated = ["call", "call", 1, "event", 1_000_000, "event"]
+    assert done[:6] == calibrated and done[-10:] == ["read"] * 10
+    assert [each for each in done[6:-10] if each != "read"] == 6 * [
+        *("fill", pytest.approx(6e6, abs=1), "event", "call", "event"),
+        *("fill", pytest.approx(4e7, abs=1), "event", "call", "event"),  # past the queue's end nothing is gained
+    ]
+    done.clear()
+    timing.alternate(calls, cuda, 0.0)
+    assert set(done) == {"fill", "event", "call", "read"}
+    assert timing.on_host(calls, CPU) == {}
 
 
 def test_lengths_are_as_the_case_says():
