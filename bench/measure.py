@@ -20,6 +20,7 @@ from .timing import Call, alternate, on_host
 
 # Gold is float64 on the CPU: at the full T it would take longer than the measurement.
 CHECKED_STEPS = 8
+COPY = "weight copy"
 
 
 class Refused(Exception):
@@ -181,9 +182,31 @@ def step(case: Case, module: nn.Module, x: Tensor | PackedSequence, hx: tuple[Te
     return both
 
 
+def copies_weights(case: Case, device: torch.device) -> bool:
+    """Whether nn.LSTM copies all of its weights at each call: cuDNN takes them in one buffer, where torch lays those of
+    bfloat16 never."""
+    return device.type == "cuda" and case.dtype == "bf16"
+
+
+def weight_copy(lstm: nn.LSTM) -> Call:
+    """Returns that copy alone, as torch makes it: a buffer is cleared, then filled weight by weight."""
+    weights = [weight.detach() for weight in lstm.parameters()]
+    buffer = torch.empty(sum(weight.numel() for weight in weights)).to(weights[0])
+    places = buffer.split([weight.numel() for weight in weights])
+
+    def copy() -> Tensor:
+        buffer.zero_()
+        for place, weight in zip(places, weights, strict=True):
+            place.view_as(weight).copy_(weight)
+        return buffer
+
+    return copy
+
+
 class Steps(NamedTuple):
     """What is timed on one case: the calls of the provider and of nn.LSTM on the same input, by name, and the modules
-    with the same weights which they call; the provider's Plan as a dict, None if it has none."""
+    with the same weights which they call; the provider's Plan as a dict, None if it has none. Where nn.LSTM copies its
+    weights, the copy is timed with them, as COPY."""
 
     calls: dict[str, Call]
     modules: dict[str, nn.Module]
@@ -205,7 +228,10 @@ def steps(case: Case, provider: str, device: torch.device) -> Steps:
     module = PROVIDERS[provider].build(lstm)
     plan = asdict(module.plan(x)) if hasattr(module, "plan") else None
     modules = {provider: module, BASELINE: lstm}
-    return Steps({name: step(case, called(case, each), x, hx) for name, each in modules.items()}, modules, plan)
+    calls = {name: step(case, called(case, each), x, hx) for name, each in modules.items()}
+    if copies_weights(case, device):
+        calls[COPY] = weight_copy(lstm)
+    return Steps(calls, modules, plan)
 
 
 def row(
@@ -215,9 +241,10 @@ def row(
 
     status is "ok", or "refused" (broke the parity rule) or "failed", then with the reason in why. A row that is ok
     holds plan; ms and baseline_ms, the Times of the provider and of nn.LSTM in milliseconds, timed side by side;
-    host_ms and baseline_host_ms, the medians of on_host(), which are not in them (None on a CPU); memory and
-    baseline_memory, their peaks in bytes (None on a CPU); kept and baseline_kept, the bytes that their forward pass
-    keeps for backward, input and output included and weights not; and clock, the GPU's in MHz after the last round.
+    host_ms and baseline_host_ms, the medians of on_host(), which are not in them (None on a CPU); copy_ms, the median
+    of one copy of nn.LSTM's weights (None where it makes none); memory and baseline_memory, their peaks in bytes (None
+    on a CPU); kept and baseline_kept, the bytes that their forward pass keeps for backward, input and output included
+    and weights not; and clock, the GPU's in MHz after the last round.
     """
     key = {"case": asdict(case), "provider": provider, "baseline": BASELINE, "environment": environment}
     return key | {"status": status, "why": why} | measured
@@ -241,4 +268,5 @@ def measure(
         return row(case, provider, environment, "failed", f"{type(error).__name__}: {error}"[:2000])
     measured = {"ms": asdict(times[provider]), "baseline_ms": asdict(times[BASELINE])}
     measured |= {"host_ms": hosts.get(provider), "baseline_host_ms": hosts.get(BASELINE)}
+    measured["copy_ms"] = times[COPY].median if COPY in times else None
     return row(case, provider, environment, "ok", plan=timed.plan, **measured, **taken, clock=clock)

@@ -33,12 +33,17 @@ class Provider:
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
+def copied(lstm: nn.LSTM) -> nn.LSTM:
+    """A copy with its weights in one buffer: deepcopy() parts them, and cuDNN then copies all of them at each call."""
+    module = copy.deepcopy(lstm)
+    module.flatten_parameters()
+    return module
+
+
 def fused(lstm: nn.LSTM) -> nn.Module:
     """fused_lstm.LSTM with the weights of `lstm`."""
-    module = copy.deepcopy(lstm)
+    module = copied(lstm)
     fused_lstm.swap(module)
-    # A copy has its weights in separate pieces; a module that was swapped in place has not.
-    module.flatten_parameters()
     return module
 
 
@@ -65,9 +70,8 @@ class Checkpointed(nn.LSTM):
 
 def checkpointed(lstm: nn.LSTM) -> nn.Module:
     """nn.LSTM with the weights of `lstm`, Checkpointed."""
-    module = copy.deepcopy(lstm)
+    module = copied(lstm)
     module.__class__ = Checkpointed
-    module.flatten_parameters()
     return module
 
 
@@ -198,7 +202,7 @@ PROVIDERS = {
     "fused_lstm, recompute": Provider(recomputing, runs=_remembers),
     "nn.LSTM, checkpointed": Provider(checkpointed, runs=_remembers),
     "fused_lstm, CUDA graph": Provider(lambda lstm: Graphed(fused(lstm)), _step_on_cuda),
-    "nn.LSTM, CUDA graph": Provider(lambda lstm: Graphed(copy.deepcopy(lstm)), _step_on_cuda),
+    "nn.LSTM, CUDA graph": Provider(lambda lstm: Graphed(copied(lstm)), _step_on_cuda),
     "compiled cell": Provider(CompiledCell, lambda case: case.form == "dense" and not (case.proj or _remembers(case))),
     "TorchRL": Provider(TorchRL, lambda case: _one_layer(case) and case.torch_dtype == torch.float32, "torchrl"),
     "FlashRNN": Provider(FlashRNN, lambda case: _one_layer(case) and case.dtype != "tf32", "flashrnn"),

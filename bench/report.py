@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from . import store
@@ -46,29 +47,46 @@ def share_of_floor(row: Row, measured: dict[str, float]) -> float | None:
     return case.layers * case.directions * (recurrence + products) / microseconds(row)
 
 
-def _cells(row: Row, measured: dict[str, float]) -> list[str]:
+def beside_fp16(rows: list[Row]) -> dict[Case, float]:
+    """nn.LSTM's median time in fp16, by the same case in bf16."""
+    found: dict[Case, float] = {}
+    for row in rows:
+        case = Case(**row["case"])
+        if case.dtype == "fp16" and "baseline_ms" in row:
+            found.setdefault(replace(case, dtype="bf16"), row["baseline_ms"]["median"])
+    return found
+
+
+def _cells(row: Row, measured: dict[str, float], fp16: dict[Case, float]) -> list[str]:
     case = Case(**row["case"])
     start = [case.dtype, case.mode, f"{case.shape} B{case.B}", row["provider"]]
     if row["status"] != "ok":
         return [*start, row["status"], *[""] * (len(HEAD) - len(start) - 1)]
     ratio, low, high = speed_up(row)
+    half = [
+        f"{fp16[case] / row['ms']['median']:.2f}" if case in fp16 else "",
+        f"{case.calls * row['copy_ms'] / row['baseline_ms']['median']:.0%}" if row.get("copy_ms") else "",
+    ]
     share = share_of_floor(row, measured)
-    # Rows of an older sweep have no count of what is kept and no time of the host.
+    # Rows of an older sweep have no count of what is kept, no time of the host and none of a copy.
     memory = [f"{row[name] / 2**20:.1f}" if row.get(name) else "" for name in MEMORY]
     hosts = [f"{1e3 * row[name]:.0f}" if row.get(name) else "" for name in HOSTS]
     times = [f"{microseconds(row):.2f}", f"{1e3 * row['baseline_ms']['median'] / case.T:.2f}"]
     plan = [row["plan"]["mode"] if row["plan"] else "", f"{share:.0%}" if share else ""]
-    return [*start, f"{ratio:.2f} ({low:.2f}-{high:.2f})", *times, *hosts, *memory, *plan]
+    return [*start, f"{ratio:.2f} ({low:.2f}-{high:.2f})", *half, *times, *hosts, *memory, *plan]
 
 
 HOSTS = ("host_ms", "baseline_host_ms")
 MEMORY = ("memory", "baseline_memory", "kept", "baseline_kept")
 HEAD = [
-    *("dtype", "mode", "sizes", "provider", "speed-up (20-80%)", "µs a step", "nn.LSTM's", "host µs", "nn.LSTM's"),
+    *("dtype", "mode", "sizes", "provider", "speed-up (20-80%)", "over fp16", "copying"),
+    *("µs a step", "nn.LSTM's", "host µs", "nn.LSTM's"),
     *("peak MiB", "nn.LSTM's", "kept MiB", "nn.LSTM's", "plan", "of the floor"),
 ]
 LEGEND = (
-    "Speed-up: nn.LSTM's median time over the provider's, timed side by side in turns. Host: until a whole call "
+    "Speed-up: nn.LSTM's median time over the provider's, timed side by side in turns. In bf16, over fp16: "
+    "nn.LSTM's in fp16 over the provider's; and copying: the part of nn.LSTM's time in which torch copies its weights, "
+    "as it does at each call in bf16 alone. Host: until a whole call "
     "returns, its work queued; on a GPU that is not in the other times. Kept: what forward leaves for backward, input "
     "and output included and weights not. Peak: beyond the input, with the gradients."
 )
@@ -80,7 +98,9 @@ def table(rows: list[Row], measured: dict[str, float]) -> str:
         return "no rows"
     versions = ", ".join(f"{name} {value}" for name, value in rows[0]["environment"].items() if value is not None)
     lines = [versions, "", LEGEND, ""]
-    lines += [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *(_cells(r, measured) for r in rows))]
+    fp16 = beside_fp16(rows)
+    cells = [HEAD, ["---"] * len(HEAD), *(_cells(row, measured, fp16) for row in rows)]
+    lines += [f"| {' | '.join(row)} |" for row in cells]
     failures = [row for row in rows if row["status"] != "ok"]
     for row in failures:
         case = Case(**row["case"])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from bench import cases, measure, memory, report, run, store, timing, worker
 from bench.model import TERMS, floor, predicted
@@ -19,6 +20,7 @@ from fused_lstm.kernels.tiles import H100
 
 CPU = torch.device("cpu")
 FORWARD, BOTH, ONE_STEP, *FORMS = (case for case in cases.DRY if case.dtype == "fp32")
+PLAIN = cases.Case("", T=0, B=0, I=0, H=0, dtype="bf16")
 HERE = {"device": "a device", "torch": "1.0", "source": "abc"}
 
 
@@ -174,10 +176,49 @@ def test_the_table_of_a_known_device_gives_the_share_of_the_floor():
     assert report.share_of_floor(row, {"poll_us": 1.8, "exchange_us": 1.8}) > share + 0.2
     cells = report.table([row], {}).splitlines()[-1].split(" | ")
     assert cells[2:] == [
-        *("T100 H512 B16", "fused_lstm", "3.00 (2.40-3.16)", "4.00", "12.00", "20", "30", "1.0", "2.0", "", "", "grid"),
+        *("T100 H512 B16", "fused_lstm", "3.00 (2.40-3.16)", "", "", "4.00", "12.00"),
+        *("20", "30", "1.0", "2.0", "", "", "grid"),
         f"{share:.0%} |",
     ]
     assert report.share_of_floor(row | {"environment": {"device": "another"}}, {}) is None
+
+
+def test_bf16_is_shown_beside_fp16_and_the_copy_of_the_weights():
+    times = {"median": 0.5, "q20": 0.4, "q80": 0.6, "rounds": 9}
+
+    def row(case, baseline, provider="fused_lstm", **more):
+        more |= {"plan": None, "ms": times, "baseline_ms": times | {"median": baseline}}
+        return measure.row(case, provider, HERE, "ok", **more)
+
+    for mode, T, share in [("forward", 100, "10%"), ("one step", 4, "40%")]:
+        bf16 = cases.Case(mode, T=T, B=16, I=512, H=512, dtype="bf16")
+        fp16 = row(replace(bf16, dtype="fp16"), 1.0), row(replace(bf16, dtype="fp16"), 9.0, "another")
+        rows = [row(bf16, 2.0, copy_ms=0.2), *fp16, row(replace(bf16, B=1), 2.0)]
+        cells = [line.split(" | ")[4:7] for line in report.table(rows, {}).splitlines()[-4:]]
+        assert cells[0] == ["4.00 (3.33-5.00)", "2.00", share]
+        assert [each[1:] for each in cells[1:]] == [["", ""]] * 3
+
+
+def test_the_copy_of_the_weights_is_timed_where_nn_lstm_makes_one(monkeypatch):
+    lstm, _, _ = measure.build(replace(FORWARD, layers=2, dtype="bf16"), CPU)
+    copy = measure.weight_copy(lstm)
+    with torch.no_grad():
+        copy()
+        lstm.weight_hh_l1 += 1
+        assert torch.equal(copy(), torch.cat([weight.flatten() for weight in lstm.parameters()]))
+    assert measure.measure(FORWARD, "fused_lstm", CPU, HERE, seconds=0.0)["copy_ms"] is None
+    monkeypatch.setattr(measure, "copies_weights", lambda case, device: True)
+    assert measure.measure(FORWARD, "fused_lstm", CPU, HERE, seconds=0.0)["copy_ms"] > 0
+
+
+@pytest.mark.parametrize("name", ["fused_lstm", "nn.LSTM, checkpointed", "nn.LSTM, CUDA graph"])
+def test_copies_have_their_weights_in_one_buffer(name, monkeypatch):
+    """Or cuDNN copies all of them at each call, and the ratio would be one to that."""
+    flat = []
+    monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda self: flat.append(id(self.weight_hh_l0)))
+    lstm, _, _ = measure.build(FORWARD, CPU)
+    module = PROVIDERS[name].build(lstm)
+    assert id(getattr(module, "module", module).weight_hh_l0) in flat
 
 
 def test_the_floor_names_its_term():
@@ -220,7 +261,7 @@ def test_rows_say_what_is_kept_for_backward():
         row = measure.measure(case, name, CPU, HERE, seconds=0.0)
         assert row["kept"] == x + y + hx + size and row["baseline_kept"] > x + 6 * y, name
         cells = report.table([row | {"kept": 2**20, "baseline_kept": 2**21}], {}).splitlines()[-1].split(" | ")
-        assert cells[7:13] == ["", "", "", "", "1.0", "2.0"]  # the time of the host is in the others, on a CPU
+        assert cells[9:15] == ["", "", "", "", "1.0", "2.0"]  # the time of the host is in the others, on a CPU
     assert measure.measure(FORWARD, "fused_lstm", CPU, HERE, seconds=0.0)["kept"] == 0
 
 
@@ -336,6 +377,15 @@ def test_lengths_are_as_the_case_says():
 def test_rows_from_before_lengths_differed_are_read():
     case = {name: value for name, value in asdict(FORMS[0]).items() if name != "lengths"}
     assert cases.Case(**case) == FORMS[0]
+
+
+def test_bf16_is_never_measured_without_fp16():
+    at = {case: number for number, case in enumerate(cases.GPU)}
+    bf16 = [case for case in cases.GPU if case.dtype == "bf16"]
+    assert len(bf16) == 60 and all(replace(case, dtype="fp16") in at for case in bf16)
+    square = [case for case in bf16 if replace(case, T=0, B=0, H=0, I=0, mode="") == PLAIN and case not in cases.MEMORY]
+    assert len([case for case in square if case.I == case.H]) == 28
+    assert all(0 < at[replace(case, dtype="fp16")] - at[case] <= 4 for case in square if case.I == case.H)
 
 
 def test_no_case_stands_twice_in_a_sweep():
