@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from . import cases, report, store, worker
 from .measure import measure, row
-from .providers import PROVIDERS
+from .providers import BASELINE, PROVIDERS
 from .worker import RESTART, STALL, lost
 
 Work = list[tuple[cases.Case, str]]
@@ -74,10 +75,19 @@ def supervise(
     worker.supervise(command, path, lambda: todo(work, path, environment), fail, until, stall)
 
 
-def work(listed: list[cases.Case]) -> Work:
-    """Each case with every installed provider that runs it, ours first."""
-    installed = {name: provider for name, provider in PROVIDERS.items() if provider.installed()}
-    return [(case, name) for case in listed for name, provider in installed.items() if provider.runs(case)]
+def work(listed: list[cases.Case], names: Collection[str] = PROVIDERS) -> Work:
+    """Each case with every installed provider of `names` that runs it, and nn.LSTM beside it in each row.
+
+    fused_lstm on all cases comes first: a deadline cuts off others. Then, case by case, ours and nn.LSTM called in
+    another way, and last what others wrote.
+    """
+
+    def later(item: tuple[cases.Case, str]) -> int:
+        return 0 if item[1] == "fused_lstm" else 1 if item[1].startswith(("fused_lstm", BASELINE)) else 2
+
+    installed = {name: PROVIDERS[name] for name in PROVIDERS if name in names and PROVIDERS[name].installed()}
+    runs = [(case, name) for case in listed for name, provider in installed.items() if provider.runs(case)]
+    return sorted(runs, key=later)
 
 
 def cpu(path: Path) -> int:
@@ -96,6 +106,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--dry", action="store_true", help="tiny cases on the CPU in Triton's interpreter")
+    parser.add_argument(
+        "--providers", nargs="+", metavar="NAME", choices=PROVIDERS, default=list(PROVIDERS), help="default: all"
+    )
     parser.add_argument("--results", type=Path, help="folder (default: bench/results, a temporary one for --dry)")
     parser.add_argument("--until", type=float, default=time.time() + 420, help="deadline, seconds since the epoch")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has a row of")
@@ -114,11 +127,13 @@ def main() -> int:
     environment = args.worker or store.environment(device) | ({"dry": True} if args.dry else {})
     results = args.results or (Path(tempfile.mkdtemp()) if args.dry else store.ROOT / "bench/results")
     path = store.folder_for(results, environment) / "sweep.jsonl"
-    listed = work(cases.DRY if args.dry else cases.GPU)
+    listed = work(cases.DRY if args.dry else cases.GPU, args.providers)
     if args.worker:
         return sweep(listed, path, device, environment, args.until, seconds=0.0 if args.dry else 0.6)
 
     if kind == "cpu" and not args.dry:
+        if args.providers != list(PROVIDERS):
+            raise SystemExit("--providers is of the GPU sweep and its dry run")
         store.forget(path, environment)
         failed = cpu(path)
     else:
@@ -129,12 +144,14 @@ def main() -> int:
             os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "bench.run", "--worker", json.dumps(environment), "--device", kind]
         command += ["--results", str(results), "--until", str(args.until), *["--dry"] * args.dry]
+        command += ["--providers", *args.providers]
         supervise(command, listed, path, environment, args.until)
         rows = store.read(path, environment)
-        print(f"\n{path}: {len(rows)} of {len(listed)} rows{'; the same command goes on' * (len(rows) < len(listed))}")
+        lacking = len(todo(listed, path, environment))
+        print(f"\n{path}: {len(listed) - lacking} of {len(listed)} rows{'; the same command goes on' * bool(lacking)}")
         failed = any(row["status"] != "ok" for row in rows if row["provider"].startswith("fused_lstm"))
-        failed |= args.dry and len(rows) < len(listed)
-    missing = [name for name, provider in PROVIDERS.items() if not provider.installed()]
+        failed |= args.dry and lacking > 0
+    missing = [name for name in args.providers if not PROVIDERS[name].installed()]
     print(f"\nnot installed, so not measured: {', '.join(missing)}\n" if missing else "")
     if path.exists():
         print(report.write(path.parent))

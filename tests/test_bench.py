@@ -1,6 +1,7 @@
 """The benchmark's own promises: rows, resuming, the parity gate, the deadline, the watch over a worker, the table."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from fused_lstm.kernels.tiles import H100
 CPU = torch.device("cpu")
 FORWARD, BOTH, ONE_STEP, *FORMS = (case for case in cases.DRY if case.dtype == "fp32")
 PLAIN = cases.Case("", T=0, B=0, I=0, H=0, dtype="bf16")
+SOME = ["fused_lstm", "compiled cell"]
 HERE = {"device": "a device", "torch": "1.0", "source": "abc"}
 
 
@@ -296,6 +298,27 @@ def test_a_provider_stands_only_where_it_is_installed_and_runs(monkeypatch):
     listed = run.work([FORWARD, FORMS[0]])
     assert (FORWARD, "dense") in listed and (FORMS[0], "dense") not in listed
     assert not [name for _, name in listed if name == "absent"]
+
+
+def test_ours_comes_first_on_all_cases_and_providers_can_be_chosen(monkeypatch):
+    case = next(case for case in cases.MEMORY if case in cases.DRY)
+    monkeypatch.setitem(PROVIDERS, "compiled cell", Provider(no_build))
+    ways = ["fused_lstm, recompute", "nn.LSTM, checkpointed"]
+    names = ["fused_lstm", "fused_lstm", *ways, "compiled cell", "compiled cell"]
+    assert [name for _, name in run.work([FORWARD, case])] == names
+    assert [listed for listed, _ in run.work([FORWARD, case])] == [FORWARD, case, case, case, FORWARD, case]
+    assert run.work([FORWARD, case], ["compiled cell"]) == [(FORWARD, "compiled cell"), (case, "compiled cell")]
+
+
+def test_the_worker_measures_the_chosen_providers(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(run, "supervise", lambda command, *args: seen.append((command, *args)))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(sys, "argv", ["run", "--dry", "--results", str(tmp_path), "--providers", *SOME])
+    assert run.main() == 1  # a dry run that lacks rows
+    ((command, listed, path, *_),) = seen
+    assert command[-3:] == ["--providers", *SOME] and {name for _, name in listed} == {"fused_lstm", "compiled cell"}
+    assert f"{path}: 0 of {len(listed)} rows; the same command goes on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype, tf32", [("tf32", True), ("fp32", False), ("bf16", False)])
