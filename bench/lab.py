@@ -73,21 +73,26 @@ def todo(work: Work, path: Path, environment: dict[str, Any]) -> Work:
 def row(item: Item, environment: dict[str, Any], status: str, why: str = "", **measured: Any) -> Row:
     """Returns one row of the results file.
 
-    status is "ok", or "refused" (a wrong result) or "failed", then with the reason in why. A row that is ok holds value
-    and unit; us, the microseconds that a step or launch takes; and median, q20, q80 and rounds of these.
+    status is "ok", or "refused" (a wrong result) or "failed", then with the reason in why. A row that is ok, or refused
+    and ended all the same, holds value and unit; us, the microseconds that a step or launch takes; and median, q20, q80
+    and rounds of these.
     """
     return item._asdict() | {"environment": environment, "status": status, "why": why[:2000]} | measured
 
 
 def measure(item: Item, lab: Lab, environment: dict[str, Any]) -> Row:
     """Measures one item; an exception becomes a row that says so."""
+    status, why = "ok", ""
     try:
-        times, value, unit = PARTS[item.part].measure(lab, item.name, item.params)
+        measured = PARTS[item.part].measure(lab, item.name, item.params)
     except Wrong as wrong:
-        return row(item, environment, "refused", str(wrong))
+        status, why, measured = "refused", str(wrong), wrong.measured
     except Exception as error:
         return row(item, environment, "failed", f"{type(error).__name__}: {error}")
-    return row(item, environment, "ok", value=value, unit=unit, us=times.median, **asdict(times))
+    if measured is None:
+        return row(item, environment, status, why)
+    times, value, unit = measured
+    return row(item, environment, status, why, value=value, unit=unit, us=times.median, **asdict(times))
 
 
 def sweep(work: Work, path: Path, lab: Lab, environment: dict[str, Any], until: float) -> int:
@@ -102,7 +107,7 @@ def sweep(work: Work, path: Path, lab: Lab, environment: dict[str, Any], until: 
             measured = measure(item, lab, environment)
             store.append(path, measured)
             print(f"{item.part}: {what(measured)}: {measured['status']}", flush=True)
-            if measured["status"] == "failed" and lost(lab.device):
+            if measured["status"] != "ok" and lost(lab.device):
                 return RESTART
     return 0
 
@@ -150,12 +155,19 @@ def what(row: Row) -> str:
     return " ".join([row["name"], *words])
 
 
+def _value(row: Row, digits: str) -> str:
+    """Its value, marked if the result was wrong; without one, its status."""
+    if "value" not in row:
+        return row["status"]
+    return f"{row['value']:{digits}}" + (f", {row['status']}" if row["status"] != "ok" else "")
+
+
 def _tuned(rows: list[Row]) -> list[str]:
-    """The cells of one case of one pass: its best candidate, beside the plan's own."""
+    """The cells of one case of one pass: its best candidate that is right, beside the plan's own."""
     good = [row for row in rows if row["status"] == "ok"]
-    own = next((f"{row['value']:.3f}" for row in rows if row["params"]["chosen"] and row in good), "none")
+    own = next((_value(row, ".3f") for row in rows if row["params"]["chosen"]), "none")
     if not good:
-        return ["tune", what(rows[0]), "none", f"of {len(rows)} tried"]
+        return ["tune", what(rows[0]), f"none, the plan's own {own}", f"of {len(rows)} tried"]
     best = min(good, key=lambda row: row["value"])
     value = f"{best['value']:.3f}, the plan's own {own}"
     return ["tune", what(best), value, f"{best['unit']}, best of {len(good)}, {len(rows)} tried"]
@@ -167,7 +179,7 @@ def broken(row: Row) -> bool:
 
 
 def table(rows: list[Row]) -> str:
-    """Returns rows of one environment as Markdown: values, terms, the best tiles, then why rows have no value."""
+    """Returns rows of one environment as Markdown: values, terms, the best tiles, then what is broken and why."""
     if not rows:
         return "no rows"
     lines = [["part", "what", "value", "unit"], ["---"] * 4]
@@ -177,8 +189,7 @@ def table(rows: list[Row]) -> str:
             case = (row["name"], *(row["params"][name] for name in ("dtype", "H", "B")))
             cases.setdefault(case, []).append(row)
         else:
-            value = f"{row['value']:.4g}" if row["status"] == "ok" else row["status"]
-            lines.append([row["part"], what(row), value, row.get("unit", "")])
+            lines.append([row["part"], what(row), _value(row, ".4g"), row.get("unit", "")])
     lines += [["terms", name, f"{value:.4g}", ""] for name, value in terms(rows).items()]
     lines += [_tuned(case) for case in cases.values()]
     versions = ", ".join(f"{name} {value}" for name, value in rows[0]["environment"].items() if value is not None)

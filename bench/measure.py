@@ -239,12 +239,13 @@ def row(
 ) -> dict[str, Any]:
     """Returns one row of a results file.
 
-    status is "ok", or "refused" (broke the parity rule) or "failed", then with the reason in why. A row that is ok
-    holds plan; ms and baseline_ms, the Times of the provider and of nn.LSTM in milliseconds, timed side by side;
-    host_ms and baseline_host_ms, the medians of on_host(), which are not in them (None on a CPU); copy_ms, the median
-    of one copy of nn.LSTM's weights (None where it makes none); memory and baseline_memory, their peaks in bytes (None
-    on a CPU); kept and baseline_kept, the bytes that their forward pass keeps for backward, input and output included
-    and weights not; and clock, the GPU's in MHz after the last round.
+    status is "ok", or "refused" (broke the parity rule) or "failed", then with the reason in why. A row that is ok, and
+    a refused one unless its why says that it was not timed, holds plan; ms and baseline_ms, the Times of the provider
+    and of nn.LSTM in milliseconds, timed side by side; host_ms and baseline_host_ms, the medians of on_host(), which
+    are not in them (None on a CPU); copy_ms, the median of one copy of nn.LSTM's weights (None where it makes none);
+    memory and baseline_memory, their peaks in bytes (None on a CPU); kept and baseline_kept, the bytes that their
+    forward pass keeps for backward, input and output included and weights not; and clock, the GPU's in MHz after the
+    last round.
     """
     key = {"case": asdict(case), "provider": provider, "baseline": BASELINE, "environment": environment}
     return key | {"status": status, "why": why} | measured
@@ -253,20 +254,28 @@ def row(
 def measure(
     case: Case, provider: str, device: torch.device, environment: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """Checks, then times for about `seconds`; returns the row. An exception becomes a row that says so."""
+    """Checks, then times for about `seconds`; returns the row. An exception becomes a row that says so.
+
+    What breaks the parity rule is timed all the same: the row says both, and the time is worth what its reason allows.
+    """
+    status, why = "ok", ""
     try:
         with precision(case.dtype):
-            check(case, provider, device)
+            try:
+                check(case, provider, device)
+            except Refused as broken:
+                status, why = "refused", str(broken)
             timed = steps(case, provider, device)
             hosts = on_host(timed.calls, device)
             times = alternate(timed.calls, device, seconds, hosts)
             clock = store.clock() if device.type == "cuda" else None
             taken = timed.memory(provider, device)
-    except Refused as broken:
-        return row(case, provider, environment, "refused", str(broken))
     except Exception as error:
-        return row(case, provider, environment, "failed", f"{type(error).__name__}: {error}"[:2000])
+        failure = f"{type(error).__name__}: {error}"[:2000]
+        if why:
+            return row(case, provider, environment, status, f"{why}; not timed: {failure}")
+        return row(case, provider, environment, "failed", failure)
     measured = {"ms": asdict(times[provider]), "baseline_ms": asdict(times[BASELINE])}
     measured |= {"host_ms": hosts.get(provider), "baseline_host_ms": hosts.get(BASELINE)}
     measured["copy_ms"] = times[COPY].median if COPY in times else None
-    return row(case, provider, environment, "ok", plan=timed.plan, **measured, **taken, clock=clock)
+    return row(case, provider, environment, status, why, plan=timed.plan, **measured, **taken, clock=clock)

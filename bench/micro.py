@@ -1,7 +1,8 @@
 """Small kernels that measure one term of the design each; bench.lab runs them.
 
 A part has a function that yields what it measures as (name, params), and one that measures it: that first holds the
-result to what it must be, then returns the times in microseconds, the value and its unit.
+result to what it must be, then returns the times in microseconds, the value and its unit. A wrong result raises Wrong;
+where a call ends in any case, with its time.
 """
 
 from collections.abc import Callable, Iterator
@@ -145,10 +146,6 @@ def matrix_kernel(
     tl.store(out + (tl.program_id(0) * ROWS + rows[:, None]) * BLOCK_B + batch[None, :], sum)
 
 
-class Wrong(Exception):
-    """A result that is not what it must be: its time would tell nothing."""
-
-
 @dataclass(frozen=True)
 class Lab:
     """Where it is measured: a CUDA device, or for a dry run the CPU; `seconds` go into one row."""
@@ -210,6 +207,27 @@ class Lab:
 
 
 Measured = tuple[Times, float, str]  # and the value with its unit
+
+
+class Wrong(Exception):
+    """A result that is not what it must be; with what it took all the same, where it could be timed."""
+
+    def __init__(self, why: str, measured: Measured | None = None) -> None:
+        super().__init__(why)
+        self.measured = measured
+
+
+def timed(wrong: str, measure: Callable[[], Measured]) -> Measured:
+    """Measures a call that ends, right or wrong; raises Wrong, with what it took, if `wrong` says what is not right."""
+    try:
+        measured = measure()
+    except Exception as error:
+        if wrong:
+            raise Wrong(f"{wrong}; not timed: {type(error).__name__}: {error}") from None
+        raise
+    if wrong:
+        raise Wrong(wrong, measured)
+    return measured
 
 
 def heard(report: torch.Tensor) -> None:
@@ -347,7 +365,10 @@ def matrix(lab: Lab, name: str, params: dict[str, Any]) -> Measured:
     once = weight.double().reshape(rows, chunks, chunk).sum(1) @ x.double().T
     expected = (once * settled(steps)).expand_as(out)
     error, largest = (out - expected).abs().max().item(), expected.abs().max().item()
-    if not error <= 4e-3 * largest:
-        raise Wrong(f"a product is off by {error:.3g}, of {largest:.3g}")
-    times = lab.slope(call, steps)
-    return times, 2 * rows * batch * chunk * chunks / times.median, "flop/us of one multiprocessor"
+    wrong = "" if error <= 4e-3 * largest else f"a product is off by {error:.3g}, of {largest:.3g}"
+
+    def measure() -> Measured:
+        times = lab.slope(call, steps)
+        return times, 2 * rows * batch * chunk * chunks / times.median, "flop/us of one multiprocessor"
+
+    return timed(wrong, measure)

@@ -60,7 +60,7 @@ def beside_fp16(rows: list[Row]) -> dict[Case, float]:
 def _cells(row: Row, measured: dict[str, float], fp16: dict[Case, float]) -> list[str]:
     case = Case(**row["case"])
     start = [case.dtype, case.mode, f"{case.shape} B{case.B}", row["provider"]]
-    if row["status"] != "ok":
+    if "ms" not in row:
         return [*start, row["status"], *[""] * (len(HEAD) - len(start) - 1)]
     ratio, low, high = speed_up(row)
     half = [
@@ -72,8 +72,9 @@ def _cells(row: Row, measured: dict[str, float], fp16: dict[Case, float]) -> lis
     memory = [f"{row[name] / 2**20:.1f}" if row.get(name) else "" for name in MEMORY]
     hosts = [f"{1e3 * row[name]:.0f}" if row.get(name) else "" for name in HOSTS]
     times = [f"{microseconds(row):.2f}", f"{1e3 * row['baseline_ms']['median'] / case.T:.2f}"]
+    mark = "" if row["status"] == "ok" else f", {row['status']}"
     plan = [row["plan"]["mode"] if row["plan"] else "", f"{share:.0%}" if share else ""]
-    return [*start, f"{ratio:.2f} ({low:.2f}-{high:.2f})", *half, *times, *hosts, *memory, *plan]
+    return [*start, f"{ratio:.2f} ({low:.2f}-{high:.2f}){mark}", *half, *times, *hosts, *memory, *plan]
 
 
 HOSTS = ("host_ms", "baseline_host_ms")
@@ -84,16 +85,16 @@ HEAD = [
     *("peak MiB", "nn.LSTM's", "kept MiB", "nn.LSTM's", "plan", "of the floor"),
 ]
 LEGEND = (
-    "Speed-up: nn.LSTM's median time over the provider's, timed side by side in turns. In bf16, over fp16: "
-    "nn.LSTM's in fp16 over the provider's; and copying: the part of nn.LSTM's time in which torch copies its weights, "
-    "as it does at each call in bf16 alone. Host: until a whole call "
-    "returns, its work queued; on a GPU that is not in the other times. Kept: what forward leaves for backward, input "
-    "and output included and weights not. Peak: beyond the input, with the gradients."
+    "Speed-up: nn.LSTM's median time over the provider's, timed side by side in turns; refused: of a result that breaks"
+    " the parity rule, for the reason below. Over fp16: nn.LSTM's time in fp16 over the provider's in bf16. Copying: "
+    "the part of nn.LSTM's time in which torch copies its weights, as it does at each call in bf16. Host: until a call "
+    "returns, its work queued; on a GPU that is not in the other times. Kept: what forward leaves for backward, "
+    "input and output included and weights not. Peak: beyond the input, with the gradients."
 )
 
 
 def table(rows: list[Row], measured: dict[str, float]) -> str:
-    """Returns rows of one environment as Markdown: what was measured, then why rows have no time."""
+    """Returns rows of one environment as Markdown: what was measured, then why rows are refused or have no time."""
     if not rows:
         return "no rows"
     versions = ", ".join(f"{name} {value}" for name, value in rows[0]["environment"].items() if value is not None)
@@ -111,7 +112,8 @@ def table(rows: list[Row], measured: dict[str, float]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Draws the speed-up over nn.LSTM of every provider on every case, a panel for each dtype and mode, as SVG."""
+    """Draws the speed-up over nn.LSTM of every provider on every case that is ok, a panel for each dtype and mode, as
+    SVG."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -53,7 +53,7 @@ def sweep(
         measured = measure(case, provider, device, environment, seconds)
         store.append(path, measured)
         print(f"{provider} {case.dtype} {case.mode} {case.shape} B{case.B}: {measured['status']}", flush=True)
-        if measured["status"] == "failed" and lost(device):
+        if measured["status"] != "ok" and lost(device):
             return RESTART
     return 0
 

@@ -1,6 +1,7 @@
 """The part of bench.lab that times the recurrence kernels with tiles around the plan's own choice.
 
-A candidate's result is held to the equations in plain PyTorch (float64) first; only one that is right is timed.
+A candidate's result is held to the equations in plain PyTorch (float64) first; a wrong one is refused, and its time is
+given with the reason: it tells what the tiles take, and is never the best.
 """
 
 import os
@@ -28,7 +29,7 @@ from fused_lstm.kernels.plan import Plan, by_steps, choose, choose_kernel
 from fused_lstm.kernels.tiles import Device, Tiles, programs_of
 
 from .cases import DTYPES
-from .micro import Lab, Measured, Wrong
+from .micro import Lab, Measured, timed
 
 # Each list in the order of worth.
 SIZES = (256, 512, 1024, 128, 650, 100)
@@ -155,22 +156,31 @@ def with_tiles(lab: Lab, name: str, params: dict[str, Any]) -> Plan:
     return replace(plan, **{name: Tiles(**params["tiles"])})
 
 
+def mismatch(name: str, results: tuple[Tensor, ...], gold: tuple[Tensor, ...], tolerance: float) -> str:
+    """What is wrong with the results of a pass, in words; "" if nothing is."""
+    for number, (result, right) in enumerate(zip(results, gold, strict=True)):
+        try:
+            torch.testing.assert_close(result.double(), right, rtol=0, atol=tolerance * right.abs().max().item())
+        except AssertionError as error:
+            return f"result {number} of {name}: {error}"
+    return ""
+
+
 def measure(lab: Lab, name: str, params: dict[str, Any]) -> Measured:
     dtype, H, B, T = (params[size] for size in ("dtype", "H", "B", "T"))
     plan = with_tiles(lab, name, params)
     task = problem(lab.device, DTYPES[dtype], H, B, T)
     with poisoned():
         results = recurrence(name, task.inputs[name], plan, T)
-    for number, (result, gold) in enumerate(zip(results, task.gold[name], strict=True)):
-        atol = TOLERANCE[dtype] * gold.abs().max().item()
-        try:
-            torch.testing.assert_close(result.double(), gold, rtol=0, atol=atol)
-        except AssertionError as error:
-            raise Wrong(f"result {number} of {name}: {error}") from None
-    if plan.mode == "grid" and choose(DTYPES[dtype], B, H, lab.device, dtype == "fp32").mode != "grid":
-        raise RuntimeError("the device does not run all programs of a grid at once")
-    times = lab.slope(lambda T: recurrence(name, task.inputs[name], plan, T), T)
-    return times, times.median, "us a step"
+    wrong = mismatch(name, results, task.gold[name], TOLERANCE[dtype])
+
+    def measure() -> Measured:
+        if plan.mode == "grid" and choose(DTYPES[dtype], B, H, lab.device, dtype == "fp32").mode != "grid":
+            raise RuntimeError("the device does not run all programs of a grid at once")
+        times = lab.slope(lambda T: recurrence(name, task.inputs[name], plan, T), T)
+        return times, times.median, "us a step"
+
+    return timed(wrong, measure)
 
 
 class Compiler:

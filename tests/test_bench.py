@@ -52,7 +52,7 @@ def wrong_weights(lstm):
     return module
 
 
-def no_build(lstm):
+def no_build(*args):
     raise RuntimeError("cannot be built")
 
 
@@ -85,13 +85,30 @@ def test_another_environment_is_measured_anew_and_can_be_forgotten(path):
     assert store.read(path) == store.read(path, other)
 
 
-def test_what_breaks_parity_gets_no_time(path, monkeypatch):
+def test_what_breaks_parity_is_timed_and_marked(path, monkeypatch):
     monkeypatch.setitem(PROVIDERS, "wrong", Provider(wrong_weights))
+    monkeypatch.setattr(report, "plot", lambda *args: pytest.fail("drawn"))
+    path = path.with_name("sweep.jsonl")
     sweep(path, "wrong")
-    for row in store.read(path):
+    rows = store.read(path)
+    for row in rows:
         assert row["status"] == "refused"
         assert "the rule allows" in row["why"]
-        assert "ms" not in row
+        assert row["ms"]["median"] > 0 < row["baseline_ms"]["median"]
+    printed = report.write(path.parent)
+    for row in rows:
+        ratio, low, high = report.speed_up(row)
+        assert f"| wrong | {ratio:.2f} ({low:.2f}-{high:.2f}), refused |" in printed
+
+
+def test_what_is_refused_and_cannot_be_timed_says_both(path, monkeypatch):
+    monkeypatch.setitem(PROVIDERS, "wrong", Provider(wrong_weights))
+    monkeypatch.setattr(measure, "alternate", no_build)
+    sweep(path, "wrong")
+    for row in store.read(path):
+        assert row["status"] == "refused" and "ms" not in row
+        assert "the rule allows" in row["why"] and row["why"].endswith("not timed: RuntimeError: cannot be built")
+    assert report.table(store.read(path), {}).count("| wrong | refused |") == 2
 
 
 @pytest.mark.parametrize("name", ["fused_lstm, CUDA graph", "nn.LSTM, CUDA graph"])
@@ -159,9 +176,10 @@ def test_the_table_and_the_plot_need_the_file_alone(path, monkeypatch):
     assert (path.parent / "table.md").read_text() == printed + "\n"
     assert "device a device, torch 1.0, source abc" in printed
     assert printed.count("| fp32 |") == 4
-    assert printed.count("| refused |") == 2
+    assert printed.count(", refused |") == 2
     assert "- wrong fp32 forward T3 H7 I5 B2: " in printed
     drawn = (path.parent / "plot.svg").read_bytes()
+    assert b"fused_lstm" in drawn and b"wrong" not in drawn
     report.write(path.parent)
     assert (path.parent / "plot.svg").read_bytes() == drawn
 

@@ -1,4 +1,4 @@
-"""The lab's own promises: every part runs, rows resume, a wrong result gets no time, and its kernels compile."""
+"""The lab's own promises: every part runs, rows resume, a wrong result is marked, and its kernels compile."""
 
 import json
 import os
@@ -64,8 +64,7 @@ def wrong(item, **tiles):
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
-def test_wrong_tiles_are_refused_and_never_timed(path, name, monkeypatch):
-    monkeypatch.setattr(micro, "alternate", lambda *args: pytest.fail("timed"))
+def test_wrong_tiles_are_refused_and_never_the_best(path, name):
     local = next(item for item in lab.listed(DRY, ["tune"]) if item.name == name and item.params["mode"] == "local")
     # A program of the local form that holds half of the units hears nothing of the others.
     item = local._replace(params=local.params | {"H": 24})
@@ -73,7 +72,35 @@ def test_wrong_tiles_are_refused_and_never_timed(path, name, monkeypatch):
     (row,) = store.read(path)
     assert row["status"] == "refused", row["why"]
     assert "Mismatched elements" in row["why"]
-    assert "us" not in row
+    assert row["us"] == row["value"] and row["unit"] == "us a step"  # what it takes, all the same
+    row["value"] = 0.001
+    slower = row | {"status": "ok", "value": 2.0, "params": row["params"] | {"chosen": False}}
+    assert "| 2.000, the plan's own 0.001, refused | us a step, best of 1, 2 tried |" in lab.table([row, slower])
+    assert "| none, the plan's own 0.001, refused | of 1 tried |" in lab.table([row])
+    assert lab.broken(row)
+
+
+def test_a_wrong_product_is_marked_and_no_term(path, monkeypatch):
+    item = first("matrix")
+    monkeypatch.setattr(micro, "settled", lambda steps: 1.0)
+    sweep(path, [item])
+    (row,) = store.read(path)
+    assert row["status"] == "refused" and "a product is off by" in row["why"]
+    assert row["value"] and lab.terms([row]) == {}
+    assert f"| {row['value']:.4g}, refused | {row['unit']} |" in lab.table([row])
+
+
+def test_what_is_wrong_and_cannot_be_timed_is_refused(path, monkeypatch):
+    def lost(*args):
+        raise RuntimeError("lost in the noise")
+
+    item = first("matrix")
+    monkeypatch.setattr(micro, "settled", lambda steps: 1.0)
+    monkeypatch.setattr(micro, "alternate", lost)
+    sweep(path, [item])
+    (row,) = store.read(path)
+    assert row["status"] == "refused" and "value" not in row
+    assert row["why"].endswith("; not timed: RuntimeError: lost in the noise")
 
 
 def test_an_element_that_is_left_out_is_refused(path, monkeypatch):
