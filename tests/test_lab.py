@@ -1,5 +1,6 @@
 """The lab's own promises: every part runs, rows resume, a wrong result is marked, and its kernels compile."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -182,6 +183,32 @@ def test_candidates_lie_around_the_plans_own_and_fit(dtype, H):
             assert all(-(-H // tiles.units) <= H100.multiprocessors for tiles in found)
         if plan.mode == "local":
             assert {(tiles.units, tiles.chunk) for tiles in found} == {(own.units, own.chunk)}
+
+
+def test_the_plans_own_tiles_are_tuned_first_then_their_neighbours(monkeypatch):
+    class Device(micro.Lab):
+        dry = False
+        hardware = H100
+
+    # Two of each list, or it takes seconds.
+    for name in ("SIZES", "BATCHES", "NAMES"):
+        monkeypatch.setattr(tune, name, getattr(tune, name)[:2])
+    found = list(tune.items(Device(torch.device("cpu"))))
+    chosen, others = found[:16], found[16:]
+    assert all(params["chosen"] for _, params in chosen) and not any(params["chosen"] for _, params in others)
+    cases = [(name, params["dtype"], params["H"], params["B"]) for name, params in chosen]
+    assert len(set(cases)) == 16
+    assert cases[:2] == [("forward", "bf16", 512, 16), ("backward", "bf16", 512, 16)]
+    own = dict(zip(cases, [tune.Tiles(**params["tiles"]) for _, params in chosen], strict=True))
+    away = [
+        tune.distance(own[name, params["dtype"], params["H"], params["B"]], tune.Tiles(**params["tiles"]))
+        for name, params in others
+    ]
+    assert away == sorted(away) and set(away) == {1, 2}
+    # At each distance the sizes come in the same order.
+    for _, group in itertools.groupby(zip(away, others, strict=True), key=lambda each: each[0]):
+        order = dict.fromkeys((name, p["dtype"], p["H"], p["B"]) for _, (name, p) in group)
+        assert list(order) == cases
 
 
 def test_the_dry_run_of_the_command(tmp_path):
