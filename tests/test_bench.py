@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bench import cases, measure, memory, report, run, store, timing, worker
-from bench.model import TERMS, floor, predicted
+from bench.model import TERMS, floor, predicted, terms_of
 from bench.providers import PROVIDERS, Provider, checkpointed, fused
 from fused_lstm.kernels.plan import choose_kernel
 from fused_lstm.kernels.tiles import H100
@@ -239,6 +239,34 @@ def test_copies_have_their_weights_in_one_buffer(name, monkeypatch):
     lstm, _, _ = measure.build(FORWARD, CPU)
     module = PROVIDERS[name].build(lstm)
     assert id(getattr(module, "module", module).weight_hh_l0) in flat
+
+
+def test_devices_are_known_by_the_names_that_drivers_give():
+    for device, name in [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA GB200", "B200"),
+    ]:
+        assert terms_of(device) == TERMS[name]
+    for device, name, multiprocessors, bytes_per_us in [
+        ("NVIDIA H200", "H100", 132, 4.8e6),
+        ("NVIDIA H200 NVL", "H100", 132, 4.8e6),
+        ("NVIDIA GH200 480GB", "H100", 132, 4.0e6),
+        ("NVIDIA H100 PCIe", "H100", 114, 2.0e6),
+        ("NVIDIA H100 NVL", "H100", 132, 3.9e6),
+        ("NVIDIA A100-PCIE-40GB", "A100", 108, 1.555e6),
+        ("NVIDIA A100 80GB PCIe", "A100", 108, 1.935e6),
+    ]:
+        terms = terms_of(device)
+        assert (terms.multiprocessors, terms.memory, terms.shared) == (
+            multiprocessors,
+            bytes_per_us,
+            TERMS[name].shared,
+        )
+        faster = terms.multiprocessors * terms.matrix["tf32"] / (132 if name == "H100" else 108)
+        assert faster / TERMS[name].matrix["tf32"] == pytest.approx(756 / 989 if multiprocessors == 114 else 1)
+    assert terms_of("NVIDIA H20") is terms_of("NVIDIA RTX A1000") is terms_of("a device") is None
 
 
 def test_the_floor_names_its_term():
