@@ -1,5 +1,6 @@
 """`python -m bench.lab`: measures on a CUDA device the terms on which the kernels' design rests, one row for each.
 
+functions  the largest error of exp2, of a division, and of the cell's exp, sigmoid and tanh (kernels/cell.py), in ulp
 exchange   a step flag among N programs (kernels/sync.py), and beside it programs that poll the data itself
 broadcast  N programs that all read the h tile which they have just written together
 launch     from one dependent kernel to the next, launched from Python and in a CUDA graph
@@ -40,6 +41,7 @@ class Part:
 
 
 PARTS = {
+    "functions": Part(micro.functions_items, micro.functions),
     "exchange": Part(micro.exchange_items, micro.exchange),
     "broadcast": Part(micro.broadcast_items, micro.broadcast),
     "launch": Part(micro.launch_items, micro.launch),

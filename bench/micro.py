@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fused_lstm.kernels.cell import exp, sigmoid, tanh
 from fused_lstm.kernels.launch import DOT
 from fused_lstm.kernels.plan import choose_kernel, cuda_device
 from fused_lstm.kernels.product import dot, load_columns, operand
@@ -111,6 +112,29 @@ def increment_kernel(
     x,  # (1,) in/out
 ):
     tl.store(x, tl.load(x) + 1)
+
+
+@triton.jit
+def function_kernel(
+    x,  # (programs * BLOCK,) in: float32 arguments
+    divisor,  # as x, in
+    y,  # as x, out
+    NAME: tl.constexpr,  # a key of FUNCTIONS
+    BLOCK: tl.constexpr,
+):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + places)
+    if NAME == "exp2":
+        value = tl.exp2(value)
+    elif NAME == "divide":
+        value = value / tl.load(divisor + places)
+    elif NAME == "exp":
+        value = exp(value)
+    elif NAME == "sigmoid":
+        value = sigmoid(value)
+    else:
+        value = tanh(value)
+    tl.store(y + places, value)
 
 
 @triton.jit(do_not_specialize=["steps"])
@@ -235,6 +259,58 @@ def heard(report: torch.Tensor) -> None:
     stuck, program, _, step = report.tolist()
     if stuck:
         raise Wrong(f"program {program} waited in vain at step {step}")
+
+
+# By name: the function in float64, and the intervals whose floats it gets. Of ex2.approx and div.full PTX's tables say
+# at most 2 ulp each; the others are what the cell makes of them. Not so far down that a result is denormal.
+FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[float, float]]]] = {
+    "exp2": (torch.exp2, [(-2, -1), (-32, -1 / 32)]),
+    "divide": (torch.divide, [(1, 2)]),
+    "exp": (torch.exp, [(-2, -1), (-32, -1 / 32)]),
+    "sigmoid": (torch.sigmoid, [(-16, -1 / 32), (1 / 32, 16)]),
+    "tanh": (torch.tanh, [(1 / 32, 1 / 4), (1 / 4, 16)]),
+}
+
+
+def floats(low: float, high: float, count: int, device: torch.device) -> torch.Tensor:
+    """`count` float32 between two bounds of one sign, as dense as float32 itself in each binade: at 2**23 all floats of
+    one."""
+    bits = torch.tensor([low, high], dtype=torch.float32).view(torch.int32).sort().values.tolist()
+    step = (bits[1] - bits[0]) / count
+    places = (torch.arange(count, dtype=torch.float64, device=device) * step).long() + bits[0]
+    return places.to(torch.int32).view(torch.float32)
+
+
+def ulps(result: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+    """The error of a float32 result in units of the last place that float32 gives gold (float64); no denormals."""
+    return (result.double() - gold).abs() / torch.ldexp(torch.ones_like(gold), torch.frexp(gold).exponent - 24)
+
+
+def functions_items(lab: Lab) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, (_, intervals) in FUNCTIONS.items():
+        for low, high in intervals:
+            yield name, {"from": low, "to": high, "count": 256 if lab.dry else 2**23}
+
+
+def functions(lab: Lab, name: str, params: dict[str, Any]) -> Measured:
+    count, BLOCK = params["count"], 256 if lab.dry else 1024
+    x = divisor = floats(params["from"], params["to"], count, lab.device)
+    y, exact = torch.full_like(x, torch.nan), FUNCTIONS[name][0]
+    if name == "divide":
+        # Every divisor of a binade once, each with another dividend, from one end of it to the other.
+        x = divisor[(torch.arange(count, device=lab.device) * 5_000_011) % count]
+
+    def call() -> None:
+        function_kernel[(count // BLOCK,)](x, divisor, y, NAME=name, BLOCK=BLOCK, num_warps=4)
+
+    call()
+    gold = exact(x.double(), divisor.double()) if name == "divide" else exact(x.double())
+    largest = ulps(y, gold).max().item()
+    if not largest < 1000:  # also NaN
+        raise Wrong(f"{name} is off by {largest:.3g} ulp")
+    times = alternate({name: call}, lab.device, lab.seconds, on_host({name: call}, lab.device))[name]
+    us = Times(1e3 * times.median, 1e3 * times.q20, 1e3 * times.q80, times.rounds)
+    return us, largest, "ulp"
 
 
 def exchange_items(lab: Lab) -> Iterator[tuple[str, dict[str, Any]]]:

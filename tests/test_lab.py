@@ -43,7 +43,7 @@ def test_every_part_runs_to_the_end(path, part):
         assert row["q20"] <= row["us"] == row["median"] <= row["q80"]
         assert row["unit"]
     assert lab.table(rows).count(f"| {part} |") == (4 if part == "tune" else len(work))
-    assert part == "tune" or lab.terms(rows)
+    assert part in ("functions", "tune") or lab.terms(rows)
 
 
 def test_resuming_measures_nothing_again(path, monkeypatch):
@@ -125,6 +125,39 @@ def test_a_failure_is_a_row_and_the_next_part_runs(path):
     failed, ok = store.read(path)
     assert (failed["status"], ok["status"]) == ("failed", "ok")
     assert "power of 2" in failed["why"]
+
+
+def test_errors_are_counted_in_units_of_the_last_place():
+    gold = torch.tensor([1.0, -1.75, 3e-7, 4097.0], dtype=torch.float64)
+    right = gold.float()
+    off = torch.nextafter(right, torch.tensor(torch.inf)).nextafter(torch.tensor(torch.inf))
+    assert micro.ulps(right[[0, 1, 3]], gold[[0, 1, 3]]).tolist() == [0.0, 0.0, 0.0]
+    assert micro.ulps(off, gold) == pytest.approx([2.0, 2.0, 2.0, 2.0], abs=0.5)
+
+
+@pytest.mark.parametrize("low, high", [(-2.0, -1.0), (0.25, 16.0)])
+def test_arguments_are_as_dense_as_floats(low, high):
+    every = micro.floats(1.0, 2.0, 2**23, DRY.device)
+    assert every[0] == 1 and every[-1] < 2 and torch.equal(every.unique(), every)
+    x = micro.floats(low, high, 3000, DRY.device)
+    assert low <= x.min() and x.max() <= high and len(x.unique()) == 3000
+    binades = torch.frexp(x).exponent.unique(return_counts=True)[1]
+    assert binades.max() - binades.min() <= 2
+
+
+@pytest.mark.parametrize("name, allowed", [("exp2", 1), ("divide", 0.5), ("exp", 20), ("sigmoid", 8), ("tanh", 8)])
+def test_a_functions_error_is_found(name, allowed, monkeypatch):
+    """The interpreter's is numpy's; a planted one of 7 ulp, and a function that is another, are seen."""
+    item = first("functions")._replace(name=name) if name != "divide" else first("functions", to=2)
+    _, value, unit = micro.functions(DRY, name, item.params)
+    assert 0 < value <= allowed and unit == "ulp"
+    exact, intervals = micro.FUNCTIONS[name]
+    monkeypatch.setitem(micro.FUNCTIONS, name, (lambda *args: exact(*args) * (1 + 30 * 2**-24), intervals))
+    _, more, _ = micro.functions(DRY, name, item.params)
+    assert more > value + 5
+    monkeypatch.setitem(micro.FUNCTIONS, name, (lambda *args: exact(*args) + 0.01, intervals))
+    with pytest.raises(micro.Wrong, match=f"{name} is off by"):
+        micro.functions(DRY, name, item.params)
 
 
 def test_a_program_that_polls_in_vain_is_heard():
@@ -239,6 +272,7 @@ JITFunction.__getitem__ = lambda self, grid: lambda *args, **options: compiled.a
 )
 lab = Lab(torch.device("cpu"))
 for items, measure in [
+    (micro.functions_items, micro.functions),
     (micro.exchange_items, micro.exchange),
     (micro.broadcast_items, micro.broadcast),
     (micro.launch_items, micro.launch),
@@ -263,6 +297,7 @@ for items, measure in [
             "cooperative": kernel.metadata.launch_cooperative_grid,
             "shared": kernel.metadata.shared,
             "volatile": "ld.volatile.global" in kernel.asm["ptx"],
+            "approximate": [name for name in ("ex2.approx", "div.full", "div.rn") if name in kernel.asm["ptx"]],
         }))
 """
 
@@ -274,7 +309,10 @@ def test_the_kernels_compile_for_a_gpu():
     process = subprocess.run(command, cwd=store.ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     found = {row.pop("name"): row for row in map(json.loads, process.stdout.splitlines())}
-    assert set(found) == {"counter", "poll", "read", "python", "graph", "forward", "backward"}
+    assert set(found) == {*micro.FUNCTIONS, "counter", "poll", "read", "python", "graph", "forward", "backward"}
+    approximate = {name: found[name]["approximate"] for name in micro.FUNCTIONS}
+    one, both = {"exp2": ["ex2.approx"], "divide": ["div.full"], "exp": ["ex2.approx"]}, ["ex2.approx", "div.full"]
+    assert approximate == one | {"sigmoid": both, "tanh": both}
     for name, row in found.items():
         assert row["cooperative"] == (name in ("counter", "poll", "read")), "programs that wait must all be resident"
         assert row["volatile"] == row["cooperative"]  # a wait spins past L1
