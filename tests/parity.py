@@ -46,6 +46,10 @@ def assert_close(name: str, ours: Tensor, theirs: Tensor | None, gold: Tensor, d
     assert found <= allowed, f"{name}: error {found:.3e}, the rule allows {allowed:.3e}"
 
 
+# The widest dtype that the kernels have on a device.
+WIDEST = {"cpu": torch.float64, "cuda": torch.float32}
+
+
 def run(
     module: nn.Module, x: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None, *, backward: bool = True
 ) -> dict[str, Tensor]:
@@ -97,3 +101,14 @@ def assert_parity(
     for name in gold:
         assert_close(name, ours[name], theirs.get(name), gold[name], dtype)
     return ours
+
+
+def assert_parity_of(compute: Callable[[nn.Module, Tensor], list[Tensor]], module: nn.Module, x: Tensor) -> None:
+    """Holds what `compute` makes of a module and an input, such as a derivative of a gradient, to the rule. nn.LSTM is
+    on the CPU: cuDNN cannot differentiate twice."""
+    dtype = x.dtype
+    ours = compute(module, x.detach().requires_grad_())
+    gold = compute(twin(module, torch.float64), x.detach().cpu().double().requires_grad_())
+    theirs = gold if dtype == torch.float64 else compute(twin(module, dtype), x.detach().cpu().requires_grad_())
+    for number, (own, other, exact) in enumerate(zip(ours, theirs, gold, strict=True)):
+        assert_close(f"result {number}", own, other, exact, dtype)

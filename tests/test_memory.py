@@ -14,7 +14,7 @@ from bench.memory import beside, kept
 from fused_lstm import LSTM, planning
 from fused_lstm.kernels.plan import chunk_for
 
-from .parity import assert_parity, twin
+from .parity import WIDEST, assert_parity, assert_parity_of, twin
 from .test_sequences import LAYERS, LENGTHS, RESET, B, H, I, Loop, T, assert_oracle, given, module_and_input
 
 FORMS = ["", "lengths", "reset", "lengths and reset to hx"]
@@ -63,17 +63,13 @@ def test_sizes(sizes, dtype, device):
 
 
 def test_higher_derivatives(device):
-    module, x, hx = recomputing({}, torch.float64, device, 4)
-    x.requires_grad_()
-
-    def second():
-        y, (hn, cn) = module(x, hx)
+    def second(module, x):
+        y, (hn, cn) = module(x, tuple(s.to(x) for s in hx))
         (dx,) = torch.autograd.grad(y.square().sum() + hn.sum() + cn.square().sum(), x, create_graph=True)
         return torch.autograd.grad(dx.square().sum(), [x, *module.parameters()])
 
-    ours = second()
-    module.recompute = False
-    torch.testing.assert_close(ours, second())
+    module, x, hx = recomputing({}, WIDEST[device], device, 4)
+    assert_parity_of(second, module, x)
 
 
 def test_in_one_graph():

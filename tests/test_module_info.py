@@ -13,6 +13,7 @@ from fused_lstm import LSTM
 
 from .parity import assert_close
 
+pytest.importorskip("expecttest", reason="torch's own module tests need it")
 with pytest.MonkeyPatch.context() as patch:
     # Their import would forbid all other tests of the process to set a switch of torch.backends.
     patch.setattr(torch.backends, "disable_global_flags", lambda: None)

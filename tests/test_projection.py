@@ -10,7 +10,7 @@ from fused_lstm.kernels.model import step, terms_for
 from fused_lstm.kernels.plan import choose_kernel, projects
 from fused_lstm.kernels.tiles import A100, B200, H100
 
-from .parity import assert_parity
+from .parity import WIDEST, assert_parity, assert_parity_of
 from .test_sequences import DTYPES, LENGTHS, RESET, B, H, I, Loop, T, assert_oracle, given, module_and_input
 
 BOTH = {"bidirectional": True, "proj_size": 2}
@@ -98,19 +98,13 @@ def test_in_one_graph_and_by_sample(within):
 
 
 def test_higher_derivatives(within, device):
-    module, x, hx = module_and_input({"proj_size": 2}, torch.float64, device)
-    x.requires_grad_()
-    y, _ = module(x, hx)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    ours = torch.autograd.grad(dx.square().sum(), list(module.parameters()))
-    theirs = torch.nn.LSTM(I, H, proj_size=2, dtype=torch.float64)
-    theirs.load_state_dict(module.state_dict())
-    x = x.detach().cpu().requires_grad_()
-    y, _ = theirs(x, tuple(s.cpu() for s in hx))
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    torch.testing.assert_close(
-        [g.cpu() for g in ours], list(torch.autograd.grad(dx.square().sum(), list(theirs.parameters())))
-    )
+    def second(module, x):
+        y, _ = module(x, tuple(s.to(x) for s in hx))
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), list(module.parameters()))
+
+    module, x, hx = module_and_input({"proj_size": 2}, WIDEST[device], device)
+    assert_parity_of(second, module, x)
 
 
 @pytest.mark.parametrize("H, P", [(2048, 128), (2048, 512), (4096, 512)])

@@ -67,7 +67,8 @@ class Loop(nn.Module):
             active = (t < self.lengths)[:, None].to(x.device)
             into = start if self.to_hx else [torch.zeros_like(s) for s in start]
             before = [torch.where(cut, r, s)[None] for r, s in zip(into, (h, c), strict=True)]
-            y_t, h_t, c_t = _VF.lstm(x[t][None], before, weights, self.lstm.bias, 1, 0.0, False, False, False)
+            # In training mode, in which alone cuDNN differentiates; without dropout it computes the same.
+            y_t, h_t, c_t = _VF.lstm(x[t][None], before, weights, self.lstm.bias, 1, 0.0, True, False, False)
             h, c = torch.where(active, h_t[0], h), torch.where(active, c_t[0], c)
             y[t], cells[t] = y_t[0].where(active, 0), c_t[0].where(active, 0)
         return torch.stack(y), torch.stack(cells), h, c
