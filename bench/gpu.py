@@ -33,32 +33,32 @@ from .cases import Case
 
 # Seconds from SIGINT, at which pytest prints its summary, to SIGKILL; and from there until nobody waits any longer:
 # a process whose GPU hangs may survive both.
-GRACE = 12.0
+GRACE = 15.0
 # Seconds of its limit that a part which measures keeps for its last row and its table.
 RESERVE = 20.0
 CORES = os.cpu_count() or 1
 
 
 def _form(H: int, B: int, dtype: str = "bf16", mode: str = "forward+backward", **more: Any) -> Case:
-    return Case(mode, T=8, B=B, I=64, H=H, dtype=dtype, **more)
+    return Case(mode, T=8, B=B, H=H, dtype=dtype, **{"I": H, **more})
 
 
-# Each form of the kernels, in the sizes that take it on an H100: provider and case.
+# Each form of the kernels, in the sizes of the sweep that take it on an H100: provider and case.
 FORMS = {
-    "local": ("fused_lstm", _form(64, 16)),
-    "grid behind a flag": ("fused_lstm", _form(650, 16)),
+    "local": ("fused_lstm", _form(128, 16)),
+    "grid behind a flag": ("fused_lstm", _form(650, 16, I=80)),
     "grid polled": ("fused_lstm", _form(512, 16)),
     "grid in teams": ("fused_lstm", _form(1024, 64)),
-    "grid streaming W_hh": ("fused_lstm", _form(2048, 4)),
     "grid in TF32": ("fused_lstm", _form(512, 16, "tf32")),
-    "grid in full precision": ("fused_lstm", _form(512, 16, "fp32")),
-    "stack of layers": ("fused_lstm", _form(256, 16, layers=3)),
+    "grid in full precision": ("fused_lstm", _form(128, 16, "fp32")),
+    "grid streaming W_hh": ("fused_lstm", _form(1024, 16, "fp32")),
+    "stack of layers": ("fused_lstm", _form(512, 16, layers=4)),
     "both directions": ("fused_lstm", _form(512, 16, directions=2)),
-    "projection in the loop": ("fused_lstm", _form(2048, 16, proj=256)),
+    "projection in the loop": ("fused_lstm", _form(2048, 16, I=512, proj=256)),
     "one step": ("fused_lstm", _form(512, 16, mode="one step")),
-    "lengths": ("fused_lstm", _form(512, 16, form="lengths")),
-    "resets": ("fused_lstm", _form(512, 16, form="reset")),
-    "packed": ("fused_lstm", _form(512, 16, form="packed")),
+    "lengths": ("fused_lstm", _form(512, 64, form="lengths")),
+    "resets": ("fused_lstm", _form(512, 64, form="reset")),
+    "packed": ("fused_lstm", _form(512, 64, form="packed")),
     "recompute": ("fused_lstm, recompute", _form(512, 16)),
 }
 
@@ -129,19 +129,20 @@ def parts(dry: bool, results: Path) -> list[Part]:
     device = ["tests/test_numbers.py", "-k", "same_bits"] if dry else ["tests/test_device.py"]
     forms = {form: [*python, "bench.gpu", "--smoke", form, *["--dry"] * dry] for form in FORMS}
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
-    return [
-        Part("clocks", 20, {"": smi}, needs="nvidia-smi"),
-        Part("functions", 30, {"": [*lab, "functions"]}, measures=True),
+    every_part = [
+        Part("clocks", 10, {"": smi}, needs="nvidia-smi"),
+        Part("functions", 45, {"": [*lab, "functions"]}, measures=True),
         Part("smoke", 45, forms, variables={"OMP_NUM_THREADS": "1"}),
         Part("parity", 110, {"": tests(*(["tests/test_recurrence.py"] if dry else every), dry=dry)}),
         Part("sweep", 260, {"": [*run, "--providers", "fused_lstm"]}, measures=True),
         Part("micro", 60, {"": [*lab, "exchange", "broadcast", "launch", "matrix"]}, measures=True),
         Part("tune", 70, {"": [*lab, "tune"]}, measures=True),
-        Part("device", 75, {"": tests("-v", *device, workers=1, seconds=30, dry=dry)}),
+        Part("device", 75, {"": tests("-vv", *device, workers=1, seconds=30, dry=dry)}),
         Part("debug", 30, {"": tests(*grid, workers=8, seconds=25, dry=dry)}, variables={"FUSED_LSTM_DEBUG": "1"}),
         Part("memcheck", 50, {"": [*sanitizer, *tests(*small, workers=0, dry=dry)]}, needs="compute-sanitizer"),
         Part("others", 60, {"": run}, measures=True),
     ]
+    return [replace(part, limit=4 * part.limit) for part in every_part] if dry else every_part
 
 
 class Outcome(NamedTuple):
@@ -182,7 +183,7 @@ class Running:
     def _read(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
-            self.lines.append(line.rstrip())
+            self.lines.append(line.rstrip().replace(f"{store.ROOT}/", ""))  # a page is read on other machines
             self.line(self.lines[-1])
 
     def signal(self, number: int) -> None:
@@ -221,9 +222,10 @@ class Running:
             status = f"crashed: {signal.Signals(-code).name}"
         else:
             status = f"{len(failures)} failed" if failures else f"failed: exit status {code}"
+        counts = (line[found.start() :] for line in reversed(lines) if (found := COUNT.search(line)))
+        said = next(counts, lines[-1] if lines else "")
         if status != "ok" and not failures:
-            failures = lines[-1:]
-        said = next((line for line in reversed(lines) if COUNT.search(line)), lines[-1] if lines else "")
+            failures = [said]
         return Outcome(self.name, status, seconds, said, tuple(failures))
 
 
@@ -310,9 +312,7 @@ def page(folder: Path, about: dict[str, Any], outcomes: list[Outcome], dry: bool
         lines += ["", "## What fails", ""]
     for outcome in broken:
         lines.append(f"- {outcome.name}: {outcome.status}")
-        lines += [f"  - `{_cell(text[:240])}`" for text in outcome.failures[:40]]
-        if len(outcome.failures) > 40:
-            lines.append(f"  - and {len(outcome.failures) - 40} more in log.txt")
+        lines += _some([f"  - `{_cell(text[:240])}`" for text in outcome.failures], "  - and {} more in log.txt")
     for section in (_ratios, _measured):
         try:
             lines += section(folder)
@@ -323,6 +323,10 @@ def page(folder: Path, about: dict[str, Any], outcomes: list[Outcome], dry: bool
 
 def _cell(text: str) -> str:
     return text.replace("|", "/").replace("`", "'")
+
+
+def _some(lines: list[str], more: str, most: int = 40) -> list[str]:
+    return lines[:most] + [more.format(len(lines) - most)] * (len(lines) > most)
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -362,10 +366,11 @@ def _ratios(folder: Path) -> list[str]:
     ours = [row for row in rows if row["status"] == "ok" and row["provider"].startswith("fused_lstm")]
     slower = sorted((speed_up(row)[0], what(row)) for row in ours if speed_up(row)[0] < 1)
     lines += ["", f"Of {len(ours)} rows of ours {len(slower)} are slower than nn.LSTM."]
-    lines += [f"- {ratio:.2f}: {text}" for ratio, text in slower]
+    lines += _some([f"- {ratio:.2f}: {text}" for ratio, text in slower], "- and {} more")
     bad = [row for row in rows if row["status"] != "ok"]
     lines += ["", f"Of {len(rows)} rows {len(bad)} were refused or failed; table.md has every row."]
-    return lines + [f"- {what(row)}: {row['status']}, {row['why'].partition(chr(10))[0][:160]}" for row in bad]
+    why = [f"- {what(row)}: {row['status']}, {row['why'].partition(chr(10))[0][:160]}" for row in bad]
+    return lines + _some(why, "- and {} more")
 
 
 def _measured(folder: Path) -> list[str]:
@@ -392,7 +397,8 @@ def _measured(folder: Path) -> list[str]:
         lines += _table(("function", "value", "unit"), [(what(r), f"{r['value']:.4g}", r["unit"]) for r in accuracy])
     bad = [row for row in rows if broken(row)]
     lines += ["", f"Of {len(rows)} rows of the lab {len(bad)} were refused or failed; lab.md has every row."]
-    return lines + [f"- {row['part']} {what(row)}: {row['why'].partition(chr(10))[0][:160]}" for row in bad]
+    why = [f"- {row['part']} {what(row)}: {row['why'].partition(chr(10))[0][:160]}" for row in bad]
+    return lines + _some(why, "- and {} more")
 
 
 def link() -> None:
@@ -401,20 +407,6 @@ def link() -> None:
     specs = (finder.find_spec("fused_lstm.kernels", [str(kernels.parent)]) for finder in sys.meta_path)
     if not any(spec and store.ROOT in Path(spec.origin or "/").resolve().parents for spec in specs):
         kernels.symlink_to("../kernels")
-
-
-def unpacked() -> tuple[str, dict[str, str]]:
-    """Unpacks the kernels that `make gpu-ahead` has compiled; returns what there is to say, and the variables."""
-    archive, cache = store.ROOT / "build/ahead.tar.xz", store.ROOT / "build/ahead"
-    if not archive.exists():
-        return "no kernels compiled ahead: make gpu-ahead does it", {}
-    folders = {"TRITON_CACHE_DIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache.with_name("inductor"))}
-    try:
-        from .ahead import unpack
-
-        return unpack(archive, cache), folders
-    except Exception as error:  # without them everything is compiled on the way
-        return f"the kernels compiled ahead are of no use: {type(error).__name__}: {error}", {}
 
 
 def interpretable() -> None:
@@ -455,9 +447,11 @@ def _arguments() -> argparse.Namespace:
     names = [part.name for part in parts(False, Path())]
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"default: {' '.join(names)}")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU in Triton's interpreter")
-    parser.add_argument("--minutes", type=float, default=9.0, help="in all; what is not begun by then is not run")
+    parser.add_argument(
+        "--minutes", type=float, help="in all: what is not begun by then is not run (default: 9; dry: 20)"
+    )
     parser.add_argument("--results", type=Path, help="folder (default: bench/results, a temporary one for --dry)")
-    parser.add_argument("--smoke", choices=FORMS, help="only this form, in this process")
+    parser.add_argument("--smoke", choices=FORMS, metavar="FORM", help="only this form, in this process")
     parser.add_argument("--about", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := set(args.parts) - set(names):
@@ -481,14 +475,18 @@ def main() -> int:
     if args.dry:
         interpretable()
         variables["TRITON_INTERPRET"] = "1"
-    ahead, folders = unpacked()
-    variables |= folders
+    from . import ahead
+
+    compiled = ahead.ARCHIVE.with_name("cache")
+    found = ahead.unpack(ahead.ARCHIVE, compiled)
+    variables |= {"TRITON_CACHE_DIR": str(compiled), "TORCHINDUCTOR_CACHE_DIR": str(compiled.with_name("inductor"))}
     results = args.results or (Path(tempfile.mkdtemp()) if args.dry else store.ROOT / "bench/results")
     results = results.resolve()
-    about = environment(args.dry, variables) | {"compiled ahead": ahead}
+    about = environment(args.dry, variables) | {"compiled ahead": found}
     folder = store.folder_for(results, about)
     asked = [part for part in parts(args.dry, results) if not args.parts or part.name in args.parts]
-    outcomes = drive(asked, folder, about, args.minutes, args.dry, variables)
+    minutes = args.minutes or (20.0 if args.dry else 9.0)
+    outcomes = drive(asked, folder, about, minutes, args.dry, variables)
     print(f"\n{(folder / 'README.md').read_text(encoding='utf-8')}\n{folder}")
     return int(any(outcome.ran and outcome.status != "ok" for outcome in outcomes))
 

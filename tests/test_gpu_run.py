@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from bench import gpu, store
+from bench import cases, gpu, measure, store
 from bench.gpu import FORMS, Part
+from bench.providers import PROVIDERS, fused
 from fused_lstm.kernels.plan import choose_kernel, grouped, projects
 from fused_lstm.kernels.tiles import H100
 
@@ -61,7 +62,7 @@ def test_a_hang_a_crash_and_a_wrong_result_leave_the_others(tmp_path):
         part("hangs", HANGS, 0.5),
         part("crashes", "import os; print('so far', flush=True); os.abort()"),
         Part("wrong", 60, {"": gpu.tests("-c", "pyproject.toml", str(wrong), workers=0, dry=True)}),
-        part("fine", "print('12 passed in 1 s')"),
+        part("fine", "import os; print(os.getcwd() + '/sweep.jsonl: 12 of 12 rows; done')"),
     )
     status = {name: outcome.status for name, outcome in outcomes.items()}
     hung = status["hangs"]
@@ -69,12 +70,13 @@ def test_a_hang_a_crash_and_a_wrong_result_leave_the_others(tmp_path):
     assert status == {"hangs": hung, "crashes": "crashed: SIGABRT", "wrong": "1 failed", "fine": "ok"}
     for name, text in status.items():
         assert f"| {name} | {text} |" in page
-    assert "12 passed in 1 s" in page and "1 failed, 1 passed" in page
+    assert "| 12 of 12 rows; done |" in page and "| 1 failed, 1 passed in" in page
     assert "::test_bad - AssertionError: y: error 3e-01, the rule allows 1e-03" in page
     assert "so far" in page and "so far" in log
     (child,) = (line.split()[1] for line in log.splitlines() if line.startswith("child"))
     time.sleep(0.1)
     assert gone(child)
+    assert "\nsweep.jsonl: 12 of 12" in log and str(store.ROOT) not in page + log
 
 
 def test_what_ends_at_its_limit_has_its_summary(tmp_path):
@@ -204,11 +206,18 @@ TAKES = {
     "grid in teams": lambda plan, one: one is plan.forward or one.team == 4,
     "grid streaming W_hh": lambda plan, one: one.kept,
     "grid in TF32": lambda plan, one: plan.precision == "tf32",
-    "grid in full precision": lambda plan, one: plan.precision == "tf32x3",
-    "stack of layers": lambda plan, one: plan.layers == 3,
+    "grid in full precision": lambda plan, one: plan.precision == "tf32x3" and not one.kept,
+    "stack of layers": lambda plan, one: plan.layers == 4,
     "both directions": lambda plan, one: plan.directions == 2,
     "projection in the loop": lambda plan, one: one.features,
 }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_has_the_sizes_of_a_case_in_the_sweep(form):
+    """Whose kernels are compiled ahead."""
+    provider, case = FORMS[form]
+    assert any(replace(case, T=other.T) == other and PROVIDERS[provider].runs(other) for other in cases.GPU)
 
 
 @pytest.mark.parametrize("form", TAKES)
@@ -219,16 +228,14 @@ def test_a_form_is_what_an_h100_takes_in_its_sizes(form):
 
 
 def test_a_form_that_breaks_the_rule_says_so(monkeypatch):
-    from bench import measure, providers
-
     gpu.smoke("local", dry=True)
 
     def doubled(lstm):
-        module = providers.fused(lstm)
+        module = fused(lstm)
         module.register_forward_hook(lambda module, args, result: (2 * result[0], result[1]))
         return module
 
-    monkeypatch.setitem(providers.PROVIDERS, "fused_lstm", replace(providers.PROVIDERS["fused_lstm"], build=doubled))
+    monkeypatch.setitem(PROVIDERS, "fused_lstm", replace(PROVIDERS["fused_lstm"], build=doubled))
     with pytest.raises(measure.Refused, match="y: error"):
         gpu.smoke("local", dry=True)
 
