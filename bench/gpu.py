@@ -74,7 +74,8 @@ def smoke(form: str, dry: bool) -> None:
 
     provider, case = FORMS[form]
     if dry:
-        case = replace(case, T=3, B=min(case.B, 3), I=5, H=min(case.H, 70), proj=min(case.proj, 8))
+        H = 20 if form == "local" else 70
+        case = replace(case, T=3, B=3, I=5, H=H, proj=min(case.proj, 8))
     device = torch.device("cpu" if dry else "cuda")
     with measure.precision(case.dtype):
         lstm, x, _ = measure.build(case, device)
@@ -224,8 +225,8 @@ class Running:
             status = f"{len(failures)} failed" if failures else f"failed: exit status {code}"
         counts = (line[found.start() :] for line in reversed(lines) if (found := COUNT.search(line)))
         said = next(counts, lines[-1] if lines else "")
-        if status != "ok" and not failures:
-            failures = [said]
+        if status != "ok" and not failures:  # what it said in the end, or last before it hung
+            failures = lines[-1:] if self.asked or not said else [said]
         return Outcome(self.name, status, seconds, said, tuple(failures))
 
 
