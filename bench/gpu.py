@@ -124,7 +124,7 @@ def parts(dry: bool, results: Path) -> list[Part]:
     lab, run = ([*python, f"bench.{name}", *options] for name in ("lab", "run"))
     smi = ["nvidia-smi", "--format=csv", "--query-gpu=clocks.sm,clocks.mem,compute_mode,mig.mode.current,pstate"]
     kernels = "tests/test_kernels.py"
-    grid = [kernels, "-k", "test_step" if dry else "test_grid"]
+    grid = [kernels, "-k", "test_step_with_products" if dry else "test_grid"]
     small = [kernels, "-k", "test_awkward" if dry else "test_grid and 130 and dense"]
     every = ["tests", "--ignore", "tests/test_device.py", "--ignore", "tests/test_lab.py"]  # parts of their own
     device = ["tests/test_numbers.py", "-k", "same_bits"] if dry else ["tests/test_device.py"]
