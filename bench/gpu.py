@@ -223,7 +223,7 @@ class Running:
             status = f"crashed: {signal.Signals(-code).name}"
         else:
             status = f"{len(failures)} failed" if failures else f"failed: exit status {code}"
-        counts = (line[found.start() :] for line in reversed(lines) if (found := COUNT.search(line)))
+        counts = (line[found.start() :].rstrip("= ") for line in reversed(lines) if (found := COUNT.search(line)))
         said = next(counts, lines[-1] if lines else "")
         if status != "ok" and not failures:  # what it said in the end, or last before it hung
             failures = lines[-1:] if self.asked or not said else [said]
