@@ -45,4 +45,4 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info fused_lstm/kernels

@@ -391,7 +391,9 @@ def _measured(folder: Path) -> list[str]:
     cells = [
         (name, f"{value:.4g}", f"{theirs[name]:.4g}" if name in theirs else "") for name, value in terms(rows).items()
     ]
-    lines = ["", "## What a step is made of", "", *_table(("term", "measured", "in kernels/model.py"), cells)]
+    lines = []
+    if cells:
+        lines += ["", "## What a step is made of", "", *_table(("term", "measured", "in kernels/model.py"), cells)]
     accuracy = [row for row in rows if row["part"] == "functions" and row["status"] == "ok"]
     if accuracy:
         lines += ["", "## How exact the device's functions are", ""]
