@@ -48,16 +48,23 @@ def precision(dtype: str) -> Iterator[None]:
         switch(before)
 
 
-def build(case: Case, device: torch.device) -> tuple[nn.LSTM, Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+def build(
+    case: Case, device: torch.device, drawn: torch.device | None = None
+) -> tuple[nn.LSTM, Tensor | PackedSequence, tuple[Tensor, Tensor]]:
     """Returns nn.LSTM with the case's weights, the input x (T, B, I), packed if the case is, and hx = (h0, c0), the
-    same at every call."""
+    same at every call.
+
+    drawn: where the random numbers come from; the CPU by default, whose numbers gold has too.
+    """
     torch.manual_seed(0)
-    lstm = nn.LSTM(case.I, case.H, case.layers, bidirectional=case.directions == 2, proj_size=case.proj)
+    drawn = drawn or torch.device("cpu")
+    options = {"bidirectional": case.directions == 2, "proj_size": case.proj, "device": drawn}
+    lstm = nn.LSTM(case.I, case.H, case.layers, **options)
     # In training mode cuDNN would write in the forward what only a backward reads.
     lstm = lstm.to(device, case.torch_dtype).train(case.mode == "forward+backward")
     cells = case.layers * case.directions, case.B
     sizes = (case.T, case.B, case.I), (*cells, case.out), (*cells, case.H)
-    x, h0, c0 = (torch.randn(size).to(device, case.torch_dtype) for size in sizes)
+    x, h0, c0 = (torch.randn(size, device=drawn).to(device, case.torch_dtype) for size in sizes)
     if case.form == "packed":
         return lstm, pack_padded_sequence(x, lengths_of(case), enforce_sorted=False), (h0, c0)
     return lstm, x, (h0, c0)
@@ -171,7 +178,7 @@ def step(case: Case, module: nn.Module, x: Tensor | PackedSequence, hx: tuple[Te
         return torch.no_grad()(lambda: module(x, hx))
     leaf = (x.data if isinstance(x, PackedSequence) else x).detach().requires_grad_()
     leaves = [leaf, *module.parameters()]
-    dy = torch.randn((*leaf.shape[:-1], case.directions * case.out)).to(leaf)
+    dy = torch.randn((*leaf.shape[:-1], case.directions * case.out), device=leaf.device).to(leaf.dtype)
 
     def both() -> tuple[Tensor, ...]:
         y, _ = module(x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf, hx)
@@ -224,7 +231,8 @@ class Steps(NamedTuple):
 
 def steps(case: Case, provider: str, device: torch.device) -> Steps:
     """Returns the Steps of a provider on a case."""
-    lstm, x, hx = build(case, device)
+    # For a time any numbers will do, and on a CPU those of a long case take longer to draw than the row may last.
+    lstm, x, hx = build(case, device, drawn=device)
     module = PROVIDERS[provider].build(lstm)
     plan = asdict(module.plan(x)) if hasattr(module, "plan") else None
     modules = {provider: module, BASELINE: lstm}

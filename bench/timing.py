@@ -85,7 +85,7 @@ def _cuda(call: Call, device: torch.device, hold: int) -> Callable[[], float]:
     return read
 
 
-def on_host(calls: dict[str, Call], device: torch.device, rounds: int = 5) -> dict[str, float]:
+def on_host(calls: dict[str, Call], device: torch.device, rounds: int = 3) -> dict[str, float]:
     """Median milliseconds until each call returns, with the device idle before: what the host takes for its launches,
     and where a call waits for the device, that too. Empty on the CPU, where a call returns when its work is done."""
     if device.type != "cuda":

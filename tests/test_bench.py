@@ -294,6 +294,16 @@ def test_a_plan_is_predicted_above_the_floor_and_near_it(dtype, backward):
         assert 0.999 * bound <= planned <= (5 if dtype == "bf16" else 20) * bound, (H, B, planned, bound)
 
 
+def test_what_is_timed_is_drawn_on_the_device():
+    """A check is drawn on the CPU, where gold is."""
+    torch.manual_seed(0)
+    nothing = torch.get_rng_state()
+    measure.steps(BOTH, "fused_lstm", torch.device("meta"))
+    assert torch.equal(torch.get_rng_state(), nothing)
+    measure.build(BOTH, torch.device("meta"))
+    assert not torch.equal(torch.get_rng_state(), nothing)
+
+
 @pytest.mark.parametrize("case", [FORWARD, BOTH, ONE_STEP, *FORMS], ids=lambda case: f"{case.mode} {case.shape}")
 def test_every_mode_and_form_is_checked_and_timed(path, case):
     measured = measure.measure(case, "fused_lstm", CPU, HERE, seconds=0.0)
