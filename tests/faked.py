@@ -7,8 +7,8 @@ does nothing. So no result is right, and an assertion about one is counted and n
 something goes wrong on its way to the comparison, or if there is none. An assertion before the first look at the
 elements of a tensor, as about a plan or a shape, must hold.
 
-A few refusals of a real device are made as there: cuDNN differentiates in training mode alone; and nothing looks at the
-device or loads a kernel while a CUDA graph is captured.
+A few refusals of a real device are made as there: cuDNN differentiates once, and in training mode; and nothing looks at
+the device or loads a kernel while a CUDA graph is captured.
 """
 
 import ast
@@ -25,6 +25,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bench.absent import CPU, DEVICES, without_device
+from fused_lstm import functional
 from fused_lstm.kernels import plan
 
 DEVICE = DEVICES[os.environ.get("FAKED_DEVICE", "H100")]
@@ -73,18 +74,48 @@ class OnCPU(TorchFunctionMode):
         if name == "cuda":
             return args[0]
         args = [placed(value) for value in args]
-        result = function(*args, **{key: placed(value) for key, value in (kwargs or {}).items()})
-        # float64 is gold, on the CPU.
-        if name == "lstm" and result[0].requires_grad and result[0].dtype != torch.float64:
-            training = args[6] if isinstance(args[1], (tuple, list)) else args[7]  # packed: batch_sizes stand second
-            if not training:
-                for tensor in result:
-                    tensor.register_hook(refused_by_cudnn)
-        return result
+        keywords = {key: placed(value) for key, value in (kwargs or {}).items()}
+        if name == "lstm" and torch.is_grad_enabled():
+            # On the device is what is not gold, in float64 on the CPU, and what our own LSTM hands on to torch's.
+            by_us = sys._getframe(1).f_code is functional.torch_lstm.__code__
+            if by_us or args[0].dtype != torch.float64:
+                return as_cudnn(function, args, by_us)
+        return function(*args, **keywords)
 
 
-def refused_by_cudnn(grad: torch.Tensor) -> None:
-    raise RuntimeError("cudnn RNN backward can only be called in training mode")
+def as_cudnn(lstm: Any, args: list[Any], by_us: bool) -> tuple[torch.Tensor, ...]:
+    """torch's LSTM, differentiated as cuDNN does it. by_us: which, on the device, would ask for training mode."""
+    packed = torch.is_tensor(args[1])  # then batch_sizes stand second
+    data, (*sizes, hx, weights), rest = args[0], args[1 : 3 + packed], args[3 + packed :]
+    data, hx, weights = Once.apply(data), list(map(Once.apply, hx)), list(map(Once.apply, weights))
+    result = lstm(data, *sizes, hx, weights, *rest)
+    training = by_us or rest[3]
+    return result if training else Refusing.apply("only in training mode", *result)
+
+
+class Refusing(torch.autograd.Function):
+    """The same tensors, of which cuDNN gives no gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, why: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.why = why
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+        raise RuntimeError(f"cuDNN differentiates {ctx.why}")
+
+
+class Once(torch.autograd.Function):
+    """The same tensor, of which cuDNN gives a gradient, and of that none."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return Refusing.apply("once", grad)[0]
 
 
 class Stream:
