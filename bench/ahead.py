@@ -243,9 +243,9 @@ def unpack(archive: Path, cache: Path) -> str:
     return f"{kernels}, as this machine's Triton would"
 
 
-def compiled(cache: Path) -> set[Path]:
-    """What a compiler has made in a cache: kernels, launchers and Triton's own module."""
-    return {path for path in cache.glob("*/*") if path.suffix in (".cubin", ".so")}
+def compiled(cache: Path) -> set[tuple[Path, int]]:
+    """What a compiler has made in a cache, and when: kernels, launchers and Triton's own module."""
+    return {(path, path.stat().st_mtime_ns) for path in cache.glob("*/*") if path.suffix in (".cubin", ".so")}
 
 
 # The command line
@@ -301,8 +301,8 @@ def main() -> int:
         failed = fill(args.parts, args.device, args.jobs, sizes)
         found = compiled(cache) - before
         if args.check:
-            print(f"{sum(path.suffix == '.cubin' for path in before)} kernels, {len(found)} misses")
-            for path in sorted(found):
+            print(f"{sum(path.suffix == '.cubin' for path, _ in before)} kernels, {len(found)} misses")
+            for path, _ in sorted(found):
                 print(f"missed: {path.relative_to(cache)}")
             return int(bool(found or failed))
         print(f"{len(found)} kernels and launchers compiled for {args.device} in {time.time() - start:.0f} s")

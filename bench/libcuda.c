@@ -11,11 +11,14 @@ CUresult cuDeviceGetAttribute(int *v, CUdevice_attribute a, CUdevice d) {
   return CUDA_SUCCESS;
 }
 CUresult cuCtxGetCurrent(CUcontext *c) { *c = (CUcontext)1; return CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice *d) { *d = 0; return CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext c) { return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (CUcontext)1; return CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t *p, CUlimit l) { *p = 0; return CUDA_SUCCESS; }
 CUresult cuCtxSetLimit(CUlimit l, size_t v) { return CUDA_SUCCESS; }
 CUresult cuModuleLoadData(CUmodule *m, const void *i) { *m = (CUmodule)1; return CUDA_SUCCESS; }
+CUresult cuModuleUnload(CUmodule m) { return CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *c) { *c = 0; return CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *n) { *f = (CUfunction)1; return CUDA_SUCCESS; }
 CUresult cuFuncGetAttribute(int *v, CUfunction_attribute a, CUfunction f) {
   *v = a == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;

@@ -25,7 +25,7 @@ if do == "unpack":
 before = ahead.compiled(cache)
 without_device()
 ahead.module_of({"input_size": 4, "hidden_size": 8}, 2, "fp16", False)
-print(*sorted(path.name.partition(".")[0] for path in ahead.compiled(cache) - before))
+print(*sorted(path.name.partition(".")[0] for path, _ in ahead.compiled(cache) - before))
 if do == "pack":
     ahead.pack(cache, archive, ahead.H100)
 """
