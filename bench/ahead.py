@@ -68,7 +68,7 @@ class AbsentLab(micro.Lab):
     def hardware(self) -> Device:
         return self.of
 
-    def slope(self, call: Callable[[int], object], steps: int, less: Callable[[int], object] | None = None) -> Times:
+    def slope(self, call: Callable[[int], object], steps: int, less: Any = None, **options: Any) -> Times:
         for each in filter(None, (call, less)):
             each(1)
         return Times(1.0, 1.0, 1.0, 1)
