@@ -111,6 +111,12 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--results", type=Path, help="folder (default: bench/results, a temporary one for --dry)")
     parser.add_argument("--until", type=float, default=time.time() + 420, help="deadline, seconds since the epoch")
+    parser.add_argument(
+        "--stall",
+        type=float,
+        default=STALL,
+        help=f"seconds without a new row that count as hung (default: {STALL:.0f})",
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has a row of")
     # The supervisor's environment: an edit of the source while the sweep runs must not split its rows in two.
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
@@ -145,7 +151,7 @@ def main() -> int:
         command = [sys.executable, "-m", "bench.run", "--worker", json.dumps(environment), "--device", kind]
         command += ["--results", str(results), "--until", str(args.until), *["--dry"] * args.dry]
         command += ["--providers", *args.providers]
-        supervise(command, listed, path, environment, args.until)
+        supervise(command, listed, path, environment, args.until, args.stall)
         rows = store.read(path, environment)
         lacking = len(todo(listed, path, environment))
         print(f"\n{path}: {len(listed) - lacking} of {len(listed)} rows{'; the same command goes on' * bool(lacking)}")
