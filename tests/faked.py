@@ -31,6 +31,7 @@ from fused_lstm.kernels import plan
 DEVICE = DEVICES[os.environ.get("FAKED_DEVICE", "H100")]
 # Of torch and of tensors: what reads elements, for which the host waits for the device.
 LOOKS = {"item", "tolist", "__bool__", "__int__", "__float__", "__contains__", "equal", "allclose", "nonzero", "numpy"}
+CAPTURING = "operation not permitted when stream is capturing"
 
 
 class State:
@@ -150,6 +151,7 @@ class Graph:
 
 
 def set_sync_debug_mode(mode: str | int) -> None:
+    compared()  # what it raises at is what is tested
     State.forbidden = "called a synchronizing CUDA operation" if mode in ("error", 2) else ""
 
 
@@ -185,14 +187,14 @@ OF_TORCH_CUDA = {
     "reset_peak_memory_stats": lambda device=None: None,
     "memory_stats": lambda device=None: {},
     "mem_get_info": lambda device=None: (PROPERTIES.total_memory, PROPERTIES.total_memory),
-    "is_current_stream_capturing": lambda: bool(State.forbidden),
+    "is_current_stream_capturing": lambda: State.forbidden == CAPTURING,
     "Stream": Stream,
     "Event": Event,
     "CUDAGraph": Graph,
     "current_stream": Stream,
     "default_stream": Stream,
     "stream": lambda stream: nullcontext(),
-    "graph": lambda graph, **options: forbidding("operation not permitted when stream is capturing"),
+    "graph": lambda graph, **options: forbidding(CAPTURING),
 }
 
 
@@ -209,14 +211,15 @@ def install() -> None:
     load = driver.utils.load_binary
 
     def load_binary(*args: Any) -> Any:
-        if State.forbidden:
-            raise RuntimeError(f"a kernel is loaded: {State.forbidden}")
+        if State.forbidden == CAPTURING:
+            raise RuntimeError(f"a kernel is loaded: {CAPTURING}")
         return load(*args)
 
     driver.utils.load_binary = load_binary
     for name, value in OF_TORCH_CUDA.items():
         setattr(torch.cuda, name, value)
     torch.Generator = Generator
+    functional.may_look = lambda tensor: functional.DEBUG  # the tensors only seem to be at hand
 
 
 # Assertions are counted
