@@ -232,7 +232,7 @@ def unpack(archive: Path, cache: Path) -> str:
                     children = {child: str(folder / child) for child in json.loads(data)}
                     data = json.dumps({"child_paths": children}).encode()
                 (folder / name).write_bytes(data)
-        there = store._smi("compute_cap")  # torch would make a CUDA context to say so
+        there = store.smi("compute_cap")  # torch would make a CUDA context to say so
         here = manifest(tuple(map(int, there.split("."))) if there else tuple(about["capability"]))
         kernels = f"{about['kernels']} kernels compiled ahead"
         differ = [f"{name} ({about[name][:16]}, here {own[:16]})" for name, own in here.items() if about[name] != own]

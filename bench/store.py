@@ -30,7 +30,7 @@ def _source() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
-def _smi(field: str) -> str | None:
+def smi(field: str) -> str | None:
     """One field of nvidia-smi for the first GPU."""
     output = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits")
     return output.splitlines()[0] if output else None
@@ -38,7 +38,7 @@ def _smi(field: str) -> str | None:
 
 def clock() -> float | None:
     """The multiprocessors' clock of the first GPU at this moment, in MHz; None without nvidia-smi."""
-    mhz = _smi("clocks.sm")
+    mhz = smi("clocks.sm")
     return float(mhz) if mhz and mhz.isdigit() else None
 
 
@@ -55,10 +55,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
-        "driver": _smi("driver_version") if cuda else None,
-        "clock": _smi("clocks.max.sm") if cuda else None,
-        "memory_clock": _smi("clocks.max.mem") if cuda else None,
-        "power": _smi("power.limit") if cuda else None,
+        "driver": smi("driver_version") if cuda else None,
+        "clock": smi("clocks.max.sm") if cuda else None,
+        "memory_clock": smi("clocks.max.mem") if cuda else None,
+        "power": smi("power.limit") if cuda else None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "torch": torch.__version__,
