@@ -269,6 +269,8 @@ def choose_kernel(
         # On a B200 eight warps spill at 128 units (Triton 3.6).
         sixteen = (mma_only(size, device) and padded > 16) or (device.capability[0] == 10 and padded == 128)
         forward = replace(tiles, warps=16) if sixteen else tiles
+        if (padded, size) == (64, 4) and not aligned(H, size):
+            forward = replace(forward, warps=8)  # four spill with the addresses of narrow rows
         # Two warps spill at 16 units in full precision (Triton 3.9).
         backward = replace(tiles, warps=4) if (padded, size) == (16, 8) else tiles
         why = f"W_hh of H {H} in {name(dtype)} fits on one multiprocessor"

@@ -10,26 +10,29 @@ INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
-def operand(x, PRECISION: tl.constexpr):
-    """x as a product in PRECISION takes it: for "tf32" rounded to the nearest TF32 number, halves away from zero."""
+def operand(x, PRECISION: tl.constexpr, PIPELINED: tl.constexpr = False):
+    """x as a product in PRECISION takes it: for "tf32" rounded to the nearest TF32 number, halves away from zero.
+    PIPELINED: in a loop whose loads Triton moves ahead of it."""
     # Triton hands the tensor cores all 32 bits, and they cut off the last 13: an error about three times as large as
-    # that of rounded operands, which cuBLAS and cuDNN have.
+    # that of rounded operands, which cuBLAS and cuDNN have. Impure, so that Triton leaves it at the load, where each
+    # thread has elements of its own: at the product many threads have the same, and each would round them. Where it
+    # moves loads ahead it knows no impure operations.
     if PRECISION == "tf32":
         if INTERPRETED:  # which has no inline assembly
             bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
             x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
         else:
             x = tl.inline_asm_elementwise(
-                "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+                "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=PIPELINED, pack=1
             )
     return x
 
 
 @triton.jit
-def dot(weight, x, sum, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def dot(weight, x, sum, DOT: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr = False):
     """sum + weight x, with the operands in DOT and the sum in its own type. The weight, which most often stays for all
     steps, is an operand() already."""
-    x = operand(x, PRECISION)
+    x = operand(x, PRECISION, PIPELINED)
     return tl.dot(weight.to(DOT), x.to(DOT), sum, input_precision=PRECISION, out_dtype=sum.dtype)
 
 
@@ -54,6 +57,7 @@ def load_weight(
     SPLIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    PIPELINED: tl.constexpr = False,
 ):
     """Chunk k of a weight (UNITS, K), or TRANSPOSED of one (K of each gate, UNITS), for the units given, of which those
     past the last have zeros, as an operand(): (units, BLOCK_K), or in parts (SPLIT, units, BLOCK_K // SPLIT)."""
@@ -64,7 +68,7 @@ def load_weight(
         at = (k // CHUNKS * K + columns).to(tl.int64) * UNITS + units[:, None]
     else:
         at = units.to(tl.int64)[:, None] * K + columns
-    return operand(tl.load(weight + at, mask=mask, other=0.0), PRECISION)
+    return operand(tl.load(weight + at, mask=mask, other=0.0), PRECISION, PIPELINED)
 
 
 @triton.jit
@@ -167,9 +171,9 @@ def product(
             sum = dot(held[k], tile, sum, DOT, PRECISION)
         if HELD < CHUNKS:
             for k in tl.range(HELD, CHUNKS, num_stages=3):
-                chunk = load_weight(weight, units, first + k, K, UNITS, TRANSPOSED, SPLIT, BLOCK_K, PRECISION)
+                chunk = load_weight(weight, units, first + k, K, UNITS, TRANSPOSED, SPLIT, BLOCK_K, PRECISION, True)
                 tile = load_columns(rows, active_rows, first + k, K, SPLIT, BLOCK_K)
-                sum = dot(chunk, tile, sum, DOT, PRECISION)
+                sum = dot(chunk, tile, sum, DOT, PRECISION, True)
     if SPLIT > 1:
         sum = sum_parts(sum, SPLIT, M, ROWS)
     return sum

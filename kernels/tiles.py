@@ -87,16 +87,20 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
     if 16 in fits:
         if H * size <= 2688:
             forward.append(Tiles(16, 16, 128, 8, split=8))
-        forward.append(Tiles(32, 16, chunk // 2 if wgmma else min(64, chunk), 4 if wgmma else 8))
-        if wgmma:
+        # Four warps take TF32's W_hh into registers, which hold no more of it (Triton 3.9).
+        few = wgmma and (size == 2 or H * size <= 2688)
+        forward.append(Tiles(32, 16, chunk // 2 if wgmma else min(64, chunk), 4 if few else 8))
+        if few:
             forward.append(Tiles(16, 16, 2 * chunk if in_1k else min(64, chunk), 4))
-        if H * size <= 1280 or (in_1k5 and H % 128 == 0):  # masks take registers, too
+        if H * size <= 1280 or (size == 2 and in_1k5 and H % 128 == 0):  # masks and TF32's rounding take registers, too
             forward.append(Tiles(16, 16, 128, 8, split=8, poll=True))
         if in_2k:
             forward.append(Tiles(8, 16, chunk, 4, split=4, poll=True))
-        if in_2k and not tcgen05:
+        # The longest rows of TF32 on an A100 spill (Triton 3.9 forward, 3.6 backward).
+        longest = size == 4 and not (wgmma or tcgen05) and H >= 512
+        if in_2k and not (tcgen05 or longest):
             forward.append(Tiles(64, 16, tall, 8))
-        if H <= 1344:
+        if H <= 1344 and not longest:
             backward.append(Tiles(32, 16, 128, 8, split=8))
         if in_1k and (size == 2 or H % 128 == 0):
             backward.append(Tiles(16, 16, 128, 8, split=8, poll=True))
@@ -113,8 +117,10 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
         forward.append(Tiles(16, 8, 128, 8, split=8))
         # Over the longest rows that a B200 spreads, eight warps spill one register (Triton 3.7).
         forward.append(Tiles(32, 8, chunk // 2 if tcgen05 else min(64, chunk), 4 if tcgen05 else 8))
-        # So does the smaller batch in TF32 (Triton 3.9).
-        backward += [Tiles(batch, 8, 128, 8, split=8) for batch in ((32,) if tcgen05 and size == 4 else (16, 32))]
+        # In TF32 so do the larger batch on an A100 (Triton 3.6) and over a B200's longest rows, and over all others the
+        # smaller one (Triton 3.9).
+        batches = (16, 32) if size == 2 or wgmma else (32,) if tcgen05 and H < 1184 else (16,)
+        backward += [Tiles(batch, 8, 128, 8, split=8) for batch in batches]
     if 32 in fits:
         forward.append(Tiles(16, 32, chunk // 2, 8))
         if in_1k:
@@ -172,7 +178,9 @@ def narrow_tiles(H: int, size: int, device: Device) -> tuple[list[Tiles], list[T
     units = next((units for units in ((16,) if size == 8 else (16, 8)) if fit(units, H, size, device)), 0)
     if units and size < 8:
         forward.append(Tiles(16, units, 128, 8, split=8))
-        backward.append(Tiles(32, units, 128, 8, split=8))
+        # In TF32 16 units spill (Triton 3.9), and on an A100 the larger batch (Triton 3.6).
+        batch = 16 if size == 4 and capability == 8 else 32
+        backward.append(Tiles(batch, 8 if size == 4 else units, 128, 8, split=8))
     elif units:
         warps = 16 if mma_only(size, device) else 4 if wide and capability == 9 else 8
         forward.append(Tiles(16, units, min(64, chunk) if wide and capability != 10 else chunk // 2, warps))
@@ -199,13 +207,15 @@ def streaming_tiles(forward: list[Tiles], backward: list[Tiles], H: int, size: i
     if size == 8:
         forward.append(Tiles(16, units, chunk // 2, 4, kept))
     else:
-        kept = min(kept, 10 if device.capability[0] == 10 else 12)  # the loads of more chunks spill
+        most = 12 if device.capability[0] != 10 else 10 if size == 2 else 8
+        kept = min(kept, most)  # the loads of more chunks spill
         forward.append(Tiles(32 if units == 16 else 16, units, chunk // 2, 8, kept))
         if units == 16:
             backward.append(Tiles(16, 16, chunk // 2, 4, kept, team=4))
             backward.append(Tiles(32, 16, chunk // 2, 8, kept, team=4))
     backward.append(Tiles(64 if units == 16 else 32, units, chunk, 8, room // (units * chunk * size)))
-    if units == 16 and (size == 2 or H <= 1536):  # the masks of longer rows spill
+    # Longer rows spill where they have masks, of TF32 all that have some.
+    if units == 16 and (size == 2 or (H <= 1536 and (size == 8 or H % 128 == 0))):
         split_tiles(forward, backward, H, size, device)
 
 
@@ -265,8 +275,8 @@ def stack_tiles(H: int, size: int, device: Device, layers: int) -> tuple[list[Ti
         forward.append(Tiles(16, 16, min(64, chunk), 4))
         if in_1k:
             forward.append(Tiles(64, 16, chunk // 4, 8))
-    if in_1k:
-        forward.append(Tiles(8, 16, chunk, 4, split=4, poll=True))  # in backward what is polled spills
+    if in_1k and (wgmma or size == 2):  # TF32 on an A100 spills (Triton 3.7), and in backward whatever is polled
+        forward.append(Tiles(8, 16, chunk, 4, split=4, poll=True))
     if fit(32, H, size, device, layers):
         forward += [Tiles(batch, 32, chunk // 2, 8) for batch in (16, 32)]
         if size == 2:

@@ -190,7 +190,7 @@ FAULTS = {
     "kernels/product.py": {
         "a part of a split sum": ("x = a + b\n    if PARTS", "x = a\n    if PARTS", STEP),
         "columns of the first chunk": ("k % CHUNKS * BLOCK_K + columns", "columns", STEP),
-        "TF32 operands cut off": ("    x = operand(x, PRECISION)\n", "", TF32),
+        "TF32 operands cut off": ("    x = operand(x, PRECISION, PIPELINED)\n", "", TF32),
     },
     "kernels/launch.py": {
         "padding left as it was": ("like.new_zeros(shape) if layout.padded else", "", PADDED),
