@@ -22,14 +22,15 @@ DEVICES = {"A100": A100, "H100": H100, "B200": B200}
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-class Driver:
-    """Triton's driver of a device that is not there: it compiles and loads kernels and launchers, and runs nothing."""
+def target(capability: tuple[int, ...]) -> GPUTarget:
+    return GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
 
-    launcher_cls = nvidia.CudaLauncher
 
-    def __init__(self, device: Device) -> None:
-        self.target = target(device.capability)
-        self.utils = nvidia.CudaUtils()
+class Compiler:
+    """A driver for Triton that has a target but no device: a launch compiles, into Triton's cache, and then fails."""
+
+    def __init__(self, capability: tuple[int, ...]) -> None:
+        self.target = target(capability)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -41,8 +42,14 @@ class Driver:
         return 0
 
 
-def target(capability: tuple[int, ...]) -> GPUTarget:
-    return GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+class Driver(Compiler):
+    """Triton's driver of a device that is not there: it also loads kernels and launchers, and runs nothing."""
+
+    launcher_cls = nvidia.CudaLauncher
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(device.capability)
+        self.utils = nvidia.CudaUtils()
 
 
 def libcuda() -> Path:

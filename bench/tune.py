@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fused_lstm import reference
@@ -29,6 +28,7 @@ from fused_lstm.kernels.launch import accumulator
 from fused_lstm.kernels.plan import Plan, by_steps, choose, choose_kernel
 from fused_lstm.kernels.tiles import Device, Tiles, programs_of
 
+from .absent import Compiler
 from .cases import DTYPES
 from .micro import Lab, Measured, timed
 
@@ -191,22 +191,6 @@ def measure(lab: Lab, name: str, params: dict[str, Any]) -> Measured:
         return times, times.median, "us a step"
 
     return timed(wrong, measure)
-
-
-class Compiler:
-    """A driver for Triton that has a target but no device: a launch compiles, into Triton's cache, and then fails."""
-
-    def __init__(self, capability: tuple[int, int]) -> None:
-        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def compile_ahead(capability: tuple[int, int], name: str, plan: Plan, dtype: torch.dtype, H: int, B: int) -> None:
