@@ -94,7 +94,7 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
             forward.append(Tiles(16, 16, 2 * chunk if in_1k else min(64, chunk), 4))
         if H * size <= 1280 or (size == 2 and in_1k5 and H % 128 == 0):  # masks and TF32's rounding take registers, too
             forward.append(Tiles(16, 16, 128, 8, split=8, poll=True))
-        # Over two chunks of which one is masked, a packed sequence run in reverse spills (Triton 3.6).
+        # Over two chunks of which one is masked, a packed sequence run in reverse spills at some H (Triton 3.6).
         if in_2k and not (wgmma and size == 2 and chunk < H < 2 * chunk):
             forward.append(Tiles(8, 16, chunk, 4, split=4, poll=True))
         # The longest rows of TF32 on an A100 spill (Triton 3.9 forward, 3.6 backward).
