@@ -16,7 +16,6 @@ import ast
 import hashlib
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +39,7 @@ from fused_lstm.kernels.plan import Plan, choose_kernel, choose_one_step, projec
 from fused_lstm.kernels.tiles import A100, B200, H100, Tiles
 
 from . import model
+from .sass import disassemble, parse, time_loop, tool, width
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "offline"
@@ -215,11 +215,13 @@ def resources(kernel: CompiledKernel) -> Resources:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        instructions = time_loop(tool("nvdisasm", "-c", file.name))
+    code = parse(disassemble(kernel.asm["cubin"]))
+    loop = time_loop(code)
+    instructions = [code[place].opcode for place in loop.members] if loop else []
     ttgir = kernel.asm["ttgir"]
     # The text of the loop over the steps, which is the first one: to the brace at its own indentation.
-    loop = re.search(r"^( *)(?:%\S+ = )?scf\.for .*?^\1}", ttgir, re.DOTALL | re.MULTILINE)
-    assert loop, kernel.metadata.name
+    steps = re.search(r"^( *)(?:%\S+ = )?scf\.for .*?^\1}", ttgir, re.DOTALL | re.MULTILINE)
+    assert steps, kernel.metadata.name
     ptx = kernel.asm["ptx"]
     # Neighbours among the barriers and the accesses to global memory.
     pairs = list(pairwise(re.findall(r"\b(?:bar\.sync|(?:ld|st|atom|red)\.\S*global\S*)", ptx)))
@@ -235,62 +237,12 @@ def resources(kernel: CompiledKernel) -> Resources:
         instructions=len(instructions),
         loaded=threads * sum(width(access) for access in instructions if re.match(r"LDG", access)),
         stored=threads * sum(width(access) for access in instructions if access.startswith("STG")),
-        resident=ttgir.count("ttg.local_alloc", 0, loop.start()),
-        loads=loop[0].count("tt.load"),
+        resident=ttgir.count("ttg.local_alloc", 0, steps.start()),
+        loads=steps[0].count("tt.load"),
         acquires=sum(".acquire" in first and second == "bar.sync" for first, second in pairs),
         releases=sum(first == "bar.sync" and ".release" in second for first, second in pairs),
         read_only=len(re.findall(r"\bld\.\S*\.nc\b", ptx)),
     )
-
-
-def tool(name: str, *arguments: str) -> str:
-    path = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def time_loop(sass: str) -> list[str]:
-    """The instructions of the largest loop in a disassembly, such as "LDG.E.128"; none where the kernel has no loop."""
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    jumps: list[tuple[int, str]] = []
-    before: list[set[int]] = [set()]  # by instruction, those that it can follow
-    for line in sass.splitlines():
-        at = len(instructions)
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = at
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([\w.]+)\s*(.*)", line):
-            predicate, instruction, operands = found.groups()
-            instructions.append(instruction)
-            if jump := re.search(r"`\((\.L\w+)\)", operands):
-                jumps.append((at, jump[1]))
-            # A uniform predicate is an operand, before the label.
-            always = not predicate and (instruction == "EXIT" or (instruction.startswith("BRA") and operands[0] == "`"))
-            before.append(set() if always else {at})
-    jumps = [(at, target) for at, target in jumps if target in labels]
-    for at, target in jumps:
-        before[labels[target]].add(at)
-    largest: set[int] = set()
-    for at, target in jumps:
-        begin = labels[target]
-        if begin > at:
-            continue
-        # All from which the jump back is reached without its target. Parts may stand anywhere: blocks are moved out of
-        # the way. If the kernel's begin is among them, the jump only returns from such a block.
-        loop, todo = {begin}, [at]
-        while todo:
-            member = todo.pop()
-            if member not in loop:
-                loop.add(member)
-                todo += before[member]
-        if 0 not in loop and len(loop) > len(largest):
-            largest = loop
-    return [instructions[at] for at in sorted(largest)]
-
-
-def width(access: str) -> int:
-    """Bytes that one thread moves in an instruction such as "LDG.E.128"."""
-    bits = re.search(r"\.[USF]?(8|16|64|128|256)\b", access)
-    return int(bits[1]) // 8 if bits else 4
 
 
 def choices(

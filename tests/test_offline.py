@@ -29,9 +29,8 @@ from bench.offline import (
     key,
     read,
     table,
-    time_loop,
-    width,
 )
+from bench.sass import parse, time_loop, width
 
 ROOT = Path(__file__).parents[1]
 TRITONS = ("3.6.0", "3.7.1", "3.9.0")
@@ -158,7 +157,7 @@ def test_table_is_made_from_its_files():
 
 
 def test_time_loop_has_what_was_moved_out_of_it():
-    sass = """
+    lines = """
         /*0000*/ LDG.E R0, desc[UR4][R2.64] ;
     .L_x_0:
         /*0010*/ @!P0 BRA `(.L_x_2) ;
@@ -171,9 +170,13 @@ def test_time_loop_has_what_was_moved_out_of_it():
         /*0060*/ HMMA.16816.F32 R4, R8, R12, R4 ;
         /*0070*/ BRA `(.L_x_1) ;
     """
-    loop = time_loop(sass)
-    assert loop == ["BRA", "LDG.E.128.CONSTANT", "BRA.U", "HMMA.16816.F32", "BRA"]
-    assert [width(access) for access in ("LDG.E", "LDG.E.U8", "STG.E.U16", "LDG.E.64", loop[1])] == [4, 1, 2, 8, 16]
+    bits = "/* 0x0000000000000000 */"
+    code = parse(lines.replace(";", f"; {bits}\n{bits}"))
+    loop = time_loop(code)
+    opcodes = [code[place].opcode for place in loop.members]
+    assert opcodes == ["BRA", "LDG.E.128.CONSTANT", "BRA.U", "HMMA.16816.F32", "BRA"]
+    assert (code[loop.head].predicate, code[loop.jump].opcode) == ("!P0", "BRA.U")
+    assert [width(access) for access in ("LDG.E", "LDG.E.U8", "STG.E.U16", "LDG.E.64", opcodes[1])] == [4, 1, 2, 8, 16]
 
 
 def sample():
