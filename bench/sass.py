@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -62,6 +63,7 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+@lru_cache(maxsize=4)  # it takes longer than all that is made of it
 def disassemble(cubin: bytes) -> str:
     """The text of a kernel's machine code, labels in place of addresses, with the bits of each instruction."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
