@@ -29,6 +29,7 @@ Run = Callable[[Values, Value], None]  # of the registers, and of the lanes that
 
 # CALL.REL.NOINC, without a way back, also ends a loop of compute capability 8.0.
 JUMPS = {"BRA", "CALL"}
+CONTROL = JUMPS | {"BSSY", "BSYNC", "EXIT"}
 ZEROS = ("RZ", "URZ", "SRZ")
 TRUE = ("PT", "UPT")
 
@@ -65,8 +66,7 @@ class Decoded(NamedTuple):
     run: Run | None
     measure: Callable[[Values, Value], Access] | None
     condition: Read | None  # of a jump, beside the guard
-    jumps: bool
-    exits: bool
+    control: str  # its opcode, if it may change which lanes go where
 
 
 class Emulator:
@@ -96,7 +96,7 @@ class Emulator:
             if family not in DATA:
                 self.unknown.add(one.opcode)
         guard = predicate(one.predicate) if one.predicate else None
-        return Decoded(guard, run, measure, condition, base in JUMPS, base == "EXIT")
+        return Decoded(guard, run, measure, condition, base if base in CONTROL else "")
 
     def turns(
         self, loop: Loop, warp: int, program: tuple[int, int, int], programs: tuple[int, int, int], count: int
@@ -110,29 +110,101 @@ class Emulator:
         values |= {f"SR_NCTAID.{axis}": number for axis, number in zip("XYZ", programs, strict=True)}
         values |= {"SR_TID.X": 32 * warp + LANES, "SR_LANEID": LANES, "SR_CgaCtaId": 0}
         turns: list[list[Row]] = []
+        lanes = Lanes()
         place = 0
         for _ in range(LIMIT):
+            guard, run, measure, condition, control = self.decoded[place]
+            if control == "BSYNC" and lanes.wait(self.code[place].operands[0], place):
+                place = lanes.others()
+                continue
             if place == loop.head:
                 if len(turns) == count + 1:
                     return turns[1:]
                 turns.append([])
-            guard, run, measure, condition, jumps, exits = self.decoded[place]
-            active = True if guard is None else guard(values)
-            access = measure(values, active) if measure else None
+            active = lanes.active(True if guard is None else guard(values))
+            # An unknown predicate may hold in every lane.
+            access = measure(values, lanes.here if active is None else active) if measure else None
             if turns:
                 turns[-1].append((place, access))
             if run:
                 run(values, active)
-            following = place + 1
-            if jumps:
+            next_place = place + 1
+            if control in JUMPS:
                 taken = both_hold(active, condition(values)) if condition else active
                 # Whether a loop goes on may hang on what is loaded: then it does.
-                if (place == loop.jump) if taken is None else np.any(taken):
-                    following = self.code[place].target
-            elif exits and active is not None and np.all(active):
-                break
-            place = following
+                taken = place == loop.jump if taken is None else taken
+                next_place = lanes.jump(taken, self.code[place].target, next_place)
+            elif control == "BSSY":
+                lanes.joins[self.code[place].operands[0]] = lanes.here
+            elif control == "EXIT" and active is not None and lanes.leave(active):
+                if not lanes.parked:
+                    break
+                next_place = lanes.others()
+            place = lanes.meet(next_place)
         return turns[1:-1]
+
+
+class Lanes:
+    """The lanes of a warp, which may go different ways: those that run, and those that do not until they meet again."""
+
+    def __init__(self) -> None:
+        self.here = EVERY
+        self.parked: dict[int, np.ndarray] = {}  # by the place where they go on
+        self.waiting: set[int] = set()  # places of them that they leave only together with others
+        self.joins: dict[str, np.ndarray] = {}  # by register of BSSY, the lanes that BSYNC waits for
+
+    def active(self, value: Value) -> Value:
+        """A predicate in the lanes that are here."""
+        return value if self.here is EVERY or value is None else self.here & value
+
+    def jump(self, taken: Value, target: int, next_place: int) -> int:
+        """Where the lanes go on that are here after a jump that some take: those that do not take it, if there are."""
+        go = self.here & taken
+        if not go.any():
+            return next_place
+        if np.array_equal(go, self.here):
+            return target
+        self.here = self.here & ~go
+        self.park(target, go)
+        return next_place
+
+    def leave(self, active: Value) -> bool:
+        """Whether no lane is left that is here, after those that are active have ended."""
+        self.here = self.here & ~(self.here & active)
+        return not self.here.any()
+
+    def park(self, place: int, lanes: np.ndarray) -> None:
+        self.parked[place] = lanes | self.parked.get(place, False)
+
+    def wait(self, join: str, place: int) -> bool:
+        """Whether lanes are missing at BSYNC; those that are here then stay at it."""
+        missing = self.joins.get(join, self.here) & ~self.here
+        if not any((missing & lanes).any() for lanes in self.parked.values()):
+            return False
+        self.park(place, self.here)
+        self.waiting.add(place)
+        return True
+
+    def others(self) -> int:
+        """Lets the lanes run whose place is the first; returns it."""
+        place = min(self.parked.keys() - self.waiting or self.parked)
+        self.waiting.discard(place)
+        self.here = self.parked.pop(place)
+        return place
+
+    def meet(self, place: int) -> int:
+        """Where to go on when lanes have come to a place: with those that are there, and never past any."""
+        if not self.parked:
+            return place
+        if place in self.parked:
+            self.here = self.here | self.parked.pop(place)
+            self.waiting.discard(place)
+        elif place > min(self.parked.keys() - self.waiting, default=place):
+            self.park(place, self.here)
+            return self.others()
+        if self.here.all():
+            self.here = EVERY
+        return place
 
 
 def both_hold(first: Value, second: Value) -> Value:
@@ -637,12 +709,11 @@ def memory(one: Instruction) -> Callable[[Values, Value], Access]:
         at = read(values)
         for name in loaded:
             values[name] = None
-        if active is not None and active is not True and not np.any(active):
+        if not np.any(active):
             return Access("off")
         if at is None:
             return Access("unknown")
-        # An unknown predicate may hold in every lane.
-        at, on = in_lanes(at), EVERY if active is None or active is True else in_lanes(active)
+        at, on = in_lanes(at), EVERY if active is True else in_lanes(active)
         if base in MATRICES:
             return Access("shared", matrix_waves(*pattern(at), matrices))
         if base in SHARED:
