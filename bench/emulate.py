@@ -73,12 +73,14 @@ class Emulator:
     """A kernel, decoded once for all its warps.
 
     constants: by names such as "c[0x0][0x210]". unknown: opcodes that it does not know, whose results count as unknown.
+    undecided: places of the jumps back that hang on what is loaded, as those of a spin do.
     """
 
     def __init__(self, code: Sequence[Instruction], constants: Mapping[str, int]) -> None:
         self.code = code
         self.constants = constants
         self.unknown: set[str] = set()
+        self.undecided: set[int] = set()
         self.decoded = [self.decode(one) for one in code]
 
     def decode(self, one: Instruction) -> Decoded:
@@ -131,9 +133,12 @@ class Emulator:
             next_place = place + 1
             if control in JUMPS:
                 taken = both_hold(active, condition(values)) if condition else active
-                # Whether a loop goes on may hang on what is loaded: then it does.
-                taken = place == loop.jump if taken is None else taken
-                next_place = lanes.jump(taken, self.code[place].target, next_place)
+                target = self.code[place].target
+                if taken is None:
+                    taken = place == loop.jump  # if it hangs on what is loaded whether the loop goes on, it does
+                    if not taken and target <= place:
+                        self.undecided.add(place)
+                next_place = lanes.jump(taken, target, next_place)
             elif control == "BSSY":
                 lanes.joins[self.code[place].operands[0]] = lanes.here
             elif control == "EXIT" and active is not None and lanes.leave(active):

@@ -8,6 +8,7 @@ to it is there when its own would be, and a spin goes round until then.
 Not in it: the instruction cache, misses of L2, the far half of it, other programs on the same multiprocessor.
 """
 
+import operator
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -514,52 +515,42 @@ FIRST_REGION = 5
 def exchange_of(
     code: Sequence[Instruction],
     loop: Loop,
+    undecided: set[int],
     traces: Sequence[Sequence[Sequence[Row]]],
     handed: Collection[int],
-    regions: Mapping[str, int],
-    handover: Callable[[Access], int] | None,
+    handover: Callable[[Access], int],
 ) -> Exchange:
-    """How a kernel hands over, as its loop shows it: a spin is a jump back within the loop.
+    """How a kernel hands over, as its loop shows it.
 
-    handed: regions of the pointers behind which it hands over what a spin looks at. If it counts in flags, that is what
-    a spin looks at. handover: as in Exchange.
+    Args:
+        undecided: places of jumps back that hang on what is loaded.
+        traces: by warp and step, what it runs.
+        handed: regions of what its spins look at; if it counts in flags, they look at these.
+        handover: as in Exchange.
     """
-    inside = set(loop.members)
-    targets = {
-        place: code[place].target
-        for place in loop.members
-        if code[place].base == "BRA" and place != loop.jump and code[place].target in inside - {loop.head}
-    }
-    targets = {place: target for place, target in targets.items() if target <= place}
-    bodies = {place: [code[at] for at in range(target, place)] for place, target in targets.items()}
+    bodies = {jump: code[code[jump].target : jump] for jump in undecided & set(loop.members)}
     awaited = {one.place for body in bodies.values() for one in body if one.base in FROM_L2}
-    flags = [
+    counted = {
         place
         for place in loop.members
         if code[place].base in ("REDG", "RED")
         or (code[place].base == "ATOMG" and ".ADD" in code[place].opcode and place not in awaited)
-    ]
-    stored = {
+    }
+    published = counted or {
         place
         for trace in traces
         for place, access in trace[-1]
         if code[place].base == "STG" and access.space == "global" and access.region in handed
     }
-    published = set(flags[-1:]) or stored
-    if handover is None:
-        inner = regions.get("products") if not flags else None
-        handover = lambda access: access.region == inner  # noqa: E731
-    lags, seen = dict.fromkeys(targets, 1), set()
+    spins: dict[int, Spin] = {}
+    seen = set()
     for place, access in traces[0][-1]:  # in the order of a step
         if place in published:
             seen.add(handover(access))
-        if place in awaited:
-            lags |= {
-                jump: int(handover(access) not in seen) for jump, target in targets.items() if target <= place < jump
-            }
-    spins = {
-        jump: Spin(targets[jump], any(one.base == "BAR" for one in body), lags[jump]) for jump, body in bodies.items()
-    }
+        for jump, body in bodies.items():
+            if place in awaited and body[0].place <= place < jump:
+                together = any(one.base == "BAR" for one in body)
+                spins[jump] = Spin(body[0].place, together, int(handover(access) not in seen))
     return Exchange(spins, awaited, published, handover)
 
 
@@ -584,9 +575,10 @@ def simulate(
         program: its ids; the second program of the first axis if left out.
         steps: simulated; the first two do not count.
         exchange: wait for the other programs; without, all that they hand over is there.
-        handed: pointers behind which it is handed over where no flags are; if left out, dgates and products or y.
-        handover: of several exchanges in a step, the one that an access belongs to.
-        clocks: if not Clocks().
+        handed: names of pointers to what its spins look at, if not at flags; dgates and products, or y and dropped, if
+            left out.
+        handover: of several exchanges in a step, the one that an access belongs to; by its pointer if left out.
+        clocks: Clocks() if left out.
 
     Raises:
         NotSimulated: what it is not made for.
@@ -605,8 +597,11 @@ def simulate(
     traces = [emulator.turns(loop, warp, at, programs, steps) for warp in range(warps)]
     if any(len(trace) < steps for trace in traces):
         raise NotSimulated(f"a warp leaves the loop before turn {steps}")
-    names = handed or ({"dgates", "products"} if "dgates" in regions else {"y"})
-    between = exchange_of(code, loop, traces, {regions[name] for name in names if name in regions}, regions, handover)
+    names = handed or ({"dgates", "products"} if "dgates" in regions else {"y", "dropped"})
+    behind = {regions[name] for name in names if name in regions}
+    between = exchange_of(code, loop, emulator.undecided, traces, behind, handover or operator.attrgetter("region"))
+    if exchange and between.spins and not between.published:
+        raise NotSimulated("what its spins wait for lies at addresses that are loaded")
     if not exchange:
         between = between._replace(spins={})
     l2_bytes = min(clocks.l2_port, clocks.l2_bytes / (programs[0] * programs[1] * programs[2]))
