@@ -34,12 +34,12 @@ ZEROS = ("RZ", "URZ", "SRZ")
 TRUE = ("PT", "UPT")
 
 LOADS = {"LDS", "LDSM", "LDG", "LD", "ATOM", "ATOMG", "ATOMS"}
-STORES = {"STS", "STSM", "STG", "ST", "RED", "REDG", "LDGSTS", "LDGDEPBAR"}
+STORES = {"STS", "STSM", "STG", "ST", "RED", "REDG", "LDGSTS"}
 SHARED = {"LDS", "STS", "ATOMS"}
 MATRICES = {"LDSM", "STSM"}  # of 8 rows of 16 bytes, a row from each of 8 lanes
 # What changes no register.
 NOTHING = {"BAR", "BSSY", "BSYNC", "CCTL", "CGAERRBAR", "DEPBAR", "ERRBAR", "EXIT", "FENCE", "HGMMA", "MEMBAR"}
-NOTHING |= {"NANOSLEEP", "NOP", "STL", "SYNCS", "UCGABAR_ARV", "WARPGROUP", "WARPSYNC", "YIELD"}
+NOTHING |= {"LDGDEPBAR", "NANOSLEEP", "NOP", "STL", "SYNCS", "UCGABAR_ARV", "WARPGROUP", "WARPSYNC", "YIELD"}
 # What computes with data, or with what other lanes have: its result counts as unknown.
 DATA = {"BMSK", "F2F", "F2FP", "F2I", "FADD", "FCHK", "FFMA", "FLO", "FMNMX", "FMUL", "FSEL", "FSETP", "FSWZADD"}
 DATA |= {"HADD2", "HFMA2", "HMMA", "HMNMX2", "HMUL2", "HSETP2", "I2F", "I2FP", "LDL", "MUFU", "P2R", "POPC", "REDUX"}
@@ -50,7 +50,7 @@ class Access(NamedTuple):
     """What a warp's access to memory takes."""
 
     space: str  # "shared", "global", "unknown" for its address, or "off" if no lane takes part
-    waves: int = 0  # wavefronts of shared memory
+    waves: int = 0  # wavefronts of shared memory; also of what LDGSTS takes there from global memory
     sectors: int = 0  # of 32 bytes of global memory
     lines: int = 0  # of 128 bytes
     region: int = 0  # of the pointer behind the address
@@ -696,12 +696,12 @@ FAMILIES: dict[str, Callable[[str, tuple[str, ...]], Run]] = {
 
 def memory(one: Instruction) -> Callable[[Values, Value], Access]:
     """How an access to memory is measured; what it loads counts as unknown."""
-    where = next((operand for operand in one.operands if "[" in operand), None)
-    read = address(where) if where else lambda values: None
+    *copied_to, where = (operand for operand in one.operands if "[" in operand)
+    read, to = address(where), address(copied_to[0]) if copied_to else None
     opcode, base = one.opcode, one.base
     size = width(opcode)
     matrices = next((number for number in (4, 2) if f"88.{number}" in opcode), 1)
-    weak = base == "LDG" and "STRONG" not in opcode
+    weak = (base == "LDG" and "STRONG" not in opcode) or (base == "LDGSTS" and "BYPASS" not in opcode)
     loaded = []
     if base in LOADS:
         first = next(operand for operand in one.operands if not operand.startswith("P"))
@@ -722,14 +722,15 @@ def memory(one: Instruction) -> Callable[[Values, Value], Access]:
         if base in MATRICES:
             return Access("shared", matrix_waves(*pattern(at), matrices))
         if base in SHARED:
-            begin, places = pattern(at)
-            return Access("shared", waves(begin, places, on.tobytes(), size))
+            return Access("shared", waves(*pattern(at), on.tobytes(), size))
+        target = to(values) if to else None
+        of_copy = 0 if target is None else waves(*pattern(in_lanes(target)), on.tobytes(), size)
         at = at if on is EVERY else at[on]
         first = int(at[0])
         line = first >> 7
         sectors, lines, numbers = touched((at - (line << 7)).tobytes(), size)
         cached = tuple([4 * line + number for number in numbers]) if weak else ()
-        return Access("global", 0, sectors, lines, first >> REGION_BITS, first & ((1 << REGION_BITS) - 1), cached)
+        return Access("global", of_copy, sectors, lines, first >> REGION_BITS, first & ((1 << REGION_BITS) - 1), cached)
 
     return access
 

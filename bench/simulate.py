@@ -99,7 +99,7 @@ UNITS = {
 }
 UNIT = {opcode: unit for unit, opcodes in UNITS.items() for opcode in opcodes.split()}
 IN_SHARED = {"LDS", "LDSM", "STS", "STSM", "ATOMS"}
-FROM_L2 = {"LDG", "ATOMG", "LD"}  # what comes back takes its share of L2
+FROM_L2 = {"LDG", "ATOMG", "LD", "LDGSTS"}  # what comes back takes its share of L2
 PUBLISHING = {"STG", "REDG", "RED"}
 # Cycles from an instruction with a scoreboard to its result, by a field of Clocks.
 LATENCY = {
@@ -165,6 +165,8 @@ class Warp:
     wgmma: float = 0.0  # when the last wgmma's is there
     accessed: float = 0.0  # the cycle of its last wavefront
     stored: float = 0.0  # ... of a store
+    copied: float = 0.0  # when all is there that LDGSTS has copied
+    copies: list[float] = field(default_factory=list)  # ... by group of copies
     barriers: int = 0  # that it has come to
     arrives: float | None = None  # at a barrier that is not open yet
     samples: dict[int, float] = field(default_factory=dict)  # by step, when L2 saw the first load of a spin's turn
@@ -318,10 +320,13 @@ class Multiprocessor:
         elif cost.base == "BAR":
             self.meet(warp, now)
         elif cost.base == "MEMBAR":
-            until = max(now, warp.stored + self.clocks.fence) + self.clocks.fence_least
-            warp.ready = max(warp.ready, until)
-            warp.parts["fence"] += until - now
-            warp.issued = until - 1
+            self.hold(warp, now, max(now, warp.stored + self.clocks.fence) + self.clocks.fence_least, "fence")
+        elif cost.base == "LDGDEPBAR":
+            warp.copies.append(warp.copied)
+        elif cost.base == "DEPBAR":
+            done = len(warp.copies) - int(one.operands[1], 0)
+            if done > 0:
+                self.hold(warp, now, max(now, warp.copies[done - 1]), "global")
         elif cost.base == "CCTL":
             warp.ready = max(warp.ready, now + self.clocks.invalidation)
             self.l1.clear()
@@ -335,6 +340,12 @@ class Multiprocessor:
             warp.begins[self.steps] = now
         elif warp.rows[warp.at][0] != place + 1:
             warp.ready = max(warp.ready, now + self.clocks.branch)
+
+    def hold(self, warp: Warp, now: float, until: float, part: str) -> None:
+        """Holds a warp back behind its instruction."""
+        warp.ready = max(warp.ready, until)
+        warp.parts[part] += until - now
+        warp.issued = max(warp.issued, until - 1)
 
     def account(self, warp: Warp, now: float) -> None:
         """Says where the cycles since a warp's last instruction have gone."""
@@ -366,7 +377,8 @@ class Multiprocessor:
             waves = access.waves if access.space == "shared" else guessed_waves(one.opcode)
             if base not in IN_SHARED:
                 lines = access.lines if access.space == "global" else UNKNOWN_LINES
-                waves = max(1, -(-lines // 2))
+                # What LDGSTS copies passes the pipe a second time, which is counted here.
+                waves = max(1, -(-lines // 2)) + access.waves
         begin = max(now + 2, self.pipe)
         end = begin + waves - 1  # when its last wavefront passes
         self.pipe = begin + waves
@@ -375,7 +387,9 @@ class Multiprocessor:
         warp.accessed = max(warp.accessed, end)
         there = end + latency
         if base in FROM_L2 and not off:
-            there = self.load(warp, one, base, access, end, now)
+            there = self.load(warp, one, base, access, end)
+            if base == "LDGSTS":
+                warp.copied = max(warp.copied, there)
         elif not off or base in ("LDS", "LDSM", "SHFL"):
             there -= 2
         if base in PUBLISHING:
@@ -390,7 +404,7 @@ class Multiprocessor:
         if one.frees is not None and read > warp.clear[one.frees]:
             warp.clear[one.frees], warp.blame[one.frees] = read, "STS" if base == "STS" else "read of operands"
 
-    def load(self, warp: Warp, one: Instruction, base: str, access: Access, end: float, now: float) -> float:
+    def load(self, warp: Warp, one: Instruction, base: str, access: Access, end: float) -> float:
         """The cycle when what a load from global memory brings is there."""
         clocks, latency, known = self.clocks, self.clocks.l2, 0.0
         sectors = access.sectors if access.space == "global" else UNKNOWN_SECTORS
