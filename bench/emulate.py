@@ -39,11 +39,11 @@ SHARED = {"LDS", "STS", "ATOMS"}
 MATRICES = {"LDSM", "STSM"}  # of 8 rows of 16 bytes, a row from each of 8 lanes
 # What changes no register.
 NOTHING = {"BAR", "BSSY", "BSYNC", "CCTL", "CGAERRBAR", "DEPBAR", "ERRBAR", "EXIT", "FENCE", "HGMMA", "MEMBAR"}
-NOTHING |= {"LDGDEPBAR", "NANOSLEEP", "NOP", "STL", "SYNCS", "UCGABAR_ARV", "WARPGROUP", "WARPSYNC", "YIELD"}
+NOTHING |= {"LDGDEPBAR", "NANOSLEEP", "NOP", "SYNCS", "UCGABAR_ARV", "WARPGROUP", "WARPSYNC", "YIELD"}
 # What computes with data, or with what other lanes have: its result counts as unknown.
 DATA = {"BMSK", "F2F", "F2FP", "F2I", "FADD", "FCHK", "FFMA", "FLO", "FMNMX", "FMUL", "FSEL", "FSETP", "FSWZADD"}
-DATA |= {"HADD2", "HFMA2", "HMMA", "HMNMX2", "HMUL2", "HSETP2", "I2F", "I2FP", "LDL", "MUFU", "P2R", "POPC", "REDUX"}
-DATA |= {"SHFL", "VABSDIFF", "VIADDMNMX", "VIMNMX3", "VOTE", "VOTEU"}
+DATA |= {"HADD2", "HFMA2", "HMMA", "HMNMX2", "HMUL2", "HSETP2", "I2F", "I2FP", "MUFU", "POPC", "REDUX"}
+DATA |= {"SHFL", "VABSDIFF", "VIMNMX3", "VOTE", "VOTEU"}
 
 
 class Access(NamedTuple):
@@ -221,9 +221,9 @@ def is_predicate(operand: str) -> bool:
 
 
 def following(name: str) -> str:
-    """The second half of a pair of registers or constants, by the name of the first; of zeros and special registers the
-    same."""
-    numbered = re.fullmatch(r"(U?R|c\[0x0\]\[)(0x[0-9a-f]+|\d+)(\]?)", name)
+    """The second half of a pair of registers, constants or places in local memory, by the name of the first; of zeros
+    and special registers the same."""
+    numbered = re.fullmatch(r"(U?R|c\[0x0\]\[|\[R1\+)(0x[0-9a-f]+|\d+)(\]?)", name)
     if numbered is None:
         return name
     head, number, tail = numbered.groups()
@@ -324,11 +324,12 @@ def unknown(one: Instruction) -> Run:
 
 
 def move(opcode: str, operands: tuple[str, ...]) -> Run:
-    """MOV, and what reads a constant or a special register; of 64 bits two registers."""
-    pairs = [operands[:2]]
-    if ".64" in opcode or (opcode.startswith("CS2R") and ".32" not in opcode):
-        pairs.append(tuple(map(following, operands[:2])))
-    moves = [(name, reader(source)) for name, source in pairs]
+    """MOV, and what reads a constant or a special register, or has a register in local memory while it is not used."""
+    pairs = [tuple("[R1+0x0]" if operand == "[R1]" else operand for operand in operands[:2])]
+    clears_two = opcode.startswith("CS2R") and ".32" not in opcode
+    for _ in range(2 if clears_two or ".64" in opcode else 4 if ".128" in opcode else 1):
+        pairs.append(tuple(map(following, pairs[-1])))
+    moves = [(name, reader(source)) for name, source in pairs[:-1]]
 
     def run(values: Values, active: Value) -> None:
         for name, read in moves:
@@ -349,9 +350,9 @@ def multiply_add(opcode: str, operands: tuple[str, ...]) -> Run:
     numbers, _, carries = parted(operands)
     name = numbers[0]
     x, y = reader(numbers[1]), reader(numbers[2])
+    as_factor = (lambda value: value) if ".U32" in opcode else signed
     if ".WIDE" in opcode:
         z, second = wide_reader(numbers[3]), following(name)
-        as_factor = (lambda value: value) if ".U32" in opcode else signed
 
         def run_wide(values: Values, active: Value) -> None:
             a, b, c = x(values), y(values), z(values)
@@ -363,9 +364,15 @@ def multiply_add(opcode: str, operands: tuple[str, ...]) -> Run:
             write(values, second, high, active)
 
         return run_wide
-    if ".HI" in opcode:
-        return lambda values, active: write(values, name, None, active)
     z = reader(numbers[3])
+    if ".HI" in opcode:
+
+        def run_high(values: Values, active: Value) -> None:
+            a, b, c = x(values), y(values), z(values)
+            known = a is not None and b is not None and c is not None
+            write(values, name, (as_factor(a) * as_factor(b) >> 32) + c if known else None, active)
+
+        return run_high
     if numbers[1] == numbers[2] == "RZ" and ".X" not in opcode:
         return lambda values, active: write(values, name, z(values), active)
     carry = predicate(carries[-1]) if ".X" in opcode else lambda values: 0
@@ -644,16 +651,18 @@ def extend(opcode: str, operands: tuple[str, ...]) -> Run:
 
 
 def extreme(opcode: str, operands: tuple[str, ...]) -> Run:
-    """VIMNMX: the smaller of two numbers where a predicate holds, elsewhere the larger."""
-    name, x, y, which = operands[0], reader(operands[1]), reader(operands[2]), predicate(operands[3])
-    as_number = (lambda value: value) if "U32" in opcode else signed
+    """VIMNMX: the smaller of two numbers where a predicate holds, elsewhere the larger; in VIADDMNMX the first is a
+    sum."""
+    name, terms, y = operands[0], [reader(operand) for operand in operands[1:-2]], reader(operands[-2])
+    which = predicate(operands[-1])
+    as_number = (lambda value: value & WORD) if "U32" in opcode else signed
 
     def run(values: Values, active: Value) -> None:
-        first, second, least = x(values), y(values), which(values)
+        parts, second, least = [read(values) for read in terms], y(values), which(values)
         value = None
-        if first is not None and second is not None and least is not None:
-            first, second = as_number(first), as_number(second)
-            value = np.where(least, np.minimum(first, second), np.maximum(first, second))
+        if second is not None and least is not None and not any(part is None for part in parts):
+            first, second = as_number(sum(parts)), as_number(second)
+            value = np.where(least, smaller(first, second), larger(first, second))
             value = value if value.ndim else int(value)
         write(values, name, value, active)
 
@@ -670,16 +679,45 @@ def magnitude(opcode: str, operands: tuple[str, ...]) -> Run:
     return run
 
 
-def forget_predicates(opcode: str, operands: tuple[str, ...]) -> Run:
-    """R2P: predicates out of a register."""
-    return lambda values, active: values.update({f"P{at}": None for at in range(7)})
+def predicates_in(mask: str) -> dict[int, str]:
+    """The predicates whose bits a mask has, by the place of the bit."""
+    return {at: f"P{at}" for at in range(7) if int(mask, 0) >> at & 1}
+
+
+def pack(opcode: str, operands: tuple[str, ...]) -> Run:
+    """P2R: predicates as bits of a number."""
+    name, other, mask = operands[0], reader(operands[2]), int(operands[3], 0)
+    flags, shifts = predicates_in(operands[3]), "." in opcode  # P2R.B1 into another byte
+
+    def run(values: Values, active: Value) -> None:
+        value = None if shifts else other(values)
+        found = {at: values.get(flag) for at, flag in flags.items()}
+        if any(bit is None for bit in found.values()):
+            value = None
+        if value is not None:
+            value = reduce(operator.or_, [bit * 1 << at for at, bit in found.items()], value & ~mask)
+        write(values, name, value, active)
+
+    return run
+
+
+def unpack(opcode: str, operands: tuple[str, ...]) -> Run:
+    """R2P: predicates out of the bits of a number."""
+    read, flags = reader(operands[1]), predicates_in(operands[2])
+
+    def run(values: Values, active: Value) -> None:
+        value = None if "." in opcode else read(values)
+        for at, flag in flags.items():
+            decide(values, flag, None if value is None else (value >> at & 1) == 1, active)
+
+    return run
 
 
 # By opcode, or by that of the same instruction for a whole warp, which has a U before it.
 FAMILIES: dict[str, Callable[[str, tuple[str, ...]], Run]] = {
-    **dict.fromkeys(("MOV", "LDC", "S2R", "S2UR", "CS2R", "R2UR"), move),
+    **dict.fromkeys(("MOV", "LDC", "S2R", "S2UR", "CS2R", "R2UR", "LDL", "STL"), move),
     **dict.fromkeys(("IADD3", "VIADD"), add),
-    **dict.fromkeys(("IMNMX", "VIMNMX"), extreme),
+    **dict.fromkeys(("IMNMX", "VIMNMX", "VIADDMNMX"), extreme),
     "IMAD": multiply_add,
     "LEA": shift_add,
     "LOP3": logic,
@@ -690,7 +728,8 @@ FAMILIES: dict[str, Callable[[str, tuple[str, ...]], Run]] = {
     "PRMT": permute,
     "SGXT": extend,
     "IABS": magnitude,
-    "R2P": forget_predicates,
+    "P2R": pack,
+    "R2P": unpack,
 }
 
 

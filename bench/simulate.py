@@ -129,7 +129,7 @@ class Timing:
     barriers: float  # that a warp passes
     turns: float  # of spins in vain, a warp
     parts: dict[str, float]  # cycles of a warp by what it waits for; "issue": in which it does not wait
-    unknown: tuple[str, ...]  # opcodes that the emulator does not know
+    unknown: tuple[str, ...]  # opcodes that the emulator does not know, and accesses at addresses that it does not know
 
 
 class NotSimulated(Exception):
@@ -170,7 +170,6 @@ class Warp:
     barriers: int = 0  # that it has come to
     arrives: float | None = None  # at a barrier that is not open yet
     samples: dict[int, float] = field(default_factory=dict)  # by step, when L2 saw the first load of a spin's turn
-    handover: int = 0  # what the spin's loads look for
     votes: Counter[int] = field(default_factory=Counter)  # by step, turns of a spin that all warps take together
     turns: int = 0  # of spins in vain
     parts: Counter[str] = field(default_factory=Counter)
@@ -187,6 +186,7 @@ class Scheduler:
 class Spin(NamedTuple):
     target: int  # place to which it jumps back
     together: bool  # with a barrier in it: all warps decide as one
+    handover: int  # what it waits for
     lag: int  # whether it waits for what is published in its own step, 0, or in the one before, 1
 
 
@@ -259,7 +259,7 @@ class Multiprocessor:
                     scheduler.warps.remove(warp)
                     left -= 1
             if not progressed and next_wake == NEVER:
-                raise RuntimeError("every warp waits for another one")
+                raise NotSimulated("every warp waits for another one")
             now = now + 1 if progressed else max(now + 1, float(-(-next_wake // 1)))
 
     def look(self, warp: Warp, scheduler: Scheduler, now: float) -> None:
@@ -422,7 +422,6 @@ class Multiprocessor:
             step = warp.steps[warp.at]
             # L2 is half of the way.
             warp.samples[step] = min(warp.samples.get(step, NEVER), end + latency / 2)
-            warp.handover = self.exchange.handover(access)
         return there + (clocks.atomic - clocks.l2 if base == "ATOMG" else 0)
 
     def meet(self, warp: Warp, now: float) -> None:
@@ -442,10 +441,10 @@ class Multiprocessor:
 
     def passes(self, warp: Warp, place: int, step: int, now: float) -> bool:
         """Whether a spin has seen what it waits for; otherwise the warp goes back for another turn."""
-        target, together, lag = self.exchange.spins[place]
+        target, together, handover, lag = self.exchange.spins[place]
         looking = self.warps if together else [warp]
         samples = [other.samples[step] for other in looking if step in other.samples]
-        if step < lag or not samples or min(samples) >= self.visible[step - lag, warp.handover]:
+        if step < lag or not samples or min(samples) >= self.visible[step - lag, handover]:
             warp.samples.pop(step, None)
             return True
         warp.turns += 1
@@ -557,14 +556,18 @@ def exchange_of(
         if code[place].base == "STG" and access.space == "global" and access.region in handed
     }
     spins: dict[int, Spin] = {}
-    seen = set()
-    for place, access in traces[0][-1]:  # in the order of a step
-        if place in published:
-            seen.add(handover(access))
-        for jump, body in bodies.items():
-            if place in awaited and body[0].place <= place < jump:
-                together = any(one.base == "BAR" for one in body)
-                spins[jump] = Spin(body[0].place, together, int(handover(access) not in seen))
+    for trace in traces:
+        seen = set()
+        for place, access in trace[-1]:  # in the order of a step
+            if access is None or access.space == "off":
+                continue
+            looked_for = handover(access)
+            if place in published:
+                seen.add(looked_for)
+            for jump, body in bodies.items():
+                if place in awaited and body[0].place <= place < jump and jump not in spins:
+                    together = any(one.base == "BAR" for one in body)
+                    spins[jump] = Spin(body[0].place, together, looked_for, int(looked_for not in seen))
     return Exchange(spins, awaited, published, handover)
 
 
@@ -625,6 +628,8 @@ def simulate(
     parts: Counter[str] = Counter()
     for warp in machine.warps:
         parts.update(warp.parts)
+    last = [row for trace in traces for row in trace[-1]]
+    nowhere = {f"address of {code[place].opcode}" for place, access in last if access and access.space == "unknown"}
     return Timing(
         cycles=(begins[steps] - begins[2]) / (steps - 2),
         instructions=len(loop.members),
@@ -634,7 +639,7 @@ def simulate(
         barriers=sum(warp.barriers for warp in machine.warps) / warps / steps,
         turns=sum(warp.turns for warp in machine.warps) / warps / (steps - 1),
         parts={part: round(cycles / warps / steps, 1) for part, cycles in parts.most_common() if cycles},
-        unknown=tuple(sorted(emulator.unknown)),
+        unknown=tuple(sorted(emulator.unknown | nowhere)),
     )
 
 
