@@ -80,8 +80,8 @@ class Clocks:
     # Control and order.
     branch: float = 10  # a jump that is taken
     barrier: float = 22  # from its last warp to the next instruction
-    fence: float = 500  # MEMBAR, after the last store
-    fence_least: float = 20
+    fence: float = 500  # MEMBAR for other programs, after the last store
+    fence_least: float = 20  # any MEMBAR
     invalidation: float = 40  # of L1
     visible: float = 615  # from a store until a load that then reaches L2 sees it; 750 to its data
 
@@ -320,13 +320,15 @@ class Multiprocessor:
         elif cost.base == "BAR":
             self.meet(warp, now)
         elif cost.base == "MEMBAR":
-            self.hold(warp, now, max(now, warp.stored + self.clocks.fence) + self.clocks.fence_least, "fence")
+            # For the threads of the program alone there is nothing to wait for.
+            done = now if ".CTA" in one.opcode else max(now, warp.stored + self.clocks.fence)
+            self.hold(warp, now, done + self.clocks.fence_least, "fence")
         elif cost.base == "LDGDEPBAR":
             warp.copies.append(warp.copied)
         elif cost.base == "DEPBAR":
-            done = len(warp.copies) - int(one.operands[1], 0)
-            if done > 0:
-                self.hold(warp, now, max(now, warp.copies[done - 1]), "global")
+            groups = len(warp.copies) - int(one.operands[1], 0)  # that must be done
+            if groups > 0:
+                self.hold(warp, now, max(now, warp.copies[groups - 1]), "global")
         elif cost.base == "CCTL":
             warp.ready = max(warp.ready, now + self.clocks.invalidation)
             self.l1.clear()
