@@ -8,6 +8,7 @@ to it is there when its own would be, and a spin goes round until then.
 Not in it: the instruction cache, misses of L2, the far half of it, other programs on the same multiprocessor.
 """
 
+import math
 import operator
 import re
 from collections import Counter, deque
@@ -602,29 +603,51 @@ def simulate(
     Raises:
         NotSimulated: what it is not made for.
     """
-    clocks = clocks or Clocks()
-    if kernel.metadata.target.arch // 10 not in ARGUMENTS:
-        raise NotSimulated(f"machine code of sm_{kernel.metadata.target.arch}: its tensor memory is not known")
-    code = sass.parse(sass.disassemble(kernel.asm["cubin"]))
+    arch = kernel.metadata.target.arch
+    if arch // 10 not in ARGUMENTS:
+        raise NotSimulated(f"sm_{arch}: its tensor memory and its matrix instructions are not known")
+    constants, regions = arguments(kernel, sizes)
+    names = handed or ({"dgates", "products"} if "dgates" in regions else {"y", "dropped"})
+    return simulate_code(
+        sass.parse(sass.disassemble(kernel.asm["cubin"])),
+        constants,
+        kernel.metadata.num_warps,
+        programs,
+        program or (min(1, programs[0] - 1), 0, 0),
+        steps,
+        exchange,
+        {regions[name] for name in names if name in regions},
+        handover or operator.attrgetter("region"),
+        clocks or Clocks(),
+    )
+
+
+def simulate_code(
+    code: Sequence[Instruction],
+    constants: Mapping[str, int],
+    warps: int,
+    programs: tuple[int, int, int],
+    program: tuple[int, int, int],
+    steps: int,
+    exchange: bool,
+    handed: Collection[int],
+    handover: Callable[[Access], int],
+    clocks: Clocks,
+) -> Timing:
+    """As simulate(), of machine code as it stands. constants: its constant bank; handed: as regions."""
     loop = sass.time_loop(code)
     if loop is None:
         raise NotSimulated("no loop")
-    constants, regions = arguments(kernel, sizes)
     emulator = emulate.Emulator(code, constants)
-    at = program or (min(1, programs[0] - 1), 0, 0)
-    warps = kernel.metadata.num_warps
-    traces = [emulator.turns(loop, warp, at, programs, steps) for warp in range(warps)]
+    traces = [emulator.turns(loop, warp, program, programs, steps) for warp in range(warps)]
     if any(len(trace) < steps for trace in traces):
         raise NotSimulated(f"a warp leaves the loop before turn {steps}")
-    names = handed or ({"dgates", "products"} if "dgates" in regions else {"y", "dropped"})
-    behind = {regions[name] for name in names if name in regions}
-    between = exchange_of(code, loop, emulator.undecided, traces, behind, handover or operator.attrgetter("region"))
-    if exchange and between.spins and not between.published:
-        raise NotSimulated("what its spins wait for lies at addresses that are loaded")
+    between = exchange_of(code, loop, emulator.undecided, traces, handed, handover)
     if not exchange:
         between = between._replace(spins={})
-    l2_bytes = min(clocks.l2_port, clocks.l2_bytes / (programs[0] * programs[1] * programs[2]))
-    machine = Multiprocessor(code, traces, between, clocks, l2_bytes)
+    elif between.spins and not between.published:
+        raise NotSimulated("what its spins wait for lies at addresses that are not known")
+    machine = Multiprocessor(code, traces, between, clocks, min(clocks.l2_port, clocks.l2_bytes / math.prod(programs)))
     machine.run()
     begins = [max(warp.begins[step] for warp in machine.warps) for step in range(steps + 1)]
     parts: Counter[str] = Counter()
@@ -635,7 +658,7 @@ def simulate(
     return Timing(
         cycles=(begins[steps] - begins[2]) / (steps - 2),
         instructions=len(loop.members),
-        executed=sum(len(trace[-1]) for trace in traces) / warps,
+        executed=len(last) / warps,
         wavefronts=machine.wavefronts / steps,
         sectors=machine.sectors / steps,
         barriers=sum(warp.barriers for warp in machine.warps) / warps / steps,
