@@ -115,7 +115,11 @@ LATENCY = {
 }
 # What a warp is said to wait for, by the opcode that it waits for.
 WAITS_FOR = {"LDS": "LDS", "LDSM": "LDS", "SHFL": "LDS", "STS": "STS", "MUFU": "MUFU"}
-NEVER = 1e18
+UNKNOWN_SECTORS, UNKNOWN_LINES = 8, 4  # of an access to an unknown address of global memory
+NEVER = 1e18  # a cycle after all others
+# Bytes in the constant bank before a kernel's arguments, by major compute capability.
+ARGUMENTS = {8: 0x160, 9: 0x210}
+FIRST_REGION = 5  # of the addresses that pointers are given; none has 0
 
 
 @dataclass(frozen=True)
@@ -489,16 +493,9 @@ def cost(one: Instruction, clocks: Clocks) -> Cost:
     return Cost(one, base, unit, rate, "tensor" if unit == "tensor" else f"unit {unit}", boards, adds_to, latency)
 
 
-UNKNOWN_SECTORS, UNKNOWN_LINES = 8, 4  # of an access to an unknown address of global memory
-
-
 def guessed_waves(opcode: str) -> int:
     """Wavefronts of an access to an unknown address of shared memory."""
     return next((waves for part, waves in (("88.4", 4), ("64", 2), ("128", 4)) if part in opcode), 1)
-
-
-# Bytes in the constant bank before a kernel's arguments, by major compute capability.
-ARGUMENTS = {8: 0x160, 9: 0x210}
 
 
 def arguments(kernel: CompiledKernel, sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
@@ -525,9 +522,6 @@ def arguments(kernel: CompiledKernel, sizes: Mapping[str, int]) -> tuple[dict[st
     return bank, regions
 
 
-FIRST_REGION = 5
-
-
 def exchange_of(
     code: Sequence[Instruction],
     loop: Loop,
@@ -541,7 +535,7 @@ def exchange_of(
     Args:
         undecided: places of jumps back that hang on what is loaded.
         traces: by warp and step, what it runs.
-        handed: regions of what its spins look at; if it counts in flags, they look at these.
+        handed: regions of what its spins look at, beside flags.
         handover: as in Exchange.
     """
     bodies = {jump: code[code[jump].target : jump] for jump in undecided & set(loop.members)}
@@ -552,7 +546,7 @@ def exchange_of(
         if code[place].base in ("REDG", "RED")
         or (code[place].base == "ATOMG" and ".ADD" in code[place].opcode and place not in awaited)
     }
-    published = counted or {
+    published = counted | {
         place
         for trace in traces
         for place, access in trace[-1]
@@ -595,8 +589,8 @@ def simulate(
         program: its ids; the second program of the first axis if left out.
         steps: simulated; the first two do not count.
         exchange: wait for the other programs; without, all that they hand over is there.
-        handed: names of pointers to what its spins look at, if not at flags; dgates and products, or y and dropped, if
-            left out.
+        handed: names of pointers to what its spins look at, beside flags; if left out dgates and products, or y and
+            dropped.
         handover: of several exchanges in a step, the one that an access belongs to; by its pointer if left out.
         clocks: Clocks() if left out.
 
