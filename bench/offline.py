@@ -34,7 +34,20 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from fused_lstm.kernels import backward, cell, dropout, forward, launch, one_step, product, scan, sync
+from fused_lstm.kernels import (
+    backward,
+    cell,
+    dropout,
+    forward,
+    latency_backward,
+    latency_forward,
+    launch,
+    one_step,
+    operands,
+    product,
+    scan,
+    sync,
+)
 from fused_lstm.kernels.plan import Plan, choose_kernel, choose_one_step, projects
 from fused_lstm.kernels.tiles import A100, B200, H100, Tiles
 
@@ -53,7 +66,12 @@ DTYPES = {
     "tf32": (torch.float32, False),
     "fp32": (torch.float32, True),
 }
-KERNELS = {"forward": forward.forward_kernel, "backward": backward.backward_kernel}
+SOURCES = (backward, cell, dropout, forward, latency_backward, latency_forward, launch, operands, product, sync)
+# Behind flags, and polled.
+KERNELS = {
+    "forward": (forward.forward_kernel, latency_forward.latency_forward_kernel),
+    "backward": (backward.backward_kernel, latency_backward.latency_backward_kernel),
+}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # The products, directions and layers of a launch that the table covers: fp16 has the tiles of bf16, and other numbers
 # of layers have no others.
@@ -101,6 +119,7 @@ class Resources:
     loads: int  # tiles loaded in the time loop
     acquires: int  # of a flag, with a barrier between it and the loads that it allows
     releases: int  # of a flag, with a barrier between it and the stores that it publishes
+    early: int  # polled loads in the time loop, of 16 bytes, that stand before the first store in it
     read_only: int  # loads past the coherent caches, which may miss what another program has just written
 
 
@@ -121,13 +140,15 @@ def compile_kernel(
     half: str = "",
 ) -> CompiledKernel:
     """Compiles a kernel of KERNELS as its launcher would, for a capability such as (9, 0), without a GPU."""
-    kernel: Any = KERNELS[name]
     tiles = getattr(plan, name)
+    kernel: Any = KERNELS[name][tiles.poll]
     stack = plan.layers > 1
     flags = {"CELL": half != "PROJECT", "PROJECT": bool(out) and half != "CELL"}
     flags |= {"DIRECTIONS": plan.directions, "REVERSE": reverse}
     flags |= {"LENGTHS": packed or lengths, "PACKED": packed, "RESET": reset, "STACK": stack, "DROP": drop}
     flags |= {"SAVE": save} if name == "forward" else {"DC_STEPS": False}
+    if tiles.poll:
+        flags["PAIRS"] = launch.compares_pairs(capability)
     made = launch.specialized(kernel, plan, tiles, H, dtype, out or H, **flags)
     taken = {
         ("c", "gates"): save or name == "backward",
@@ -141,11 +162,14 @@ def compile_kernel(
         ("flags",): plan.mode == "grid" and not tiles.poll,
         ("products",): tiles.team > 1,
         ("weight_hr", "unprojected", "dh_steps"): bool(out),
-        ("inner_flags",): tiles.team > 1 or (bool(out) and plan.mode == "grid"),
+        ("inner_flags",): (tiles.team > 1 and not tiles.poll) or (bool(out) and plan.mode == "grid"),
         ("report",): made.constants["TURNS"] > 0,
+        ("zeros",): stack or packed or lengths or reset or plan.mode == "step",
     }
     absent = [name for names, is_taken in taken.items() if not is_taken for name in names]
     in_accumulator = IN_ACCUMULATOR - ({"c0"} if name == "forward" else set())
+    if tiles.poll:
+        in_accumulator -= {"products"}
     return compile_for(capability, kernel, dtype, made.constants, absent, made.options, in_accumulator)
 
 
@@ -167,7 +191,7 @@ def compile_for(
         elif argument in (*launch.SIZES, "layer"):
             signature[argument] = "i32"
         else:
-            default = "*fp32" if argument in in_accumulator else POINTERS[dtype]
+            default = "*fp32" if argument in in_accumulator else "*i64" if argument == "products" else POINTERS[dtype]
             signature[argument] = INTEGER_POINTERS.get(argument, default)
             # torch allocates at least this aligned, and the launcher tells the compiler so.
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -227,6 +251,7 @@ def resources(kernel: CompiledKernel) -> Resources:
     pairs = list(pairwise(re.findall(r"\b(?:bar\.sync|(?:ld|st|atom|red)\.\S*global\S*)", ptx)))
     opcodes = Counter(instruction.partition(".")[0] for instruction in instructions)
     threads = 32 * kernel.metadata.num_warps
+    stores = [at for at, instruction in enumerate(instructions) if instruction.startswith("STG")]
     return Resources(
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         shared=kernel.metadata.shared,
@@ -241,6 +266,7 @@ def resources(kernel: CompiledKernel) -> Resources:
         loads=steps[0].count("tt.load"),
         acquires=sum(".acquire" in first and second == "bar.sync" for first, second in pairs),
         releases=sum(first == "bar.sync" and ".release" in second for first, second in pairs),
+        early=sum(bool(re.match(r"LDG.*128.*STRONG", one)) for one in instructions[: stores[0] if stores else None]),
         read_only=len(re.findall(r"\bld\.\S*\.nc\b", ptx)),
     )
 
@@ -368,7 +394,7 @@ def predicted(row: Row) -> Row:
 
 def source() -> str:
     """A hash of the code that is compiled, without its comments and layout; the plans are in the rows."""
-    files = [Path(module.__file__ or "") for module in (backward, cell, dropout, forward, launch, product, sync)]
+    files = [Path(module.__file__ or "") for module in SOURCES]
     nodes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     kernels = [node for node in functions if node.decorator_list or node.name == "specialization"]

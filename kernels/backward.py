@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .cell import cell_backward
 from .dropout import drop
+from .latency_backward import latency_backward_kernel
 from .launch import ALONE, DENSE, SIZES, Layout, Stack, exchanged, launch
 from .plan import Plan
 from .product import dot, load_weight, operand, product, sum_parts
@@ -47,7 +48,7 @@ def backward_kernel(
     products,  # (M, TEAM, B, H) between the programs of a team: each one's part of dh; only if TEAM > 1
     dh_steps,  # (rows, D, OUT) out: the whole gradient of h, also the buffer by which programs exchange it; if OUT < H
     inner_flags,  # (M, batch groups, teams or 1) in/out: who has written one of these; zero at launch; only in GRID
-    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID without POLL
+    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
     B,
@@ -62,7 +63,6 @@ def backward_kernel(
     OUT: tl.constexpr,  # features of h: H, or fewer behind a projection
     LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
     GRID: tl.constexpr,  # programs hand dgates to each other; neither: one launch a step
-    POLL: tl.constexpr,  # ... and look whether they are there, instead of at flags; dgates are ABSENT at launch
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second ran from the last step to the first
     REVERSE: tl.constexpr,  # a single direction ran so, and this pass runs from the first
@@ -111,7 +111,7 @@ def backward_kernel(
         places = member * total_rows + lanes
     weight_hh += member * (4 * H * OUT)
     group = member * tl.cdiv(B, BLOCK_B) + row_begin // BLOCK_B + tl.program_id(1)
-    if GRID and not POLL:
+    if GRID:
         step_flags = flags + group.to(tl.int64) * T
         if STACK:
             flags_above = step_flags + tl.cdiv(B, BLOCK_B) * T
@@ -211,8 +211,8 @@ def backward_kernel(
                 if (step > 0) & projects:
                     wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
             taken_rows = linked_next & projects
-            taken = weights, weight_hh, features, dgates_rows, taken_rows, taken_rows, 0, step, report
-            dh += product(*taken, H, OUT, True, ACC, OWN, SPLIT, BLOCK_K, False, TURNS, DOT, PRECISION)
+            taken = weights, weight_hh, features, dgates_rows, taken_rows, 0
+            dh += product(*taken, H, OUT, True, ACC, OWN, SPLIT, BLOCK_K, DOT, PRECISION)
             dh += at_end.to(ACC)
             tl.store(dh_steps + feature, dh.to(dh_steps.dtype.element_ty), mask=features_of)
             if GRID:
@@ -244,25 +244,25 @@ def backward_kernel(
                 if GRID:
                     wait(inner_flag, writers * (step + 1), step + 1, report, TURNS)
                 dh_rows = dh_steps + place * OUT
-                taken = weights_proj, weight_hr, units, dh_rows, active_rows, active_rows, 0, step, report
-                dh = product(*taken, OUT, H, True, ACC, PROJ_CHUNKS, SPLIT, BLOCK_K, False, TURNS, DOT, PRECISION)
+                taken = weights_proj, weight_hr, units, dh_rows, active_rows, 0
+                dh = product(*taken, OUT, H, True, ACC, PROJ_CHUNKS, SPLIT, BLOCK_K, DOT, PRECISION)
             else:
                 if STACK:
                     # The layer above is ahead: its part of the sum is made while the own dgates are on the way.
-                    if GRID and not POLL:
+                    if GRID:
                         if depth > 0:
                             wait(flags_above + step, tl.num_programs(0), step + 1, report, TURNS)
                     above = dgates + (place + total_rows) * (4 * H)
                     fed = active_rows & (depth > 0)
-                    taken = weights_above, weight_ih, team_units, above, fed, fed, chunk_begin, step + 1, report
-                    dh_above = product(*taken, H, H, True, ACC, OWN, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
+                    taken = weights_above, weight_ih, team_units, above, fed, chunk_begin
+                    dh_above = product(*taken, H, H, True, ACC, OWN, SPLIT, BLOCK_K, DOT, PRECISION)
                     if DROP:
                         dh_above = drop(dh_above, seed, keep, member, t, rows[None, :] * H + team_units[:, None])
-                if GRID and not POLL:
+                if GRID:
                     if step > 0:
                         wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
-                taken = weights, weight_hh, team_units, dgates_rows, linked_next, linked_next, chunk_begin, step, report
-                dh = product(*taken, H, H, True, ACC, OWN, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
+                taken = weights, weight_hh, team_units, dgates_rows, linked_next, chunk_begin
+                dh = product(*taken, H, H, True, ACC, OWN, SPLIT, BLOCK_K, DOT, PRECISION)
                 if STACK:
                     dh += dh_above
             if TEAM > 1:
@@ -297,7 +297,7 @@ def backward_kernel(
             tl.store(dgates + gate + H, df, mask=active)
             tl.store(dgates + gate + 2 * H, dg, mask=active)
             tl.store(dgates + gate + 3 * H, do, mask=active)
-            if GRID and not POLL:
+            if GRID:
                 publish(step_flags + step)
             if LOCAL:
                 # The product for the step before, at once: one tile to carry instead of four. Rows that have not begun
@@ -356,15 +356,23 @@ def backward(
     dgates = exchanged(gates, gates.shape, plan.backward, layout)
     dc0 = c0.new_empty(c0.shape)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
-    team = plan.backward.team
-    products = c0.new_empty((*c0.shape[:-2], team, B, H)) if team > 1 else None
+    team, poll = plan.backward.team, plan.backward.poll
+    products = None
+    if team > 1 and poll:
+        products = c0.new_zeros((*c0.shape[:-2], team, 2, B, H), dtype=torch.int64)
+    elif team > 1:
+        products = c0.new_empty((*c0.shape[:-2], team, B, H))
     dh_steps = None if weight_hr is None else exchanged(dy, dy.shape, plan.backward, layout)
     if B > 0:
         weight_ih, _, *dropout = stack
         given = dy, dhn, weight_hh, c0, c, gates, dc_steps, dcn, c_reset, dc_reset, *layout.tensors
+        if poll:
+            kernel, tensors = latency_backward_kernel, (*given, weight_ih, *dropout, dgates, dc0, products)
+        else:
+            kernel, tensors = backward_kernel, (*given, weight_hr, weight_ih, *dropout, dgates, dc0, products, dh_steps)
         launch(
-            backward_kernel,
-            (*given, weight_hr, weight_ih, *dropout, dgates, dc0, products, dh_steps),
+            kernel,
+            tensors,
             plan,
             plan.backward,
             layout,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cell import cell_forward, split_gates
 from .dropout import drop
+from .latency_forward import latency_forward_kernel
 from .launch import ALONE, DENSE, SIZES, Layout, Stack, accumulator, exchanged, launch
 from .plan import Plan
 from .product import dot, load_weight, product
@@ -49,7 +50,7 @@ def forward_kernel(
     cn,  # (M, B, H) out: each row's last cell; in between, where every step is a launch, the one after step_end
     unprojected,  # (M, B, H) between programs: o tanh c of the step; only if OUT < H
     inner_flags,  # (M, batch groups) in/out: who has written it, zero at launch; only if OUT < H in GRID
-    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID without POLL
+    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
     B,
@@ -64,7 +65,6 @@ def forward_kernel(
     OUT: tl.constexpr,  # features of h: H, or fewer behind a projection
     LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
     GRID: tl.constexpr,  # programs hand h to each other; neither: one launch a step
-    POLL: tl.constexpr,  # ... and look whether it is there, instead of at flags; y and dropped are ABSENT at launch
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second runs from the last step to the first
     REVERSE: tl.constexpr,  # a single direction runs so
@@ -113,7 +113,7 @@ def forward_kernel(
         below = tl.maximum(member - 1, 0)
         places = member * total_rows + lanes
     weight_hh += member * (4 * H * OUT)
-    if GRID and not POLL:
+    if GRID:
         step_flags = flags + (member * tl.cdiv(B, BLOCK_B) + batch_group).to(tl.int64) * T
         if STACK:
             flags_below = flags + (below * tl.cdiv(B, BLOCK_B) + batch_group) * T
@@ -207,21 +207,21 @@ def forward_kernel(
 
             if STACK:  # (1)
                 # The layer below is ahead: its part of the sum is made while this layer's own h is on the way.
-                if GRID and not POLL:
+                if GRID:
                     if above:
                         wait(flags_below + step, tl.num_programs(0), step + 1, report, TURNS)
                 taken_rows = active_rows & above
                 x_rows = (dropped if DROP else y) + (place - total_rows) * H
-                taken = weights_below, weight_ih, weight_rows, x_rows, taken_rows, taken_rows, 0, step + 1, report
-                of_below = product(*taken, H, 4 * H, False, ACC, CHUNKS, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
+                taken = weights_below, weight_ih, weight_rows, x_rows, taken_rows, 0
+                of_below = product(*taken, H, 4 * H, False, ACC, CHUNKS, SPLIT, BLOCK_K, DOT, PRECISION)
             if LOCAL:
                 recurrent = dot(weights[0], h_tile, tl.zeros((4 * BLOCK_H, BLOCK_B), ACC), DOT, PRECISION)
             else:
-                if GRID and not POLL:
+                if GRID:
                     if step > 0:
                         wait(step_flags + step - 1, writers, step, report, TURNS)
-                taken = weights, weight_hh, weight_rows, h_rows, linked_rows, linked_rows & has_prev, 0, step, report
-                recurrent = product(*taken, OUT, 4 * H, False, ACC, CHUNKS, SPLIT, BLOCK_K, POLL, TURNS, DOT, PRECISION)
+                taken = weights, weight_hh, weight_rows, h_rows, linked_rows, 0
+                recurrent = product(*taken, OUT, 4 * H, False, ACC, CHUNKS, SPLIT, BLOCK_K, DOT, PRECISION)
             if STACK:
                 recurrent += of_below
             rec_i, rec_f, rec_g, rec_o = split_gates(recurrent, BLOCK_H, BLOCK_B)
@@ -249,7 +249,7 @@ def forward_kernel(
             if DROP:
                 x = drop(h, seed, keep, member, t, rows[None, :] * H + units[:, None])
                 tl.store(dropped + hidden, x, mask=active & (member < tl.num_programs(2) - 1))
-            if GRID and not POLL:
+            if GRID:
                 publish(inner_flag if OUT < H else step_flags + step)
             if SAVE:
                 tl.store(c + hidden, c_next, mask=active)
@@ -264,8 +264,8 @@ def forward_kernel(
                 if projects:
                     wait(inner_flag, tl.num_programs(0) * (step + 1), step + 1, report, TURNS)
             taken_rows = active_rows & projects
-            taken = weights_proj, weight_hr, features, unprojected + states * H, taken_rows, taken_rows, 0, step, report
-            h = product(*taken, H, OUT, False, ACC, PROJ_CHUNKS, SPLIT, BLOCK_K, False, TURNS, DOT, PRECISION)
+            taken = weights_proj, weight_hr, features, unprojected + states * H, taken_rows, 0
+            h = product(*taken, H, OUT, False, ACC, PROJ_CHUNKS, SPLIT, BLOCK_K, DOT, PRECISION)
             feature = place[None, :] * OUT + features[:, None]
             tl.store(y + feature, h.to(y.dtype.element_ty), mask=(features < OUT)[:, None] & taken_rows[None, :])
             if GRID:
@@ -341,10 +341,16 @@ def forward(
     gates = input_gates.new_empty((*shape, input_gates.shape[-1])) if save else None
     hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape, dtype=accumulator(c0.dtype))
     if B > 0:
-        given = input_gates, weight_hh, h0, c0, c_reset, *layout.tensors, weight_hr, *stack
+        if plan.forward.poll and h0.data_ptr() % 16 > 0:
+            h0 = h0.clone()  # which that kernel loads 16 bytes at a time
+        given = input_gates, weight_hh, h0, c0, c_reset, *layout.tensors
+        if plan.forward.poll:
+            kernel, tensors = latency_forward_kernel, (*given, *stack, y, dropped, c, gates, hn, cn)
+        else:
+            kernel, tensors = forward_kernel, (*given, weight_hr, *stack, y, dropped, c, gates, hn, cn, unprojected)
         launch(
-            forward_kernel,
-            (*given, y, dropped, c, gates, hn, cn, unprojected),
+            kernel,
+            tensors,
             plan,
             plan.forward,
             layout,

@@ -9,11 +9,12 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from .plan import Plan, by_steps, interpreted, refuse
+from .plan import Plan, by_steps, cuda_device, interpreted, refuse
 from .tiles import Tiles, alone, ceil_div, programs_of
 
 # The interpreter multiplies bfloat16 bit patterns as integers: there the operands are widened, which is exact.
@@ -23,6 +24,8 @@ DOT = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # Of every kernel: later Tritons have another default, and other sums.
 OPTIONS = {"enable_fp_fusion": True}
@@ -134,6 +137,18 @@ def exchanged(like: Tensor, shape: tuple[int, ...], tiles: Tiles, layout: Layout
     return buffer.masked_fill_(layout.past(buffer.shape), 0) if layout.padded else buffer
 
 
+def operand_width(rows: int, size: int) -> int:
+    """Elements of the reduction that Triton lays side by side in a register operand of so many rows and bytes an
+    element; in another order the kernels move it through shared memory, right but slow."""
+    wide = TRITON < (3, 8) or (size == 2 and rows == 8)
+    return (8 if wide else 4) // size
+
+
+def compares_pairs(capability: tuple[int, int]) -> bool:
+    """Whether a device has an instruction for the larger of two pairs of 16 bits."""
+    return capability >= (9, 0)
+
+
 def specialization(
     plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype, out: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -152,8 +167,8 @@ def specialization(
         "BLOCK_K": tiles.chunk,
         "KEPT": tiles.kept,
         "SPLIT": tiles.split,
-        "POLL": tiles.poll,
         "TEAM": tiles.team,
+        "K_WIDTH": operand_width(tiles.batch, dtype.itemsize),
     }
     # One stage: the pipeliner would load h of the next step before its flag is awaited.
     options = {"num_warps": tiles.warps, "num_stages": 1, **OPTIONS}
@@ -228,7 +243,7 @@ def launch(
     """Launches a recurrence kernel over all members, steps and batch rows, in the plan's mode, on the tensors' device.
 
     Args:
-        tensors: in the kernel's order, but its flags and its report; the first one lies as `layout` says.
+        tensors: in the kernel's order, but what programs exchange by beside them; the first one lies as `layout` says.
         states: (M, B, H), or (B, H) of a single member. out: features of h.
         halves: of a step behind a projection, "CELL" and "PROJECT" in their order.
 
@@ -240,26 +255,30 @@ def launch(
     members = states.shape[0] if states.dim() == 3 else 1
     T = layout.steps(tensors[0].shape)
     unit_blocks, batch_groups = programs_of(tiles, H, B, out)
-    inner_flags = step_flags = report = None
+    exchange: dict[str, Tensor | None] = dict.fromkeys(("zeros", "inner_flags", "flags", "report"))
+    if tiles.poll and (stacked or any(layout.flags.values()) or plan.mode == "step"):
+        exchange["zeros"] = tensors[0].new_empty(4 * H)
     at_once = members, batch_groups
     if plan.mode == "grid":
         if not tiles.poll:
-            step_flags = torch.zeros((members, batch_groups, T), dtype=torch.int32, device=device)
-        if tiles.team > 1 or out < H:
+            exchange["flags"] = torch.zeros((members, batch_groups, T), dtype=torch.int32, device=device)
+        if (tiles.team > 1 and not tiles.poll) or out < H:
             teams = unit_blocks // tiles.team if tiles.team > 1 else 1
-            inner_flags = torch.zeros((members, batch_groups, teams), dtype=torch.int32, device=device)
-        report = torch.zeros(4, dtype=torch.int32, device=device) if TURNS else None
+            exchange["inner_flags"] = torch.zeros((members, batch_groups, teams), dtype=torch.int32, device=device)
+        exchange["report"] = torch.zeros(4, dtype=torch.int32, device=device) if TURNS else None
         at_once = resident_at_once(plan.resident // unit_blocks, members, batch_groups, stacked)
     last = T + members - 1 if stacked else T  # each layer is a step behind the one that it takes from
     steps = [(step, step + 1) for step in range(last)] if plan.mode == "step" else [(0, last)]
     directions = 1 if stacked else members
+    if tiles.poll:
+        flags["PAIRS"] = device.type == "cuda" and compares_pairs(cuda_device(device).capability)
     flags |= {"DIRECTIONS": directions, "REVERSE": reverse, "CELL": True, "PROJECT": out < H, **layout.flags}
     parts = [flags]  # of a step
     if plan.mode == "step" and out < H:
         parts = [flags | dict.fromkeys(halves, False) | {half: True} for half in halves]
     kernels = [specialized(kernel, plan, tiles, H, tensors[0].dtype, out, **part) for part in parts]
     sizes = T, B, tensors[0].shape[:-1].numel(), *layout.strides(T, B)
-    given = *tensors, inner_flags, step_flags, report
+    given = *tensors, *(tensor for name, tensor in exchange.items() if name in kernel.arg_names)
     with on_device(device):
         for member, group in product(range(0, members, at_once[0]), range(0, batch_groups, at_once[1])):
             programs = (unit_blocks, min(at_once[1], batch_groups - group), min(at_once[0], members - member))
@@ -273,6 +292,7 @@ def launch(
                     refuse(device, str(error))
                     plan, tiles = by_steps(plan, str(error)), alone(tiles)
                     return launch(kernel, tensors, plan, tiles, layout, states, out, halves, reverse, **flags)
+    report = exchange["report"]
     if report is not None:
         stuck, program, group, step = report.tolist()
         if stuck:

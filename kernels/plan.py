@@ -7,7 +7,19 @@ import torch
 import triton
 
 from . import model
-from .tiles import H100, Device, Tiles, aligned, alone, ceil_div, grid_tiles, mma_only, projectable, projection_tiles
+from .tiles import (
+    H100,
+    Device,
+    Tiles,
+    aligned,
+    alone,
+    ceil_div,
+    grid_tiles,
+    latency_tiles,
+    mma_only,
+    projectable,
+    projection_tiles,
+)
 
 
 @dataclass(frozen=True)
@@ -105,9 +117,11 @@ def choose_interpreted(dtype: torch.dtype, B: int, H: int, ieee: bool, direction
     if plan.mode == "grid":
         # Programs run one after another in the interpreter: one that waits for another would wait for ever, and a few
         # take less time than many.
-        tiles = Tiles(batch=32, units=32, chunk=128, warps=4, features=32 if proj else 0)
-        plan = replace(plan, forward=tiles, backward=tiles)
-        return by_steps(plan, "the interpreter runs programs one after another")
+        many = Tiles(batch=32, units=32, chunk=128, warps=4, features=32 if proj else 0)
+        few = replace(many, chunk=4 * 64 // dtype.itemsize, split=4, poll=True)
+        steps = by_steps(plan, "the interpreter runs programs one after another")
+        forward, backward = (few if tiles.poll else many for tiles in (plan.forward, plan.backward))
+        return replace(steps, forward=forward, backward=backward)
     return plan
 
 
@@ -277,7 +291,12 @@ def choose_kernel(
         return Plan("local", forward, backward, 0, precision, why, directions)
 
     # Grid: a slice of W_hh on each of the multiprocessors.
-    forward, backward = projection_tiles(H, proj, size, device) if proj else grid_tiles(H, size, device, layers)
+    if proj:
+        forward, backward = projection_tiles(H, proj, size, device)
+    else:
+        forward, backward = map(
+            list.__add__, latency_tiles(H, size, device, layers), grid_tiles(H, size, device, layers)
+        )
     if forward and backward:
         best, back = (
             cheapest(candidates, kind, B, H, device, is_backward, directions, layers, proj)

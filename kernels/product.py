@@ -1,10 +1,9 @@
-"""The product of a step: its weight, of which chunks stay on chip, and the rows that come from other programs."""
+"""The product of a step behind a flag: its weight, of which chunks stay on chip, and the rows from other programs."""
 
 import triton
 import triton.language as tl
 
 from .plan import interpreted
-from .sync import complain
 
 INTERPRETED = tl.constexpr(interpreted())
 
@@ -72,61 +71,13 @@ def load_weight(
 
 
 @triton.jit
-def load_columns(
-    rows, active_rows, k, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, VOLATILE: tl.constexpr = False
-):
+def load_columns(rows, active_rows, k, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
     """Chunk k of rows whose pointers are given, of h_{t-1} (K columns) or dgates_{t+1} (K of each gate; a chunk lies in
     one): (BLOCK_K, batch rows), or (SPLIT, BLOCK_K // SPLIT, batch rows)."""
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     columns = columns_of(k, K, SPLIT, BLOCK_K).expand_dims(-1)
     mask = (columns < K) & active_rows
-    return tl.load(rows + (k // CHUNKS * K + columns), mask=mask, other=0.0, volatile=VOLATILE)
-
-
-@triton.jit
-def arrived(
-    rows,
-    active_rows,
-    awaited_rows,
-    first,
-    step,
-    report,
-    K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TURNS: tl.constexpr,
-):
-    """CHUNKS chunks of rows from `first` on, as soon as other programs have written all of the awaited rows.
-
-    The data is its own flag. Before the launch it is filled with ABSENT, all bits one: a NaN, but none that arithmetic
-    gives (PTX: 0x7fffffff, in 16 bit 0x7fff). An element that is another has come, in whatever order they come, so that
-    nothing has to be ordered before or after it. Volatile loads look into L2, each time anew. TURNS as in sync.wait().
-    """
-    PART: tl.constexpr = BLOCK_K // SPLIT
-    ROWS: tl.constexpr = active_rows.shape[0]
-    BITS: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth
-    WORD: tl.constexpr = tl.int16 if BITS == 16 else tl.int32 if BITS == 32 else tl.int64
-    nothing = tl.zeros((PART, ROWS) if SPLIT == 1 else (SPLIT, PART, ROWS), rows.dtype.element_ty)
-    tiles = ()
-    for _ in tl.static_range(CHUNKS):
-        tiles = tiles + (nothing,)
-    missing, turns = 1, 0
-    while missing > 0:
-        fresh = ()
-        absent = nothing != nothing
-        for k in tl.static_range(CHUNKS):
-            tile = load_columns(rows, active_rows, first + k, K, SPLIT, BLOCK_K, True)
-            absent |= (tile.to(WORD, bitcast=True) == -1) & awaited_rows
-            fresh = fresh + (tile,)
-        tiles = fresh
-        missing = tl.max(tl.reshape(absent.to(tl.int32), (BLOCK_K * ROWS,)), 0)
-        if TURNS > 0:
-            turns += 1
-            if (turns > TURNS) | (tl.load(report, volatile=True) > 0):
-                complain(step, report)
-                missing = 0
-    return tiles
+    return tl.load(rows + (k // CHUNKS * K + columns), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -136,10 +87,7 @@ def product(
     units,
     rows,
     active_rows,
-    awaited_rows,
     first,  # of the chunks that are summed over
-    step,
-    report,
     K: tl.constexpr,
     UNITS: tl.constexpr,  # of the weight, as load_weight() takes them
     TRANSPOSED: tl.constexpr,
@@ -147,8 +95,6 @@ def product(
     CHUNKS: tl.constexpr,  # that are summed over
     SPLIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    POLL: tl.constexpr,
-    TURNS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -159,21 +105,14 @@ def product(
     ROWS: tl.constexpr = active_rows.shape[0]
     HELD: tl.constexpr = len(held)
     sum = tl.zeros((M, ROWS) if SPLIT == 1 else (SPLIT, M, ROWS), ACC)
-    if POLL:
-        tl.static_assert(HELD == CHUNKS)
-        awaited = rows, active_rows, awaited_rows, first, step, report
-        tiles = arrived(*awaited, K, CHUNKS, SPLIT, BLOCK_K, TURNS)
-        for k in tl.static_range(CHUNKS):
-            sum = dot(held[k], tiles[k], sum, DOT, PRECISION)
-    else:
-        for k in tl.static_range(HELD):
+    for k in tl.static_range(HELD):
+        tile = load_columns(rows, active_rows, first + k, K, SPLIT, BLOCK_K)
+        sum = dot(held[k], tile, sum, DOT, PRECISION)
+    if HELD < CHUNKS:
+        for k in tl.range(HELD, CHUNKS, num_stages=3):
+            chunk = load_weight(weight, units, first + k, K, UNITS, TRANSPOSED, SPLIT, BLOCK_K, PRECISION, True)
             tile = load_columns(rows, active_rows, first + k, K, SPLIT, BLOCK_K)
-            sum = dot(held[k], tile, sum, DOT, PRECISION)
-        if HELD < CHUNKS:
-            for k in tl.range(HELD, CHUNKS, num_stages=3):
-                chunk = load_weight(weight, units, first + k, K, UNITS, TRANSPOSED, SPLIT, BLOCK_K, PRECISION, True)
-                tile = load_columns(rows, active_rows, first + k, K, SPLIT, BLOCK_K)
-                sum = dot(chunk, tile, sum, DOT, PRECISION, True)
+            sum = dot(chunk, tile, sum, DOT, PRECISION, True)
     if SPLIT > 1:
         sum = sum_parts(sum, SPLIT, M, ROWS)
     return sum

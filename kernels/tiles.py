@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class Tiles:
     kept: chunks of W_hh that stay on chip where not all do (0: all); the others are loaded at every step.
     team: programs that share the products of all their units in backward, a gate for each (4), or do not (1).
     split: parts of a chunk, each of which a warp sums for itself (1: none).
-    poll: a program looks whether h (dgates) is there, element by element, instead of at a step flag.
+    poll: the kernels for few rows: W_hh stays in registers, and a program looks whether h (dgates) is there, element by
+        element, instead of at a step flag. Each warp then has a part of every chunk, of 64 bytes.
     features: of a projection that a program computes beside its units, as long as there are some; 0: the projection is
         not in the kernel.
     """
@@ -57,7 +59,38 @@ def programs_of(tiles: Tiles, H: int, B: int, out: int = 0) -> tuple[int, int]:
 
 def alone(tiles: Tiles) -> Tiles:
     """The tiles of a program that waits for no other."""
-    return replace(tiles, team=1, poll=False)
+    return replace(tiles, team=1)
+
+
+@cache
+def latency_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list[Tiles], list[Tiles]]:
+    """The tiles of the kernels for few rows, forward and backward, as grid_tiles(): those whose registers have room for
+    W_hh, for what is polled and for the sums."""
+    itemsize = min(size, 4)
+    if not aligned(H, size) or device.capability[0] != 9:  # of the others none was compiled in every form yet
+        return [], []
+
+    def fits(tiles: Tiles, backward: bool) -> bool:
+        threads, over_chunks = 32 * tiles.warps, ceil_div(H, tiles.chunk) * tiles.chunk
+        weights = (1 if layers == 1 else 2) * tiles.units * over_chunks * size // threads
+        rows = tiles.batch * over_chunks * itemsize // (4 * threads) * (4 // tiles.team if backward else 1)
+        of_warp = (tiles.team if backward else 4) * tiles.units * tiles.batch // 32
+        sums = max(of_warp, tiles.batch * 2)  # as many as a warp makes beside each other
+        sums *= 2 if backward and layers > 1 else 1  # dropout comes between two products
+        programs = layers * tiles.team * ceil_div(H, tiles.team * tiles.units)
+        # In full precision both weights of a stack are split in two TF32 numbers at every step.
+        room = REGISTERS if size < 8 or layers == 1 else REGISTERS - 20
+        return programs <= device.multiprocessors and weights <= 128 and weights + rows + sums <= room
+
+    both: tuple[list[Tiles], list[Tiles]] = [], []
+    for (batch, units), (backward, team) in product(((8, 16), (8, 32), (16, 16)), ((False, 1), (True, 1), (True, 4))):
+        of_warps = [Tiles(batch, units, 64 // itemsize * n, n, team=team, split=n, poll=True) for n in (4, 8)]
+        both[backward].extend([tiles for tiles in of_warps if fits(tiles, backward)][:1])  # the fewest that hold it
+    return both
+
+
+# Of a thread's 255 those that latency_tiles() counts; the others hold addresses and a cell.
+REGISTERS = 180
 
 
 @cache
@@ -77,10 +110,10 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
     backward: list[Tiles] = []
     chunk = 256 // size
     wgmma, tcgen05 = device.capability[0] == 9, device.capability[0] == 10
-    in_1k, in_1k5, in_2k = (H * size <= limit for limit in (1024, 1536, 2048))
+    in_1k, in_2k = (H * size <= limit for limit in (1024, 2048))
 
-    # The loads of a step are all in flight together and keep registers. Of few rows a program can poll them all, and
-    # split a product: one whose tile leaves most warps without a part of their own is eight times as long otherwise.
+    # The loads of a step are all in flight together and keep registers. A split product is for few rows: one whose tile
+    # leaves most warps without a part of their own is eight times as long otherwise.
     # wgmma's 64 rows are the work of four warps, each with twice the loads, so that a larger batch tile takes shorter
     # chunks there. A B200's tensor memory takes no shorter chunks of 64 rows, elsewhere longer ones spill (Triton 3.9).
     tall = chunk // 2 if tcgen05 else chunk // 4
@@ -92,21 +125,12 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
         forward.append(Tiles(32, 16, chunk // 2 if wgmma else min(64, chunk), 4 if few else 8))
         if few:
             forward.append(Tiles(16, 16, 2 * chunk if in_1k else min(64, chunk), 4))
-        if H * size <= 1280 or (size == 2 and in_1k5 and H % 128 == 0):  # masks and TF32's rounding take registers, too
-            forward.append(Tiles(16, 16, 128, 8, split=8, poll=True))
-        # Over two chunks of which one is masked, a packed sequence run in reverse spills at some H (Triton 3.6).
-        if in_2k and not (wgmma and size == 2 and chunk < H < 2 * chunk):
-            forward.append(Tiles(8, 16, chunk, 4, split=4, poll=True))
         # The longest rows of TF32 on an A100 spill (Triton 3.9 forward, 3.6 backward).
         longest = size == 4 and not (wgmma or tcgen05) and H >= 512
         if in_2k and not (tcgen05 or longest):
             forward.append(Tiles(64, 16, tall, 8))
         if H <= 1344 and not longest:
             backward.append(Tiles(32, 16, 128, 8, split=8))
-        if in_1k and (size == 2 or H % 128 == 0):
-            backward.append(Tiles(16, 16, 128, 8, split=8, poll=True))
-        if in_1k5:
-            backward.append(Tiles(8, 16, 128, 8, split=8, poll=True))
         if size == 2 or in_2k:
             backward.append(Tiles(16, 16, 2 * chunk, 8, split=8))
         if in_2k:
@@ -124,10 +148,6 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
         backward += [Tiles(batch, 8, 128, 8, split=8) for batch in batches]
     if 32 in fits:
         forward.append(Tiles(16, 32, chunk // 2, 8))
-        if in_1k:
-            forward.append(Tiles(8, 32, 128, 8, split=8, poll=True))
-        if in_1k and not 128 < H < 160:  # between them two directions spill (Triton 3.7)
-            backward.append(Tiles(8, 32, 128, 8, split=8, poll=True))
         if not tcgen05 or (in_1k and size == 2):
             forward.append(Tiles(32, 32, chunk // 2, 8))
         if in_1k and (wgmma or (size == 2 and not tcgen05)):
@@ -276,8 +296,6 @@ def stack_tiles(H: int, size: int, device: Device, layers: int) -> tuple[list[Ti
         forward.append(Tiles(16, 16, min(64, chunk), 4))
         if in_1k:
             forward.append(Tiles(64, 16, chunk // 4, 8))
-    if in_1k and (wgmma or size == 2):  # TF32 on an A100 spills (Triton 3.7), and in backward whatever is polled
-        forward.append(Tiles(8, 16, chunk, 4, split=4, poll=True))
     if fit(32, H, size, device, layers):
         forward += [Tiles(batch, 32, chunk // 2, 8) for batch in (16, 32)]
         if size == 2:

@@ -264,7 +264,7 @@ class Explorer:
         exchanged = [named[name] for name in names if named.get(name) is not None]
         member, group = named["member_begin"], named["row_begin"] // options["BLOCK_B"]
         _, groups, members = executor.grid
-        for flags in (named["flags"], named["inner_flags"]):
+        for flags in (named.get("flags"), named.get("inner_flags")):
             own = () if flags is None else flags.view(-1, *flags.shape[-2:])[member : member + members]
             if len(own) and own[:, group : group + groups].any():
                 raise self._named(Broken("the flags are not zero at launch"))

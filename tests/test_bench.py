@@ -291,7 +291,7 @@ def test_a_plan_is_predicted_above_the_floor_and_near_it(dtype, backward):
         plan = choose_kernel(cases.DTYPES[dtype], B, H, H100, dtype == "fp32")
         planned = predicted("H100", dtype, plan, H, B, backward).us
         bound = floor("H100", dtype, plan.mode, H, B, backward).us
-        assert 0.999 * bound <= planned <= (5 if dtype == "bf16" else 20) * bound, (H, B, planned, bound)
+        assert 0.999 * bound <= planned <= (10 if dtype == "bf16" else 40) * bound, (H, B, planned, bound)
 
 
 def test_what_is_timed_is_drawn_on_the_device():

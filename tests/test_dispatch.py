@@ -135,13 +135,17 @@ def test_a_replaced_weight_of_another_size_is_not_read_out_of_bounds(name, shape
 
 
 @pytest.mark.parametrize(
-    "tiles, out",
-    [(Tiles(2, 2, 4, 4), 6), (Tiles(2, 2, 4, 4, poll=True), 6), (Tiles(2, 2, 4, 4, features=1), 4)],
+    "kernel, tiles, out",
+    [
+        ("forward_kernel", Tiles(2, 2, 4, 4), 6),
+        ("latency_forward_kernel", Tiles(2, 2, 32, 2, split=2, poll=True), 6),
+        ("forward_kernel", Tiles(2, 2, 4, 4, features=1), 4),
+    ],
     ids=["flags", "polled", "projecting"],
 )
-def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(tiles, out, monkeypatch):
+def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(kernel, tiles, out, monkeypatch):
     text = "Triton Error [CUDA]: too many blocks in cooperative launch"
-    real, refused = forward.forward_kernel, []
+    real, refused = getattr(forward, kernel), []
 
     class Kernel:
         """Refuses a cooperative launch as CUDA does."""
@@ -157,7 +161,7 @@ def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(tiles, out, m
 
             return run
 
-    monkeypatch.setattr(forward, "forward_kernel", Kernel())
+    monkeypatch.setattr(forward, kernel, Kernel())
     monkeypatch.setattr(plan, "_refused", {})
     grid = plan.Plan("grid", tiles, tiles, 8, "ieee", "")
     *tensors, weight_hr = [torch.randn(size) for size in [(3, 2, 24), (24, out), (2, out), (2, 6), (out, 6)]]

@@ -48,7 +48,10 @@ for line in sys.stdin:
 ONE_ROW = "test_kernels.py::test_awkward_shapes[cpu-9-1-16]"
 TF32 = "test_tf32.py::test_no_product_cuts_its_operands[split]"
 SWITCH = "test_tf32.py::test_each_class_asks_the_switch_of_the_one_that_it_replaces[LSTMCell-False]"
-STEP = "test_kernels.py::test_step_with_many_programs[cpu-False-dtype3]"
+STEP = "test_kernels.py::test_step_with_many_programs[cpu-False-dtype3-flags]"
+POLLED = "test_kernels.py::test_step_with_many_programs[cpu-False-dtype2-polled]"
+RESET_POLLED = "test_kernels.py::test_layouts[cpu-reset-False-polled]"
+MEMBERS = "test_kernels.py::test_several_members_in_a_launch[layers with dropout-dense]"
 PACKED = "test_kernels.py::test_layouts[cpu-packed-False-local]"
 REVERSE = "test_kernels.py::test_layouts[cpu-packed-True-local]"
 REVERSE_STEP = "test_kernels.py::test_layouts[cpu-packed-True-step]"
@@ -114,10 +117,10 @@ FAULTS = {
         "the layer below a step late": (
             "(place - total_rows) * H",
             "(begin_prev + places - total_rows) * H",
-            ONE_LAUNCH,
+            MEMBERS,
         ),
-        "bias of the layer below": ("bias += below * (4 * H)", "bias += 0 * below", ONE_LAUNCH),
-        "h without dropout for the layer above": ("(dropped if DROP else y)", "y", MASKS),
+        "bias of the layer below": ("bias += below * (4 * H)", "bias += 0 * below", MEMBERS),
+        "h without dropout for the layer above": ("(dropped if DROP else y)", "y", MEMBERS),
         "the order of steps and rows": ("lanes = rows * row_stride", "lanes = rows", LAYERS),
         "h of the wrong neighbour": (
             "t_prev = tl.where(backwards, t + 1, t - 1)",
@@ -170,6 +173,23 @@ FAULTS = {
         "dhn of the features dropped": ("dh += at_end.to(ACC)", "dh += 0 * at_end.to(ACC)", WITHIN),
         "features across a reset": ("linked_next & projects", "active_rows & has_next & projects", WITHIN_RESET),
         "dhn of the longest rows only": ("active & (~has_next)[None, :]", "active & (step == 0)", PACKED),
+    },
+    "kernels/latency_forward.py": {
+        "the layer below a step late": ("below_y + begin * H + below", "below_y + begin_prev * H + below", ONE_LAUNCH),
+        "bias of the layer below": ("bias + below * (4 * H)", "bias + 0 * below", ONE_LAUNCH),
+        "h without dropout for the layer above": ("below_y = dropped if DROP else y", "below_y = y", MASKS),
+        "a reset that keeps h": ("tl.where(start[None, None, :], 0.0, recurrent)", "recurrent", RESET_POLLED),
+    },
+    "kernels/latency_backward.py": {
+        "dgates across a reset": (
+            "linked_rows = linked_rows & (tl.load(",
+            "linked_rows = linked_rows | (tl.load(",
+            RESET_POLLED,
+        ),
+    },
+    "kernels/operands.py": {
+        "one operand as it lies": ("in_registers(operand(x, PRECISION, True), SPLIT, M, BITS, K_WIDTH)", "x", POLLED),
+        "a part of a sum": ("x = a + b\n    if PAIRS > 1", "x = a\n    if PAIRS > 1", POLLED),
     },
     "kernels/dropout.py": {
         "the layers' masks the same": ("zero + layer.to(tl.uint32)", "zero", MASKS),

@@ -29,6 +29,11 @@ def local(H):
 STEP = Plan("step", Tiles(16, 16, 32, 4), Tiles(16, 16, 64, 4, split=4), 0, "ieee", "")
 
 
+# Those of few rows, whose weight is in parts of 64 bytes; a launch of its own for each step.
+FEW = Tiles(16, 16, 64, 4, split=4, poll=True)
+LATENCY = replace(STEP, forward=FEW, backward=FEW)
+
+
 # Features in two programs, of which three have units.
 PROJECTING = replace(STEP, forward=replace(STEP.forward, features=16), backward=replace(STEP.backward, features=16))
 
@@ -94,10 +99,11 @@ def test_local(dtype, reverse, device):
     check(local(32), dtype, 4, 3, 20, device, reverse)
 
 
+@pytest.mark.parametrize("plan", [STEP, LATENCY], ids=["flags", "polled"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_step_with_many_programs(dtype, reverse, device):
-    check(STEP, dtype, 3, 17, 36, device, reverse)
+def test_step_with_many_programs(plan, dtype, reverse, device):
+    check(plan, dtype, 3, 17, 36, device, reverse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,7 +122,7 @@ def test_step_with_products_in_eight_parts(device):
     check(Plan("step", tiles, tiles, 0, "ieee", ""), torch.float32, 3, 17, 36, device)
 
 
-@pytest.mark.parametrize("plan", [local(16), STEP], ids=["local", "step"])
+@pytest.mark.parametrize("plan", [local(16), STEP, LATENCY], ids=["local", "step", "polled"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("form", NAMES[1:])
 def test_layouts(plan, reverse, form, device):
@@ -128,6 +134,7 @@ def test_layouts(plan, reverse, form, device):
 def test_several_members_in_a_launch(of, form):
     B = 17 if form == "lengths" else 5  # two batch groups of uneven rows
     members.check(STEP, of, form, 3, B, 20)
+    members.check(LATENCY, of, form, 3, B, 20)
     if of == "directions":
         members.check(local(16), of, form, 3, B, 7)
 

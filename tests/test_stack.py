@@ -247,7 +247,7 @@ def test_without_gradients_y_does_not_hold_the_other_layers(one_launch):
 def test_layers_that_fit_together_and_pay_run_together():
     """By the model: a stack's step costs little more than a layer's while its programs are there; no more than fit."""
     assert grouped(torch.bfloat16, 16, 512, 4, H100, False) == [4]
-    assert grouped(torch.bfloat16, 16, 512, 6, H100, False) == [3, 3]
+    assert grouped(torch.bfloat16, 16, 512, 6, H100, False) == [2, 2, 2]
     assert grouped(torch.bfloat16, 16, 64, 4, H100, False) == [1] * 4  # one multiprocessor holds a layer
     assert grouped(torch.bfloat16, 16, 1024, 4, H100, False) == [1] * 4  # two layers do not fit
     for device, H, B, L in [(A100, 256, 16, 3), (H100, 384, 64, 4), (H100, 512, 256, 4)]:
@@ -274,11 +274,11 @@ def test_the_plan_says_how_layers_are_grouped(monkeypatch, one_launch):
     plan = LSTM(I, 20, num_layers=3).plan(torch.randn(2, 2, I))
     assert plan.layers == 2 and "2, 1 layers" in plan.why
     monkeypatch.undo()
-    x = torch.randn(2, 2, I)
-    assert LSTM(I, 128, num_layers=3).plan(x).layers == 3
+    x, bf16 = torch.randn(2, 2, I).bfloat16(), {"num_layers": 3, "dtype": torch.bfloat16}
+    assert LSTM(I, 256, **bf16).plan(x).layers == 3
     for options in ({"bidirectional": True}, {"proj_size": 3}, {"recompute": True}):
-        assert LSTM(I, 128, num_layers=3, **options).plan(x).layers == 1
-    assert LSTM(I, 128, num_layers=3, bidirectional=True).plan(x).directions == 2
+        assert LSTM(I, 256, **bf16, **options).plan(x).layers == 1
+    assert LSTM(I, 256, **bf16, bidirectional=True).plan(x).directions == 2
 
 
 @pytest.mark.parametrize("slots,members,groups,stacked,expected", [

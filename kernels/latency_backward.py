@@ -1,0 +1,285 @@
+"""The backward recurrence of few rows: one kernel for the whole sequence, W_hh in registers, dgates polled.
+
+It has the loop of backward.py turned by half a step, as latency_forward.py that of forward.py. Tiles are (batch rows,
+units).
+"""
+
+import triton
+import triton.language as tl
+
+from .cell import cell_backward
+from .dropout import drop
+from .latency_forward import at_step, load_four, store_four
+from .launch import SIZES
+from .operands import behind_stores, fetch, load_operand, multiply, sum_of_team, sum_parts
+
+
+@triton.jit
+def load_columns(
+    weight,
+    columns,
+    gate,
+    H: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GATES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of GATES gates, the given one first, the rows of a weight (4H, H), transposed, as operands: of each chunk (SPLIT,
+    columns, a part)."""
+    operands = ()
+    for k in tl.static_range(GATES * CHUNKS):
+        rows = weight + (gate + k // CHUNKS) * (H * H) + columns
+        operands = operands + (load_operand(rows, columns < H, H, k % CHUNKS, H, SPLIT, K_WIDTH, PRECISION),)
+    return operands
+
+
+@triton.jit(do_not_specialize=SIZES)
+def latency_backward_kernel(
+    dy,  # (rows, D, H) in; rows = T * B, or the rows of the packed sequence; of a stack (rows, H), of its last layer
+    dhn,  # (M, B, H) in: gradient of each row's last h
+    weight_hh,  # (M, 4H, H) in: a matrix for each member
+    c0,  # (M, B, H) in
+    c,  # (rows, D, H), of a stack (M, rows, H) in: saved by forward
+    gates,  # (rows, D, 4H), of a stack (M, rows, 4H) in: saved by forward
+    dc_steps,  # as c, in: gradient of c of every step, beside its part in h; only if DC_STEPS
+    dcn,  # (M, B, H) in: gradient of each row's last cell
+    c_reset,  # (M, B, H) in: the cell from which a reset row goes on; only if RESET
+    dc_reset,  # (M, B, H) in/out: its gradient, summed over the resets; only if RESET
+    lengths,  # (B,) in: steps of each batch row; only if LENGTHS
+    offsets,  # (T,) in: first row of each step; only if PACKED
+    starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
+    order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
+    weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
+    seed,  # (1,) in: of the dropout between layers; only if DROP
+    keep,  # (1,) in: the share of units that it keeps; only if DROP
+    dgates,  # as gates, out: w.r.t. the pre-activations, ABSENT at launch; by it programs exchange them
+    dc0,  # (M, B, H) out: gradient of c0; in between, where every step is a launch, of the cell before step_end
+    products,  # (M, TEAM, 2, B, H) int64 between the programs of a team, zero at launch; only if TEAM > 1
+    zeros,  # (4H,) written by every program: what rows have that wait for nobody; only if LENGTHS, RESET or STACK
+    report,  # (4,) out: who waited in vain; only if TURNS
+    T,
+    B,
+    total_rows,  # of a (rows, ...) tensor
+    step_stride,  # rows of it from a step to the next, if not PACKED
+    row_stride,  # rows of it from a batch row to the next
+    member_begin,  # first member of this launch
+    row_begin,  # first batch row of this launch, a multiple of BLOCK_B
+    step_begin,  # steps [step_begin, step_end) in the order of this pass, from the direction's last to its first; a
+    step_end,  # layer of a stack is as many steps behind as layers are above it
+    H: tl.constexpr,
+    GRID: tl.constexpr,  # programs hand dgates to each other; otherwise one launch a step
+    TURNS: tl.constexpr,  # bound of a wait, 0 for none
+    DIRECTIONS: tl.constexpr,  # D; of two the second ran from the last step to the first
+    REVERSE: tl.constexpr,  # a single direction ran so, and this pass runs from the first
+    LENGTHS: tl.constexpr,  # each batch row has its own length
+    PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
+    RESET: tl.constexpr,  # rows are reset within the sequence
+    STACK: tl.constexpr,  # the members are layers, not directions
+    DROP: tl.constexpr,  # dropout between the layers
+    DC_STEPS: tl.constexpr,  # the cells of all steps have a gradient of their own; not if STACK
+    DOT: tl.constexpr,  # dtype of the matrix operands
+    PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
+    BLOCK_B: tl.constexpr,  # batch rows of a program
+    BLOCK_H: tl.constexpr,  # hidden units of a program
+    TEAM: tl.constexpr,  # programs that share the products of all their units, a gate for each: 4; otherwise 1
+    SPLIT: tl.constexpr,  # warps of a program, each of which sums a part of every chunk
+    K_WIDTH: tl.constexpr,  # of in_registers()
+    PAIRS: tl.constexpr,  # of words()
+):
+    ACC: tl.constexpr = dc0.dtype.element_ty
+    TYPE: tl.constexpr = dgates.dtype.element_ty
+    CHUNK: tl.constexpr = SPLIT * (512 // TYPE.primitive_bitwidth)  # columns of a gate that one product sums
+    CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
+    GATES: tl.constexpr = 4 // TEAM  # whose products this program makes
+    # Of few units a warp has too few sums of its own to fill the time from one matrix instruction to the next.
+    CHAINS: tl.constexpr = 4 if TEAM * BLOCK_H == 16 else 2 if TEAM * BLOCK_H == 32 else 1
+    SOME: tl.constexpr = LENGTHS or RESET or STACK or not GRID  # rows may wait for nobody
+    member = 0
+    if DIRECTIONS > 1 or STACK:
+        member = (member_begin + tl.program_id(2)).to(tl.int64)
+    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    # Past the last batch row a program computes this once more, and stores nothing.
+    rows = row_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    real_rows = rows < B
+    rows = tl.minimum(rows, B - 1).to(tl.int64)
+    if LENGTHS and not PACKED:
+        rows = tl.load(order + rows)
+    mask = real_rows[:, None] & (units < H)[None, :]
+    states = member * B + rows  # the member's rows in a (M, B, H) tensor
+    state = states[:, None] * H + units[None, :]
+
+    # Where this member's rows lie among those of all: step t's at places, from the step's first on.
+    lanes = rows * row_stride
+    places = lanes * DIRECTIONS + member
+    backwards = member > 0 if DIRECTIONS > 1 else REVERSE
+    last_layer = True
+    if STACK:
+        depth = tl.num_programs(2) - 1 - tl.program_id(2)
+        last_layer = depth == 0
+        places = member * total_rows + lanes
+
+    # The rows of W_hh^T that this program multiplies: of all gates for its own units, or of one for its whole team's.
+    gate_of_team = tl.program_id(0) % TEAM
+    team_units = tl.program_id(0) // TEAM * (TEAM * BLOCK_H) + tl.arange(0, TEAM * BLOCK_H)
+    of_weight = weight_hh + member * (4 * H * H)
+    weights = load_columns(of_weight, team_units, gate_of_team, H, CHUNKS, GATES, SPLIT, K_WIDTH, PRECISION)
+    if STACK:
+        above_places = places + total_rows
+        of_weight = weight_ih + tl.minimum(member, tl.num_programs(2) - 2) * (4 * H * H)
+        weights_above = load_columns(of_weight, team_units, gate_of_team, H, CHUNKS, GATES, SPLIT, K_WIDTH, PRECISION)
+        step_begin = tl.maximum(step_begin - depth, 0)
+        step_end = tl.minimum(step_end - depth, T)
+    if TEAM > 1:
+        of_team = rows[:, None] * H + team_units[None, :]
+        team_mask = real_rows[:, None] & (team_units < H)[None, :]
+        own = rows[:, None] * H + tl.minimum(units, H - 1)[None, :]
+        part = B.to(tl.int64) * H
+        products += member * (2 * TEAM) * part
+    if SOME:
+        for k in tl.static_range((4 * H + CHUNK - 1) // CHUNK):
+            columns = k * CHUNK + tl.arange(0, CHUNK)
+            tl.store(zeros + columns, tl.zeros((CHUNK,), TYPE), mask=columns < 4 * H)
+        tl.debug_barrier()
+
+    last = T - 1
+    if LENGTHS:
+        length = tl.load(lengths + rows)
+        last = tl.max(length).to(tl.int32) - 1
+        step_end = tl.minimum(step_end, last + 1)
+    dc = tl.load(dcn + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
+    if not GRID:
+        dc += tl.load(dc0 + state, mask=mask & (step_begin > 0), other=0.0)
+    if RESET:
+        dc_reset_tile = tl.load(dc_reset + state, mask=mask, other=0.0)
+        starts += lanes if STACK else member * total_rows + lanes
+
+    # The first step, and what it takes: of dgates none, or those that the launch before has left.
+    t, begin = at_step(last - step_begin, last, backwards, step_stride, offsets)
+    t_prev, begin_prev = at_step(last - step_begin - 1, last, backwards, step_stride, offsets)
+    active_rows = real_rows & (step_begin < step_end)
+    linked_rows = active_rows & (step_begin > 0)
+    has_prev = step_begin < last
+    if LENGTHS:
+        active_rows = active_rows & (t < length)
+        has_prev = has_prev & (t_prev < length)
+    begin_next = begin
+    if not GRID:
+        t_next, begin_next = at_step(last - step_begin + 1, last, backwards, step_stride, offsets)
+        if LENGTHS:
+            linked_rows = linked_rows & (t < length) & (t_next < length)
+    ending_rows = active_rows & ~linked_rows
+    c_rows = tl.where(has_prev, c + (begin_prev * DIRECTIONS + places) * H, c0 + states * H)
+    if RESET:
+        start = tl.load(starts + begin, mask=active_rows, other=0) != 0
+        c_rows = tl.where(start, c_reset + states * H, c_rows)
+        linked_rows = linked_rows & (tl.load(starts + begin_next, mask=linked_rows, other=0) == 0)
+    dgates_rows = dgates + (begin_next * DIRECTIONS + places) * (4 * H) + gate_of_team * H
+    before = dgates_rows, linked_rows, zeros, step_begin, report
+    # Loaded as in the loop: the compiler then has the weight in one layout alone.
+    HOW: tl.constexpr = "zero" if GRID else "load"
+    x = fetch(*before, HOW, H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
+    zero = tl.zeros((SPLIT, TEAM * BLOCK_H, BLOCK_B), ACC)
+    recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)
+    if STACK:
+        above = dgates + (begin + above_places) * (4 * H) + gate_of_team * H
+        awaited = above, active_rows & ~last_layer, zeros, step_begin + 1, report
+        x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
+        of_above = multiply(weights_above, x, zero, DOT, PRECISION, CHAINS)
+    active = mask & active_rows[:, None]
+    gate = (begin * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
+    hidden = (begin * DIRECTIONS + places)[:, None] * H + units[None, :]
+    of_dy = hidden - member * total_rows * H if STACK else hidden
+    i, f, g, o = load_four(gates, gate, active, H)
+    c_t = tl.load(c + hidden, mask=active, other=0.0)
+    c_prev = tl.load(c_rows[:, None] + units[None, :], mask=active, other=0.0)
+    dh_t = tl.load(dy + of_dy, mask=active & last_layer, other=0.0).to(ACC)
+    dh_t += tl.load(dhn + state, mask=active & ending_rows[:, None], other=0.0).to(ACC)
+    if DC_STEPS:
+        dc_t = tl.load(dc_steps + hidden, mask=active, other=0.0)
+
+    for step in range(step_begin, step_end):
+        if STACK:
+            if DROP:
+                dh = sum_parts(of_above, SPLIT, TEAM * BLOCK_H, BLOCK_B)
+                dh = drop(dh, seed, keep, member, t, rows[:, None] * H + team_units[None, :])
+                dh += sum_parts(recurrent, SPLIT, TEAM * BLOCK_H, BLOCK_B)
+            else:
+                dh = sum_parts(recurrent + of_above, SPLIT, TEAM * BLOCK_H, BLOCK_B)
+        else:
+            dh = sum_parts(recurrent, SPLIT, TEAM * BLOCK_H, BLOCK_B)
+        if TEAM > 1:
+            of_step = products + step % 2 * part
+            dh = sum_of_team(dh, of_step, gate_of_team, 2 * part, of_team, team_mask, own, step, report, TEAM, TURNS)
+        dh += dh_t  # (5)
+        if DC_STEPS:
+            dc += dc_t.to(ACC)
+        di, df, dg, do, dc_prev = cell_backward(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c_t, dh, dc)
+        if RESET:
+            dc_reset_tile += tl.where(start[:, None], dc_prev, 0.0)
+            dc_prev = tl.where(start[:, None], 0.0, dc_prev)
+        dc = tl.where(active, dc_prev, dc)
+        store_four(dgates, gate, di.to(TYPE), df.to(TYPE), dg.to(TYPE), do.to(TYPE), active, H)
+
+        if GRID:
+            # What the step before in time takes, as far as it waits for nobody; behind the last one this once more.
+            begin_next = begin
+            t, begin = t_prev, begin_prev
+            t_prev, begin_prev = at_step(last - step - 2, last, backwards, step_stride, offsets)
+            linked_rows = active_rows
+            has_prev = step + 1 < last
+            if LENGTHS:
+                active_rows = real_rows & (t < length)
+                linked_rows = linked_rows & active_rows
+                has_prev = has_prev & (t_prev < length)
+                ending_rows = active_rows & ~linked_rows
+            c_rows = tl.where(has_prev, c + (begin_prev * DIRECTIONS + places) * H, c0 + states * H)
+            if RESET:
+                linked_rows = linked_rows & ~start
+                start = tl.load(starts + begin, mask=active_rows, other=0) != 0
+                c_rows = tl.where(start, c_reset + states * H, c_rows)
+            active = mask & active_rows[:, None]
+            gate = (begin * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
+            hidden = (begin * DIRECTIONS + places)[:, None] * H + units[None, :]
+            of_dy = hidden - member * total_rows * H if STACK else hidden
+            i, f, g, o = load_four(gates, gate, active, H)
+            if LENGTHS or RESET:
+                c_t = tl.load(c + hidden, mask=active, other=0.0)
+            else:
+                c_t = c_prev
+            c_prev = tl.load(c_rows[:, None] + units[None, :], mask=active, other=0.0)
+            dh_t = tl.load(dy + of_dy, mask=active & last_layer, other=0.0).to(ACC)
+            if LENGTHS:
+                dh_t += tl.load(dhn + state, mask=active & ending_rows[:, None], other=0.0).to(ACC)
+            if DC_STEPS:
+                dc_t = tl.load(dc_steps + hidden, mask=active, other=0.0)
+            if STACK:
+                # The layer above is ahead: its part of the sum is made while this layer's own dgates are on the way.
+                above = behind_stores(dgates + begin * (4 * H) + gate_of_team * H) + above_places * (4 * H)
+                awaited = above, active_rows & ~last_layer, zeros, step + 2, report
+                x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
+                of_above = multiply(weights_above, x, zero, DOT, PRECISION, CHAINS)
+            dgates_rows = behind_stores(dgates + begin_next * (DIRECTIONS * 4 * H) + gate_of_team * H)
+            dgates_rows += places * (4 * H)
+            x = fetch(
+                dgates_rows,
+                linked_rows,
+                zeros,
+                step + 1,
+                report,
+                "await",
+                H,
+                CHUNKS,
+                SPLIT,
+                K_WIDTH,
+                PAIRS,
+                PRECISION,
+                TURNS,
+                GATES,
+            )
+            recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)
+
+    tl.store(dc0 + state, dc, mask=mask)
+    if RESET:
+        tl.store(dc_reset + state, dc_reset_tile, mask=mask)

@@ -1,0 +1,303 @@
+"""The forward recurrence of few rows: one kernel for the whole sequence, W_hh in registers, h polled.
+
+It has the loop of forward.py turned by half a step, the product of the next step last: the compiler leaves a weight in
+registers across a loop only if a product before the loop has used it. Tiles are (batch rows, units).
+"""
+
+import triton
+import triton.language as tl
+
+from .cell import cell_forward
+from .dropout import drop
+from .launch import SIZES
+from .operands import behind_stores, fetch, load_operand, multiply
+
+
+@triton.jit
+def sum_gates(x, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """(SPLIT, 4 * UNITS, ROWS), gate by gate, each part in another warp, to the four gates of their sum: (ROWS, UNITS),
+    i, f, g, o."""
+    # Each thread takes all parts of its own elements, once: tl.sum would leave another layout than that of the cell's
+    # other operands, to which each of them would then be brought.
+    x = tl.permute(tl.reshape(x, (SPLIT, 4, UNITS, ROWS)), (3, 2, 1, 0))
+    PAIRS: tl.constexpr = SPLIT // 2
+    a, b = tl.split(tl.reshape(x, (ROWS, UNITS, 4, PAIRS, 2)))
+    x = a + b
+    if PAIRS > 1:
+        a, b = tl.split(tl.reshape(x, (ROWS, UNITS, 4, PAIRS // 2, 2)))
+        x = a + b
+    if PAIRS > 2:
+        a, b = tl.split(tl.reshape(x, (ROWS, UNITS, 4, PAIRS // 4, 2)))
+        x = a + b
+    ig, fo = tl.split(tl.reshape(x, (ROWS, UNITS, 2, 2)))
+    i, g = tl.split(ig)
+    f, o = tl.split(fo)
+    return i, f, g, o
+
+
+@triton.jit
+def at_step(step, last, backwards, step_stride, offsets):
+    """The time of a step in the direction's own order, or of its first or last step if there is none, and the first of
+    its rows."""
+    t = tl.minimum(tl.maximum(tl.where(backwards, last - step, step), 0), last)
+    if offsets is None:
+        return t, t.to(tl.int64) * step_stride
+    else:
+        return t, tl.load(offsets + t)
+
+
+@triton.jit
+def load_four(gates, at, mask, H: tl.constexpr):
+    """Of all four gates what lies at the places of i: i, f, g, o."""
+    i = tl.load(gates + at, mask=mask, other=0.0)
+    f = tl.load(gates + at + H, mask=mask, other=0.0)
+    g = tl.load(gates + at + 2 * H, mask=mask, other=0.0)
+    o = tl.load(gates + at + 3 * H, mask=mask, other=0.0)
+    return i, f, g, o
+
+
+@triton.jit
+def store_four(gates, at, i, f, g, o, mask, H: tl.constexpr):
+    """Stores what load_four() loads."""
+    tl.store(gates + at, i, mask=mask)
+    tl.store(gates + at + H, f, mask=mask)
+    tl.store(gates + at + 2 * H, g, mask=mask)
+    tl.store(gates + at + 3 * H, o, mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def latency_forward_kernel(
+    input_gates,  # (rows, D, 4H) in: x W_ih^T + b; rows = T * B, or the rows of the packed sequence; D = 1 in a stack
+    weight_hh,  # (M, 4H, H) in: a matrix for each member
+    h0,  # (M, B, H) in
+    c0,  # (M, B, H) in
+    c_reset,  # (M, B, H) in: the cell from which a reset row goes on, its h being 0; only if RESET
+    lengths,  # (B,) in: steps of each batch row; only if LENGTHS
+    offsets,  # (T,) in: first row of each step; only if PACKED
+    starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
+    order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
+    weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
+    bias,  # (M - 1, 4H) in: of the same; only if STACK
+    seed,  # (1,) in: of the dropout between layers; only if DROP
+    keep,  # (1,) in: the share of units that it keeps; only if DROP
+    y,  # (rows, D, H), of a stack (M, rows, H) out: h of every step, ABSENT at launch; by it programs exchange h
+    dropped,  # (M - 1, rows, H) out: y with dropout, for the layer above, ABSENT at launch; only if DROP
+    c,  # (rows, D, H), of a stack (M, rows, H) out: c of every step; only if SAVE
+    gates,  # (rows, D, 4H), of a stack (M, rows, 4H) out: activated gates; only if SAVE
+    hn,  # (M, B, H) out: each row's last h
+    cn,  # (M, B, H) out: each row's last cell; in between, where every step is a launch, the one after step_end
+    zeros,  # (4H,) written by every program: what rows have that wait for nobody; only if LENGTHS, RESET or STACK
+    report,  # (4,) out: who waited in vain; only if TURNS
+    T,
+    B,
+    total_rows,  # of a (rows, ...) tensor
+    step_stride,  # rows of it from a step to the next, if not PACKED
+    row_stride,  # rows of it from a batch row to the next
+    member_begin,  # first member of this launch
+    row_begin,  # first batch row of this launch, a multiple of BLOCK_B
+    step_begin,  # steps [step_begin, step_end) in the direction's own order; layer m of a stack is m steps behind
+    step_end,
+    H: tl.constexpr,
+    GRID: tl.constexpr,  # programs hand h to each other; otherwise one launch a step
+    TURNS: tl.constexpr,  # bound of a wait, 0 for none
+    DIRECTIONS: tl.constexpr,  # D; of two the second runs from the last step to the first
+    REVERSE: tl.constexpr,  # a single direction runs so
+    LENGTHS: tl.constexpr,  # each batch row has its own length
+    PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
+    RESET: tl.constexpr,  # rows are reset within the sequence
+    STACK: tl.constexpr,  # the members are layers, not directions
+    DROP: tl.constexpr,  # dropout between the layers
+    SAVE: tl.constexpr,  # keep c and gates for backward
+    DOT: tl.constexpr,  # dtype of the matrix operands
+    PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
+    BLOCK_B: tl.constexpr,  # batch rows of a program
+    BLOCK_H: tl.constexpr,  # hidden units of a program
+    SPLIT: tl.constexpr,  # warps of a program, each of which sums a part of every chunk
+    K_WIDTH: tl.constexpr,  # of in_registers()
+    PAIRS: tl.constexpr,  # of words()
+):
+    ACC: tl.constexpr = cn.dtype.element_ty
+    CHUNK: tl.constexpr = SPLIT * (512 // y.dtype.element_ty.primitive_bitwidth)  # columns that one product sums
+    CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
+    SOME: tl.constexpr = LENGTHS or RESET or STACK or not GRID  # rows may wait for nobody
+    LATE: tl.constexpr = LENGTHS and (DIRECTIONS > 1 or REVERSE)  # rows may begin after others
+    member = 0
+    if DIRECTIONS > 1 or STACK:
+        member = (member_begin + tl.program_id(2)).to(tl.int64)
+    own_units = tl.program_id(0) * BLOCK_H
+    units = own_units + tl.arange(0, BLOCK_H)
+    real_units = units < H
+    # Past the last batch row a program computes this once more, and stores nothing.
+    rows = row_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    real_rows = rows < B
+    rows = tl.minimum(rows, B - 1).to(tl.int64)
+    if LENGTHS and not PACKED:
+        rows = tl.load(order + rows)
+    mask = real_rows[:, None] & real_units[None, :]
+    states = member * B + rows  # the member's rows in a (M, B, H) tensor
+    state = states[:, None] * H + units[None, :]
+
+    # Where this member's rows lie among those of all: step t's at places, from the step's first on.
+    lanes = rows * row_stride
+    places = lanes * DIRECTIONS + member
+    backwards = member > 0 if DIRECTIONS > 1 else REVERSE
+    first_layer = True
+    if STACK:
+        first_layer = member == 0
+        places = member * total_rows + lanes
+    weight_hh += member * (4 * H * H)
+    gate_rows = tl.arange(0, 4 * BLOCK_H) // BLOCK_H * H + own_units + tl.arange(0, 4 * BLOCK_H) % BLOCK_H
+    gate_mask = own_units + tl.arange(0, 4 * BLOCK_H) % BLOCK_H < H
+    weights = ()
+    for k in tl.static_range(CHUNKS):
+        of_gates = weight_hh + gate_rows.to(tl.int64) * H
+        weights = weights + (load_operand(of_gates, gate_mask, 1, k, H, SPLIT, K_WIDTH, PRECISION),)
+    if STACK:
+        above = member > 0
+        below = tl.maximum(member - 1, 0)
+        below_places = places - total_rows
+        below_y = dropped if DROP else y
+        weight_ih += below * (4 * H * H)
+        weights_below = ()
+        for k in tl.static_range(CHUNKS):
+            of_gates = weight_ih + gate_rows.to(tl.int64) * H
+            weights_below = weights_below + (load_operand(of_gates, gate_mask, 1, k, H, SPLIT, K_WIDTH, PRECISION),)
+        bias_i, bias_f, bias_g, bias_o = load_four(bias + below * (4 * H), units, real_units & above, H)
+        step_begin = tl.maximum(step_begin - member.to(tl.int32), 0)
+        step_end = tl.minimum(step_end - member.to(tl.int32), T)
+    if SOME:
+        for k in tl.static_range(CHUNKS):
+            columns = k * CHUNK + tl.arange(0, CHUNK)
+            tl.store(zeros + columns, tl.zeros((CHUNK,), zeros.dtype.element_ty), mask=columns < H)
+        tl.debug_barrier()
+
+    last = T - 1
+    if LENGTHS:
+        length = tl.load(lengths + rows)
+        last = tl.max(length).to(tl.int32) - 1
+        step_end = tl.minimum(step_end, last + 1)
+    c_tile = tl.load(c0 + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
+    if not GRID:
+        c_tile += tl.load(cn + state, mask=mask & (step_begin > 0), other=0.0)
+    if RESET:
+        c_reset_tile = tl.load(c_reset + state, mask=mask, other=0.0)
+        starts += lanes if STACK else member * total_rows + lanes
+
+    # The first step's product, with h0 or with what the launch before has left.
+    t, begin = at_step(step_begin, last, backwards, step_stride, offsets)
+    t_next, begin_next = at_step(step_begin + 1, last, backwards, step_stride, offsets)
+    active_rows = real_rows & (step_begin < step_end)
+    next_rows = active_rows
+    if LENGTHS:
+        active_rows = active_rows & (t < length)
+        next_rows = next_rows & (t_next < length)
+    h_rows = h0 + states * H
+    if not GRID:
+        t_prev, begin_prev = at_step(step_begin - 1, last, backwards, step_stride, offsets)
+        has_prev = active_rows & (step_begin > 0)
+        if LENGTHS:
+            has_prev = has_prev & (t_prev < length)
+        h_rows = tl.where(has_prev, y + (begin_prev * DIRECTIONS + places) * H, h_rows)
+    # Fetched as in the loop: the compiler then has the weight in one layout alone.
+    x = fetch(h_rows, None, None, step_begin, report, "load", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS)
+    recurrent = multiply(weights, x, tl.zeros((SPLIT, 4 * BLOCK_H, BLOCK_B), ACC), DOT, PRECISION)
+    if RESET:
+        start = tl.load(starts + begin, mask=active_rows, other=0) != 0
+        start_next = tl.load(starts + begin_next, mask=next_rows, other=0) != 0
+        recurrent = tl.where(start[None, None, :], 0.0, recurrent)
+    if LATE:
+        # Of rows that begin later this is the product of their first step.
+        first_i, first_f, first_g, first_o = sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)
+        late_rows = real_rows != real_rows
+    if STACK:
+        awaited = below_y + begin * H + below_places * H, active_rows & above, zeros, step_begin + 1, report
+        x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS)
+        recurrent = multiply(weights_below, x, recurrent, DOT, PRECISION)
+    active = mask & active_rows[:, None]
+    gate = (begin * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
+    pre_i, pre_f, pre_g, pre_o = load_four(input_gates, gate, active & first_layer, H)
+
+    for step in range(step_begin, step_end):
+        rec_i, rec_f, rec_g, rec_o = sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)
+        if STACK:
+            rec_i += bias_i.to(ACC)[None, :]
+            rec_f += bias_f.to(ACC)[None, :]
+            rec_g += bias_g.to(ACC)[None, :]
+            rec_o += bias_o.to(ACC)[None, :]
+        if RESET:
+            c_tile = tl.where(start[:, None], c_reset_tile, c_tile)
+        of_i, of_f, of_g, of_o = pre_i.to(ACC), pre_f.to(ACC), pre_g.to(ACC), pre_o.to(ACC)
+        if LATE:  # rows of which this is the first step have waited for nobody: their product is zero
+            of_i += tl.where(late_rows[:, None], first_i, 0.0)
+            of_f += tl.where(late_rows[:, None], first_f, 0.0)
+            of_g += tl.where(late_rows[:, None], first_g, 0.0)
+            of_o += tl.where(late_rows[:, None], first_o, 0.0)
+        i, f, g, o, c_next, h = cell_forward(rec_i + of_i, rec_f + of_f, rec_g + of_g, rec_o + of_o, c_tile)
+        c_tile = tl.where(active, c_next, c_tile)
+        h = h.to(y.dtype.element_ty)
+        hidden = (begin * DIRECTIONS + places)[:, None] * H + units[None, :]
+        tl.store(y + hidden, h, mask=active)
+        if DROP:
+            x = drop(h, seed, keep, member, t, rows[:, None] * H + units[None, :])
+            tl.store(dropped + hidden, x, mask=active & (member < tl.num_programs(2) - 1))
+
+        # What the next step takes, as far as it waits for nobody; behind the last one this once more, for nothing.
+        awaited_rows = active_rows & next_rows
+        if RESET:
+            awaited_rows = awaited_rows & ~start_next
+        next = mask & next_rows[:, None]
+        gate_next = (begin_next * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
+        if GRID:
+            pre_i, pre_f, pre_g, pre_o = load_four(input_gates, gate_next, next & first_layer, H)
+        if SAVE:
+            tl.store(c + hidden, c_next, mask=active)
+            store_four(gates, gate, i, f, g, o, active, H)
+        if GRID:
+            recurrent = tl.zeros((SPLIT, 4 * BLOCK_H, BLOCK_B), ACC)
+            if STACK:
+                # The layer below is ahead: its part of the sum is made while this layer's own h is on the way.
+                x_rows = behind_stores(below_y + begin_next * H) + below_places * H
+                awaited = x_rows, next_rows & above, zeros, step + 2, report
+                x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS)
+                recurrent = multiply(weights_below, x, recurrent, DOT, PRECISION)
+            h_rows = behind_stores(y + begin * (DIRECTIONS * H)) + places * H
+            x = fetch(
+                h_rows,
+                awaited_rows,
+                zeros,
+                step + 1,
+                report,
+                "await",
+                H,
+                CHUNKS,
+                SPLIT,
+                K_WIDTH,
+                PAIRS,
+                PRECISION,
+                TURNS,
+            )
+            recurrent = multiply(weights, x, recurrent, DOT, PRECISION)
+        if LATE:
+            late_rows = next_rows & ~active_rows
+            if RESET:
+                late_rows = late_rows & ~start_next
+        t, begin, active_rows, active, gate = t_next, begin_next, next_rows, next, gate_next
+        # A step ahead, because addresses that wait for these loads would make everyone wait.
+        t_next, begin_next = at_step(step + 2, last, backwards, step_stride, offsets)
+        if LENGTHS:
+            next_rows = real_rows & (t_next < length)
+        if RESET:
+            start = start_next
+            start_next = tl.load(starts + begin_next, mask=next_rows, other=0) != 0
+
+    tl.store(cn + state, c_tile, mask=mask)
+    # From this program's part of y, which may be of other threads than these.
+    tl.debug_barrier()
+    steps = T
+    if LENGTHS:
+        steps = length
+    end = tl.where(backwards, 0, steps - 1)
+    begin = end.to(tl.int64) * step_stride if offsets is None else tl.load(offsets + end, mask=real_rows, other=0)
+    h_rows = tl.where(steps > 0, y + (begin * DIRECTIONS + places) * H, h0 + states * H)
+    h = tl.load(h_rows[:, None] + units[None, :], mask=mask, other=0.0)
+    tl.store(hn + state, h, mask=mask)
