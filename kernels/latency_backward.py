@@ -11,7 +11,7 @@ from .cell import cell_backward
 from .dropout import drop
 from .latency_forward import at_step, load_four, store_four
 from .launch import SIZES
-from .operands import behind_stores, fetch, load_operand, multiply, sum_of_team, sum_parts
+from .operands import behind_stores, fetch, load_operand, multiply, sum_of_team, sum_parts, write_zeros
 
 
 @triton.jit
@@ -138,10 +138,7 @@ def latency_backward_kernel(
         part = B.to(tl.int64) * H
         products += member * (2 * TEAM) * part
     if SOME:
-        for k in tl.static_range((4 * H + CHUNK - 1) // CHUNK):
-            columns = k * CHUNK + tl.arange(0, CHUNK)
-            tl.store(zeros + columns, tl.zeros((CHUNK,), TYPE), mask=columns < 4 * H)
-        tl.debug_barrier()
+        write_zeros(zeros, 4 * H, CHUNK)
 
     last = T - 1
     if LENGTHS:

@@ -10,29 +10,28 @@ import triton.language as tl
 from .cell import cell_forward
 from .dropout import drop
 from .launch import SIZES
-from .operands import behind_stores, fetch, load_operand, multiply
+from .operands import behind_stores, fetch, load_operand, multiply, sum_gates, write_zeros
 
 
 @triton.jit
-def sum_gates(x, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
-    """(SPLIT, 4 * UNITS, ROWS), gate by gate, each part in another warp, to the four gates of their sum: (ROWS, UNITS),
-    i, f, g, o."""
-    # Each thread takes all parts of its own elements, once: tl.sum would leave another layout than that of the cell's
-    # other operands, to which each of them would then be brought.
-    x = tl.permute(tl.reshape(x, (SPLIT, 4, UNITS, ROWS)), (3, 2, 1, 0))
-    PAIRS: tl.constexpr = SPLIT // 2
-    a, b = tl.split(tl.reshape(x, (ROWS, UNITS, 4, PAIRS, 2)))
-    x = a + b
-    if PAIRS > 1:
-        a, b = tl.split(tl.reshape(x, (ROWS, UNITS, 4, PAIRS // 2, 2)))
-        x = a + b
-    if PAIRS > 2:
-        a, b = tl.split(tl.reshape(x, (ROWS, UNITS, 4, PAIRS // 4, 2)))
-        x = a + b
-    ig, fo = tl.split(tl.reshape(x, (ROWS, UNITS, 2, 2)))
-    i, g = tl.split(ig)
-    f, o = tl.split(fo)
-    return i, f, g, o
+def load_gate_rows(
+    weight,
+    H: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SPLIT: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The rows of a weight (4H, H) for this program's units, gate by gate, as operands: of each chunk (SPLIT,
+    4 * BLOCK_H, a part)."""
+    places = tl.arange(0, 4 * BLOCK_H)
+    units = tl.program_id(0) * BLOCK_H + places % BLOCK_H
+    rows = weight + (places // BLOCK_H * H + units).to(tl.int64) * H
+    operands = ()
+    for k in tl.static_range(CHUNKS):
+        operands = operands + (load_operand(rows, units < H, 1, k, H, SPLIT, K_WIDTH, PRECISION),)
+    return operands
 
 
 @triton.jit
@@ -124,8 +123,7 @@ def latency_forward_kernel(
     member = 0
     if DIRECTIONS > 1 or STACK:
         member = (member_begin + tl.program_id(2)).to(tl.int64)
-    own_units = tl.program_id(0) * BLOCK_H
-    units = own_units + tl.arange(0, BLOCK_H)
+    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     real_units = units < H
     # Past the last batch row a program computes this once more, and stores nothing.
     rows = row_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -145,31 +143,20 @@ def latency_forward_kernel(
     if STACK:
         first_layer = member == 0
         places = member * total_rows + lanes
-    weight_hh += member * (4 * H * H)
-    gate_rows = tl.arange(0, 4 * BLOCK_H) // BLOCK_H * H + own_units + tl.arange(0, 4 * BLOCK_H) % BLOCK_H
-    gate_mask = own_units + tl.arange(0, 4 * BLOCK_H) % BLOCK_H < H
-    weights = ()
-    for k in tl.static_range(CHUNKS):
-        of_gates = weight_hh + gate_rows.to(tl.int64) * H
-        weights = weights + (load_operand(of_gates, gate_mask, 1, k, H, SPLIT, K_WIDTH, PRECISION),)
+    of_weight = weight_hh + member * (4 * H * H)
+    weights = load_gate_rows(of_weight, H, CHUNKS, BLOCK_H, SPLIT, K_WIDTH, PRECISION)
     if STACK:
         above = member > 0
         below = tl.maximum(member - 1, 0)
         below_places = places - total_rows
         below_y = dropped if DROP else y
-        weight_ih += below * (4 * H * H)
-        weights_below = ()
-        for k in tl.static_range(CHUNKS):
-            of_gates = weight_ih + gate_rows.to(tl.int64) * H
-            weights_below = weights_below + (load_operand(of_gates, gate_mask, 1, k, H, SPLIT, K_WIDTH, PRECISION),)
+        of_weight = weight_ih + below * (4 * H * H)
+        weights_below = load_gate_rows(of_weight, H, CHUNKS, BLOCK_H, SPLIT, K_WIDTH, PRECISION)
         bias_i, bias_f, bias_g, bias_o = load_four(bias + below * (4 * H), units, real_units & above, H)
         step_begin = tl.maximum(step_begin - member.to(tl.int32), 0)
         step_end = tl.minimum(step_end - member.to(tl.int32), T)
     if SOME:
-        for k in tl.static_range(CHUNKS):
-            columns = k * CHUNK + tl.arange(0, CHUNK)
-            tl.store(zeros + columns, tl.zeros((CHUNK,), zeros.dtype.element_ty), mask=columns < H)
-        tl.debug_barrier()
+        write_zeros(zeros, H, CHUNK)
 
     last = T - 1
     if LENGTHS:

@@ -255,17 +255,17 @@ def launch(
     members = states.shape[0] if states.dim() == 3 else 1
     T = layout.steps(tensors[0].shape)
     unit_blocks, batch_groups = programs_of(tiles, H, B, out)
-    exchange: dict[str, Tensor | None] = dict.fromkeys(("zeros", "inner_flags", "flags", "report"))
+    zeros = inner_flags = step_flags = report = None
     if tiles.poll and (stacked or any(layout.flags.values()) or plan.mode == "step"):
-        exchange["zeros"] = tensors[0].new_empty(4 * H)
+        zeros = tensors[0].new_empty(4 * H)
     at_once = members, batch_groups
     if plan.mode == "grid":
         if not tiles.poll:
-            exchange["flags"] = torch.zeros((members, batch_groups, T), dtype=torch.int32, device=device)
+            step_flags = torch.zeros((members, batch_groups, T), dtype=torch.int32, device=device)
         if (tiles.team > 1 and not tiles.poll) or out < H:
             teams = unit_blocks // tiles.team if tiles.team > 1 else 1
-            exchange["inner_flags"] = torch.zeros((members, batch_groups, teams), dtype=torch.int32, device=device)
-        exchange["report"] = torch.zeros(4, dtype=torch.int32, device=device) if TURNS else None
+            inner_flags = torch.zeros((members, batch_groups, teams), dtype=torch.int32, device=device)
+        report = torch.zeros(4, dtype=torch.int32, device=device) if TURNS else None
         at_once = resident_at_once(plan.resident // unit_blocks, members, batch_groups, stacked)
     last = T + members - 1 if stacked else T  # each layer is a step behind the one that it takes from
     steps = [(step, step + 1) for step in range(last)] if plan.mode == "step" else [(0, last)]
@@ -278,7 +278,7 @@ def launch(
         parts = [flags | dict.fromkeys(halves, False) | {half: True} for half in halves]
     kernels = [specialized(kernel, plan, tiles, H, tensors[0].dtype, out, **part) for part in parts]
     sizes = T, B, tensors[0].shape[:-1].numel(), *layout.strides(T, B)
-    given = *tensors, *(tensor for name, tensor in exchange.items() if name in kernel.arg_names)
+    given = *tensors, *((zeros,) if tiles.poll else (inner_flags, step_flags)), report
     with on_device(device):
         for member, group in product(range(0, members, at_once[0]), range(0, batch_groups, at_once[1])):
             programs = (unit_blocks, min(at_once[1], batch_groups - group), min(at_once[0], members - member))
@@ -292,7 +292,6 @@ def launch(
                     refuse(device, str(error))
                     plan, tiles = by_steps(plan, str(error)), alone(tiles)
                     return launch(kernel, tensors, plan, tiles, layout, states, out, halves, reverse, **flags)
-    report = exchange["report"]
     if report is not None:
         stuck, program, group, step = report.tolist()
         if stuck:

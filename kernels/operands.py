@@ -140,20 +140,45 @@ def multiply(weights, rows, sum, DOT: tl.constexpr, PRECISION: tl.constexpr, CHA
 
 
 @triton.jit
-def sum_parts(x, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
-    """(SPLIT, UNITS, ROWS), each part in another warp, to their sum (ROWS, UNITS); SPLIT is 2, 4 or 8."""
+def sum_last(x, LEAD: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of x, (*LEAD, PARTS), over its last dimension: LEAD; PARTS is 2, 4 or 8."""
     # Each thread takes all parts of its own elements, once: tl.sum would leave another layout than that of the other
     # operands of a cell, to which each of them would then be brought.
-    PAIRS: tl.constexpr = SPLIT // 2
-    a, b = tl.split(tl.reshape(tl.permute(x, (2, 1, 0)), (ROWS, UNITS, PAIRS, 2)))
+    a, b = tl.split(tl.reshape(x, LEAD + (PARTS // 2, 2)))
     x = a + b
-    if PAIRS > 1:
-        a, b = tl.split(tl.reshape(x, (ROWS, UNITS, PAIRS // 2, 2)))
+    if PARTS > 2:
+        a, b = tl.split(tl.reshape(x, LEAD + (PARTS // 4, 2)))
         x = a + b
-    if PAIRS > 2:
-        a, b = tl.split(tl.reshape(x, (ROWS, UNITS, PAIRS // 4, 2)))
+    if PARTS > 4:
+        a, b = tl.split(tl.reshape(x, LEAD + (PARTS // 8, 2)))
         x = a + b
-    return tl.reshape(x, (ROWS, UNITS))
+    return tl.reshape(x, LEAD)
+
+
+@triton.jit
+def sum_parts(x, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """(SPLIT, UNITS, ROWS), each part in another warp, to their sum (ROWS, UNITS)."""
+    return sum_last(tl.permute(x, (2, 1, 0)), (ROWS, UNITS), SPLIT)
+
+
+@triton.jit
+def sum_gates(x, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """(SPLIT, 4 * UNITS, ROWS), gate by gate, each part in another warp, to the four gates of their sum: (ROWS, UNITS),
+    i, f, g, o."""
+    x = tl.permute(tl.reshape(x, (SPLIT, 4, UNITS, ROWS)), (3, 2, 1, 0))
+    ig, fo = tl.split(tl.reshape(sum_last(x, (ROWS, UNITS, 4), SPLIT), (ROWS, UNITS, 2, 2)))
+    i, g = tl.split(ig)
+    f, o = tl.split(fo)
+    return i, f, g, o
+
+
+@triton.jit
+def write_zeros(zeros, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes the N columns of rows that wait for nobody, BLOCK at a time, for this program to read."""
+    for k in tl.static_range((N + BLOCK - 1) // BLOCK):
+        columns = k * BLOCK + tl.arange(0, BLOCK)
+        tl.store(zeros + columns, tl.zeros((BLOCK,), zeros.dtype.element_ty), mask=columns < N)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -269,7 +294,7 @@ def fetch(
 def spin_for_parts(parts, turns):
     """The loop in PTX that loads 64 bits behind each of `parts` addresses until all have the tag above their float32.
 
-    Operands: the floats out, the addresses and the tag in; with turns, as spin(), also whether one is absent out, and
+    Operands: the floats out, the addresses and the tag in; with turns, as words(), also whether one is absent out, and
     the address of the report in."""
     first = parts + (turns > 0)  # of the operands in
     lines = ["{", ".reg .pred absent;", '.pragma "nounroll";']

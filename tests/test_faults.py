@@ -189,7 +189,7 @@ FAULTS = {
     },
     "kernels/operands.py": {
         "one operand as it lies": ("in_registers(operand(x, PRECISION, True), SPLIT, M, BITS, K_WIDTH)", "x", POLLED),
-        "a part of a sum": ("x = a + b\n    if PAIRS > 1", "x = a\n    if PAIRS > 1", POLLED),
+        "a part of a sum": ("x = a + b\n    if PARTS > 2", "x = a\n    if PARTS > 2", POLLED),
     },
     "kernels/dropout.py": {
         "the layers' masks the same": ("zero + layer.to(tl.uint32)", "zero", MASKS),
