@@ -49,9 +49,9 @@ from fused_lstm.kernels import (
     sync,
 )
 from fused_lstm.kernels.plan import Plan, choose_kernel, choose_one_step, projects
-from fused_lstm.kernels.tiles import A100, B200, H100, Tiles
+from fused_lstm.kernels.tiles import A100, B200, H100, Tiles, ceil_div, programs_of
 
-from . import model
+from . import model, simulate
 from .sass import disassemble, parse, time_loop, tool, width
 
 ROOT = Path(__file__).parents[1]
@@ -392,6 +392,26 @@ def predicted(row: Row) -> Row:
     return {"us": round(planned.us, 2), "floor": bound, "binds": planned.binds}
 
 
+def simulated(row: Row) -> Row:
+    """The cycles of one step of a row's B by bench.simulate, in all launches that follow one another, with its time at
+    the clock of kernels/model.py; without figures, why not."""
+    (dtype, ieee), device, name = DTYPES[row["dtype"]], DEVICES[row["device"]], row["kernel"]
+    plan = choose_kernel(dtype, row["B"], row["H"], device, ieee, row["directions"], row["layers"], row["proj"])
+    kernel = compile_kernel(name, plan, row["H"], dtype, device.capability, out=row["proj"], half=row["half"])
+    timing, why = simulate.simulate_plan(kernel, name, plan, row["H"], row["B"], device=device, proj=row["proj"])
+    if timing is None:
+        return {"not_simulated": why}
+    blocks, groups = programs_of(getattr(plan, name), row["H"], row["B"], row["proj"])
+    members, stacked = max(plan.directions, plan.layers), plan.layers > 1
+    launches = 1
+    if plan.mode == "grid":
+        at_once = launch.resident_at_once(device.multiprocessors // blocks, members, groups, stacked)
+        launches = ceil_div(members, at_once[0]) * ceil_div(groups, at_once[1])
+    cycles = launches * timing.cycles
+    us = cycles / model.TERMS[row["device"]].clock
+    return {"launches": launches, "simulated_cycles": round(cycles), "simulated_us": round(us, 2)}
+
+
 def source() -> str:
     """A hash of the code that is compiled, without its comments and layout; the plans are in the rows."""
     files = [Path(module.__file__ or "") for module in SOURCES]
@@ -533,6 +553,7 @@ def main() -> None:
     printed.add_argument("--reset", action="store_true")
     printed.add_argument("--drop", action="store_true", help="dropout between the layers")
     printed.add_argument("--inference", action="store_true", help="save nothing for backward")
+    printed.add_argument("--simulate", action="store_true", help="and the simulated time of a dense step, with --H")
     args = parser.parse_args()
     if args.beside:
         for case in args.beside:
@@ -555,6 +576,8 @@ def main() -> None:
         began = time.perf_counter()
         row = compiled(group, **flags) | predicted(group) | flags
         failed |= fails(row)
+        if args.simulate:
+            row |= simulated(group)
         print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}), flush=True)
     sys.exit(failed)
 
