@@ -164,7 +164,7 @@ def compile_kernel(
         ("weight_hr", "unprojected", "dh_steps"): bool(out),
         ("inner_flags",): (tiles.team > 1 and not tiles.poll) or (bool(out) and plan.mode == "grid"),
         ("report",): made.constants["TURNS"] > 0,
-        ("zeros",): stack or packed or lengths or reset or plan.mode == "step",
+        ("zeros",): launch.some_wait_for_nobody(plan, flags),
     }
     absent = [name for names, is_taken in taken.items() if not is_taken for name in names]
     in_accumulator = IN_ACCUMULATOR - ({"c0"} if name == "forward" else set())

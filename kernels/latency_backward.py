@@ -57,7 +57,7 @@ def latency_backward_kernel(
     dgates,  # as gates, out: w.r.t. the pre-activations, ABSENT at launch; by it programs exchange them
     dc0,  # (M, B, H) out: gradient of c0; in between, where every step is a launch, of the cell before step_end
     products,  # (M, TEAM, 2, B, H) int64 between the programs of a team, zero at launch; only if TEAM > 1
-    zeros,  # (4H,) written by every program: what rows have that wait for nobody; only if LENGTHS, RESET or STACK
+    zeros,  # (4H,) written by every program: what rows have that wait for nobody; only if some may
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
     B,
@@ -95,7 +95,6 @@ def latency_backward_kernel(
     GATES: tl.constexpr = 4 // TEAM  # whose products this program makes
     # Of few units a warp has too few sums of its own to fill the time from one matrix instruction to the next.
     CHAINS: tl.constexpr = 4 if TEAM * BLOCK_H == 16 else 2 if TEAM * BLOCK_H == 32 else 1
-    SOME: tl.constexpr = LENGTHS or RESET or STACK or not GRID  # rows may wait for nobody
     member = 0
     if DIRECTIONS > 1 or STACK:
         member = (member_begin + tl.program_id(2)).to(tl.int64)
@@ -137,7 +136,7 @@ def latency_backward_kernel(
         own = rows[:, None] * H + tl.minimum(units, H - 1)[None, :]
         part = B.to(tl.int64) * H
         products += member * (2 * TEAM) * part
-    if SOME:
+    if zeros is not None:
         write_zeros(zeros, 4 * H, CHUNK)
 
     last = T - 1

@@ -85,7 +85,7 @@ def latency_forward_kernel(
     gates,  # (rows, D, 4H), of a stack (M, rows, 4H) out: activated gates; only if SAVE
     hn,  # (M, B, H) out: each row's last h
     cn,  # (M, B, H) out: each row's last cell; in between, where every step is a launch, the one after step_end
-    zeros,  # (4H,) written by every program: what rows have that wait for nobody; only if LENGTHS, RESET or STACK
+    zeros,  # (4H,) written by every program: what rows have that wait for nobody; only if some may
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
     B,
@@ -118,7 +118,6 @@ def latency_forward_kernel(
     ACC: tl.constexpr = cn.dtype.element_ty
     CHUNK: tl.constexpr = SPLIT * (512 // y.dtype.element_ty.primitive_bitwidth)  # columns that one product sums
     CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
-    SOME: tl.constexpr = LENGTHS or RESET or STACK or not GRID  # rows may wait for nobody
     LATE: tl.constexpr = LENGTHS and (DIRECTIONS > 1 or REVERSE)  # rows may begin after others
     member = 0
     if DIRECTIONS > 1 or STACK:
@@ -155,7 +154,7 @@ def latency_forward_kernel(
         bias_i, bias_f, bias_g, bias_o = load_four(bias + below * (4 * H), units, real_units & above, H)
         step_begin = tl.maximum(step_begin - member.to(tl.int32), 0)
         step_end = tl.minimum(step_end - member.to(tl.int32), T)
-    if SOME:
+    if zeros is not None:
         write_zeros(zeros, H, CHUNK)
 
     last = T - 1

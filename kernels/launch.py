@@ -149,6 +149,11 @@ def compares_pairs(capability: tuple[int, int]) -> bool:
     return capability >= (9, 0)
 
 
+def some_wait_for_nobody(plan: Plan, flags: dict[str, Any]) -> bool:
+    """Whether a polled kernel with these constexpr arguments has steps at which a row waits for no other program."""
+    return flags["LENGTHS"] or flags["RESET"] or flags["STACK"] or plan.mode == "step"
+
+
 def specialization(
     plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype, out: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -255,9 +260,8 @@ def launch(
     members = states.shape[0] if states.dim() == 3 else 1
     T = layout.steps(tensors[0].shape)
     unit_blocks, batch_groups = programs_of(tiles, H, B, out)
-    zeros = inner_flags = step_flags = report = None
-    if tiles.poll and (stacked or any(layout.flags.values()) or plan.mode == "step"):
-        zeros = tensors[0].new_empty(4 * H)
+    inner_flags = step_flags = report = None
+    zeros = tensors[0].new_empty(4 * H) if tiles.poll and some_wait_for_nobody(plan, flags | layout.flags) else None
     at_once = members, batch_groups
     if plan.mode == "grid":
         if not tiles.poll:

@@ -53,23 +53,32 @@ def words(how, chunks, bits, pairs, precision, turns):
             test += ["shr.u32 other, largest, 16;", "and.b32 largest, largest, 0xffff;"]
             test += ["max.u32 largest, largest, other;"]
         test += [f"setp.eq.u32 absent, largest, {2**bits - 1:#x};"]
-    registers = [".reg .pred absent;", ".reg .b32 largest, other;"]
+    return spin(loads + test, turns, f"${5 * chunks}", [".reg .b32 largest;"], rounding)
+
+
+@triton.constexpr_function
+def spin(turn, turns, report, registers, end):
+    """PTX that repeats the lines of `turn` until they leave `absent` false, with `turns` at most so many times and not
+    after a report; then the lines of `end`."""
+    registers = [*registers, ".reg .pred absent, more;", ".reg .b32 other;"]
+    repeat = ["@absent bra again;"]
     if turns:
-        registers += [".reg .b32 turn;", "mov.b32 turn, 0;"]
-        test += [
-            "add.u32 turn, turn, 1;",
-            f"setp.lt.and.u32 absent, turn, {turns}, absent;",
-            f"ld.relaxed.gpu.global.b32 other, [${5 * chunks}];",
-            "setp.eq.and.u32 absent, other, 0, absent;",
+        registers += [".reg .b32 count;", "mov.b32 count, 0;"]
+        repeat = [
+            "add.u32 count, count, 1;",
+            f"setp.lt.and.u32 more, count, {turns}, absent;",
+            f"ld.relaxed.gpu.global.b32 other, [{report}];",
+            "setp.eq.and.u32 more, other, 0, more;",
+            "@more bra again;",
         ]
-    loop = ['.pragma "nounroll";', "again:", *loads, *test, "@absent bra again;"]
-    return "\n".join(["{", *registers, *loop, *rounding, "}"])
+    return "\n".join(["{", *registers, '.pragma "nounroll";', "again:", *turn, *repeat, *end, "}"])
 
 
 @triton.constexpr_function
 def word_registers(chunks, turns):
     """The constraints of the operands of words()."""
-    return ",".join(["=r"] * (4 * chunks) + ["l"] * (chunks + (turns > 0)))
+    # Early clobbers: the loop reads the addresses again after it has written words.
+    return ",".join(["=&r"] * (4 * chunks) + ["l"] * (chunks + (turns > 0)))
 
 
 @triton.jit
@@ -297,33 +306,19 @@ def spin_for_parts(parts, turns):
     Operands: the floats out, the addresses and the tag in; with turns, as words(), also whether one is absent out, and
     the address of the report in."""
     first = parts + (turns > 0)  # of the operands in
-    lines = ["{", ".reg .pred absent;", '.pragma "nounroll";']
-    lines += [f".reg .b64 word{k};" for k in range(parts)] + [f".reg .b32 tag{k};" for k in range(parts)]
-    if turns:
-        lines += [".reg .pred again;", ".reg .b32 turn, other;", "mov.b32 turn, 0;"]
-    lines += ["again:"]
-    lines += [f"ld.relaxed.gpu.global.b64 word{k}, [${first + k}];" for k in range(parts)]
-    lines += [f"mov.b64 {{${k}, tag{k}}}, word{k};" for k in range(parts)]
-    lines += [f"setp.ne.s32 absent, tag0, ${first + parts};"]
-    lines += [f"setp.ne.or.s32 absent, tag{k}, ${first + parts}, absent;" for k in range(1, parts)]
-    if turns:
-        lines += [
-            "add.u32 turn, turn, 1;",
-            f"setp.lt.and.u32 again, turn, {turns}, absent;",
-            f"ld.relaxed.gpu.global.b32 other, [${first + parts + 1}];",
-            "setp.eq.and.u32 again, other, 0, again;",
-            "@again bra again;",
-            f"selp.b32 ${parts}, 1, 0, absent;",
-        ]
-    else:
-        lines += ["@absent bra again;"]
-    return "\n".join([*lines, "}"])
+    registers = [f".reg .b64 word{k};" for k in range(parts)] + [f".reg .b32 tag{k};" for k in range(parts)]
+    turn = [f"ld.relaxed.gpu.global.b64 word{k}, [${first + k}];" for k in range(parts)]
+    turn += [f"mov.b64 {{${k}, tag{k}}}, word{k};" for k in range(parts)]
+    turn += [f"setp.ne.s32 absent, tag0, ${first + parts};"]
+    turn += [f"setp.ne.or.s32 absent, tag{k}, ${first + parts}, absent;" for k in range(1, parts)]
+    end = [f"selp.b32 ${parts}, 1, 0, absent;"] if turns else []
+    return spin(turn, turns, f"${first + parts + 1}", registers, end)
 
 
 @triton.constexpr_function
 def part_registers(parts, turns):
     """The constraints of spin_for_parts()'s operands."""
-    return ",".join(["=f"] * parts + ["=r"] * (turns > 0) + ["l"] * parts + ["r"] + ["l"] * (turns > 0))
+    return ",".join(["=&f"] * parts + ["=&r"] * (turns > 0) + ["l"] * parts + ["r"] + ["l"] * (turns > 0))
 
 
 @triton.jit
