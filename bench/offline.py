@@ -67,7 +67,7 @@ DTYPES = {
     "fp32": (torch.float32, True),
 }
 SOURCES = (backward, cell, dropout, forward, latency_backward, latency_forward, launch, operands, product, sync)
-# Behind flags, and polled.
+# With W_hh in shared memory, and in registers.
 KERNELS = {
     "forward": (forward.forward_kernel, latency_forward.latency_forward_kernel),
     "backward": (backward.backward_kernel, latency_backward.latency_backward_kernel),
@@ -141,13 +141,14 @@ def compile_kernel(
 ) -> CompiledKernel:
     """Compiles a kernel of KERNELS as its launcher would, for a capability such as (9, 0), without a GPU."""
     tiles = getattr(plan, name)
-    kernel: Any = KERNELS[name][tiles.poll]
+    held = launch.in_registers(plan, tiles)
+    kernel: Any = KERNELS[name][held]
     stack = plan.layers > 1
     flags = {"CELL": half != "PROJECT", "PROJECT": bool(out) and half != "CELL"}
     flags |= {"DIRECTIONS": plan.directions, "REVERSE": reverse}
     flags |= {"LENGTHS": packed or lengths, "PACKED": packed, "RESET": reset, "STACK": stack, "DROP": drop}
     flags |= {"SAVE": save} if name == "forward" else {"DC_STEPS": False}
-    if tiles.poll:
+    if held:
         flags["PAIRS"] = launch.compares_pairs(capability)
     made = launch.specialized(kernel, plan, tiles, H, dtype, out or H, **flags)
     taken = {
@@ -168,7 +169,7 @@ def compile_kernel(
     }
     absent = [name for names, is_taken in taken.items() if not is_taken for name in names]
     in_accumulator = IN_ACCUMULATOR - ({"c0"} if name == "forward" else set())
-    if tiles.poll:
+    if held:
         in_accumulator -= {"products"}
     return compile_for(capability, kernel, dtype, made.constants, absent, made.options, in_accumulator)
 

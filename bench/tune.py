@@ -66,13 +66,15 @@ def candidates(plan: Plan, own: Tiles, dtype: str, H: int, B: int, hardware: Dev
     size = 8 if dtype == "fp32" else DTYPES[dtype].itemsize  # full precision holds W_hh twice
     fields = {name: {getattr(own, name), *values} for name, values in FIELDS.items()}
     if plan.mode == "local":
-        # One program holds all of W_hh as one chunk, and waits for nobody.
-        fields |= {"units": {own.units}, "chunk": {own.chunk}, "split": {1}}
+        # One program holds all of W_hh as one chunk, in parts of four warps or eight.
+        fields |= {"units": {own.units}, "chunk": {own.chunk}, "split": {4, 8}}
     if plan.mode != "grid":
         fields |= {"poll": {False}}
 
     def fits(tiles: Tiles) -> bool:
         columns = triton.cdiv(H, tiles.chunk) * tiles.chunk
+        if plan.mode == "local":
+            return tiles.batch <= 16 and tiles.split == tiles.warps and 4 * tiles.units >= 16 * tiles.split
         return (
             tiles.batch <= max(own.batch, 16, triton.next_power_of_2(B))
             and (tiles.split == 1 or (tiles.split == tiles.warps and tiles.chunk >= 16 * tiles.split))

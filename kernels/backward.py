@@ -8,19 +8,10 @@ from torch import Tensor
 from .cell import cell_backward
 from .dropout import drop
 from .latency_backward import latency_backward_kernel
-from .launch import ALONE, DENSE, SIZES, Layout, Stack, exchanged, launch
+from .launch import ALONE, DENSE, SIZES, Layout, Stack, exchanged, in_registers, launch
 from .plan import Plan
-from .product import dot, load_weight, operand, product, sum_parts
+from .product import load_weight, product
 from .sync import publish, wait
-
-
-@triton.jit
-def load_gates(weight, units, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """All of a weight (4H, H), transposed, gate by gate, as an operand(): (4, units, BLOCK_K)."""
-    columns = tl.arange(0, BLOCK_K)[None, None, :]
-    rows = tl.arange(0, 4)[:, None, None] * H + columns
-    mask = (units < H)[None, :, None] & (columns < H)
-    return operand(tl.load(weight + rows * H + units[None, :, None], mask=mask, other=0.0), PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -61,15 +52,14 @@ def backward_kernel(
     step_end,  # layer of a stack is as many steps behind as layers are above it
     H: tl.constexpr,
     OUT: tl.constexpr,  # features of h: H, or fewer behind a projection
-    LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
-    GRID: tl.constexpr,  # programs hand dgates to each other; neither: one launch a step
+    GRID: tl.constexpr,  # programs hand dgates to each other; otherwise one launch a step
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second ran from the last step to the first
     REVERSE: tl.constexpr,  # a single direction ran so, and this pass runs from the first
     LENGTHS: tl.constexpr,  # each batch row has its own length
     PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
     RESET: tl.constexpr,  # rows are reset within the sequence
-    STACK: tl.constexpr,  # the members are layers, not directions; not if LOCAL
+    STACK: tl.constexpr,  # the members are layers, not directions
     DROP: tl.constexpr,  # dropout between the layers
     DC_STEPS: tl.constexpr,  # the cells of all steps have a gradient of their own; not if STACK
     PROJECT: tl.constexpr,  # this launch makes dh_steps, if OUT < H
@@ -123,11 +113,9 @@ def backward_kernel(
     team_units = team * TEAM * BLOCK_H + tl.arange(0, TEAM * BLOCK_H)
     team_mask = (team_units < H)[:, None] & real_rows[None, :]
     OWN: tl.constexpr = 4 // TEAM * CHUNKS
-    HELD: tl.constexpr = (KEPT if KEPT > 0 else OWN) if LOCAL or GRID else 0
+    HELD: tl.constexpr = (KEPT if KEPT > 0 else OWN) if GRID else 0
     weights = ()
-    if LOCAL:
-        weights = (load_gates(weight_hh, units, H, BLOCK_K, PRECISION),)
-    elif OUT == H:
+    if OUT == H:
         for k in tl.static_range(HELD):
             chunk = load_weight(weight_hh, team_units, chunk_begin + k, H, H, True, SPLIT, BLOCK_K, PRECISION)
             weights = weights + (chunk,)
@@ -162,10 +150,8 @@ def backward_kernel(
     else:
         last = T - 1
     dc = tl.load(dcn + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
-    if not (LOCAL or GRID):
+    if not GRID:
         dc += tl.load(dc0 + state, mask=mask & (step_begin > 0), other=0.0)
-    if LOCAL:
-        dh_next = tl.zeros((BLOCK_H, BLOCK_B), ACC)  # dgates_{t+1} W_hh
     if RESET:
         dc_reset_tile = tl.load(dc_reset + state, mask=mask, other=0.0)
 
@@ -238,9 +224,7 @@ def backward_kernel(
             if DC_STEPS:
                 dc += tl.load(dc_steps + hidden, mask=active, other=0.0).to(ACC)
 
-            if LOCAL:
-                dh = dh_next
-            elif OUT < H:
+            if OUT < H:
                 if GRID:
                     wait(inner_flag, writers * (step + 1), step + 1, report, TURNS)
                 dh_rows = dh_steps + place * OUT
@@ -299,18 +283,6 @@ def backward_kernel(
             tl.store(dgates + gate + 3 * H, do, mask=active)
             if GRID:
                 publish(step_flags + step)
-            if LOCAL:
-                # The product for the step before, at once: one tile to carry instead of four. Rows that have not begun
-                # in this pass have none, and none goes past a reset.
-                linked = active
-                if RESET:
-                    linked = active & ~start[None, :]
-                di, df = tl.where(linked, di, 0.0), tl.where(linked, df, 0.0)
-                dg, do = tl.where(linked, dg, 0.0), tl.where(linked, do, 0.0)
-                of_gates = tl.reshape(tl.join(tl.join(di, dg), tl.join(df, do)), (BLOCK_H, BLOCK_B, 4))
-                dh_next = tl.zeros((4, BLOCK_H, BLOCK_B), ACC)
-                dh_next = dot(weights[0], tl.permute(of_gates, (2, 0, 1)), dh_next, DOT, PRECISION)
-                dh_next = sum_parts(dh_next, 4, BLOCK_H, BLOCK_B)
 
     if CELL:
         tl.store(dc0 + state, dc, mask=mask)
@@ -366,7 +338,7 @@ def backward(
     if B > 0:
         weight_ih, _, *dropout = stack
         given = dy, dhn, weight_hh, c0, c, gates, dc_steps, dcn, c_reset, dc_reset, *layout.tensors
-        if poll:
+        if in_registers(plan, plan.backward):
             kernel, tensors = latency_backward_kernel, (*given, weight_ih, *dropout, dgates, dc0, products)
         else:
             kernel, tensors = backward_kernel, (*given, weight_hr, weight_ih, *dropout, dgates, dc0, products, dh_steps)

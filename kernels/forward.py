@@ -11,9 +11,9 @@ from torch import Tensor
 from .cell import cell_forward, split_gates
 from .dropout import drop
 from .latency_forward import latency_forward_kernel
-from .launch import ALONE, DENSE, SIZES, Layout, Stack, accumulator, exchanged, launch
+from .launch import ALONE, DENSE, SIZES, Layout, Stack, accumulator, exchanged, in_registers, launch
 from .plan import Plan
-from .product import dot, load_weight, product
+from .product import load_weight, product
 from .sync import publish, wait
 
 
@@ -63,15 +63,14 @@ def forward_kernel(
     step_end,
     H: tl.constexpr,
     OUT: tl.constexpr,  # features of h: H, or fewer behind a projection
-    LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
-    GRID: tl.constexpr,  # programs hand h to each other; neither: one launch a step
+    GRID: tl.constexpr,  # programs hand h to each other; otherwise one launch a step
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second runs from the last step to the first
     REVERSE: tl.constexpr,  # a single direction runs so
     LENGTHS: tl.constexpr,  # each batch row has its own length
     PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
     RESET: tl.constexpr,  # rows are reset within the sequence
-    STACK: tl.constexpr,  # the members are layers, not directions; not if LOCAL
+    STACK: tl.constexpr,  # the members are layers, not directions
     DROP: tl.constexpr,  # dropout between the layers
     SAVE: tl.constexpr,  # keep c and gates for backward
     CELL: tl.constexpr,  # this launch has the cells
@@ -118,7 +117,7 @@ def forward_kernel(
         if STACK:
             flags_below = flags + (below * tl.cdiv(B, BLOCK_B) + batch_group) * T
 
-    HELD: tl.constexpr = (KEPT if KEPT > 0 else CHUNKS) if LOCAL or GRID else 0
+    HELD: tl.constexpr = (KEPT if KEPT > 0 else CHUNKS) if GRID else 0
     weight_rows = gate_rows(H, BLOCK_H)
     weights = ()
     for k in tl.static_range(HELD):
@@ -161,10 +160,8 @@ def forward_kernel(
     else:
         last = T - 1
     c_tile = tl.load(c0 + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
-    if not (LOCAL or GRID):
+    if not GRID:
         c_tile += tl.load(cn + state, mask=mask & (step_begin > 0), other=0.0)
-    if LOCAL:
-        h_tile = tl.load(h0 + state, mask=mask, other=0.0)
     if RESET:
         c_reset_tile = tl.load(c_reset + state, mask=mask, other=0.0)
 
@@ -191,8 +188,6 @@ def forward_kernel(
             start = tl.load(starts + start_rows, mask=active_rows, other=0) != 0
             linked_rows = active_rows & ~start
             c_tile = tl.where(start[None, :], c_reset_tile, c_tile)
-            if LOCAL:
-                h_tile = tl.where(start[None, :], 0.0, h_tile)
 
         if CELL:
             # All that does not wait for h is loaded before the flag is awaited.
@@ -214,14 +209,11 @@ def forward_kernel(
                 x_rows = (dropped if DROP else y) + (place - total_rows) * H
                 taken = weights_below, weight_ih, weight_rows, x_rows, taken_rows, 0
                 of_below = product(*taken, H, 4 * H, False, ACC, CHUNKS, SPLIT, BLOCK_K, DOT, PRECISION)
-            if LOCAL:
-                recurrent = dot(weights[0], h_tile, tl.zeros((4 * BLOCK_H, BLOCK_B), ACC), DOT, PRECISION)
-            else:
-                if GRID:
-                    if step > 0:
-                        wait(step_flags + step - 1, writers, step, report, TURNS)
-                taken = weights, weight_hh, weight_rows, h_rows, linked_rows, 0
-                recurrent = product(*taken, OUT, 4 * H, False, ACC, CHUNKS, SPLIT, BLOCK_K, DOT, PRECISION)
+            if GRID:
+                if step > 0:
+                    wait(step_flags + step - 1, writers, step, report, TURNS)
+            taken = weights, weight_hh, weight_rows, h_rows, linked_rows, 0
+            recurrent = product(*taken, OUT, 4 * H, False, ACC, CHUNKS, SPLIT, BLOCK_K, DOT, PRECISION)
             if STACK:
                 recurrent += of_below
             rec_i, rec_f, rec_g, rec_o = split_gates(recurrent, BLOCK_H, BLOCK_B)
@@ -238,8 +230,6 @@ def forward_kernel(
             i, f, g, o, c_next, h = cell_forward(rec_i, rec_f, rec_g, rec_o, c_tile)
             c_tile = tl.where(active, c_next, c_tile)
             h = h.to(y.dtype.element_ty)
-            if LOCAL:
-                h_tile = tl.where(active, h, h_tile)
 
             hidden = place[None, :] * H + units[:, None]
             if OUT < H:
@@ -342,9 +332,9 @@ def forward(
     hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape, dtype=accumulator(c0.dtype))
     if B > 0:
         if plan.forward.poll and h0.data_ptr() % 16 > 0:
-            h0 = h0.clone()  # which that kernel loads 16 bytes at a time
+            h0 = h0.clone()  # which a polling kernel loads 16 bytes at a time
         given = input_gates, weight_hh, h0, c0, c_reset, *layout.tensors
-        if plan.forward.poll:
+        if in_registers(plan, plan.forward):
             kernel, tensors = latency_forward_kernel, (*given, *stack, y, dropped, c, gates, hn, cn)
         else:
             kernel, tensors = forward_kernel, (*given, weight_hr, *stack, y, dropped, c, gates, hn, cn, unprojected)

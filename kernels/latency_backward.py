@@ -1,7 +1,7 @@
-"""The backward recurrence of few rows: one kernel for the whole sequence, W_hh in registers, dgates polled.
+"""The backward recurrence with W_hh in registers: of few rows, dgates polled, or of few units in one program.
 
-It has the loop of backward.py turned by half a step, as latency_forward.py that of forward.py. Tiles are (batch rows,
-units).
+One kernel for the whole sequence. It has the loop of backward.py turned by half a step, as latency_forward.py that of
+forward.py. Tiles are (batch rows, units).
 """
 
 import triton
@@ -11,7 +11,8 @@ from .cell import cell_backward
 from .dropout import drop
 from .latency_forward import at_step, load_four, store_four
 from .launch import SIZES
-from .operands import behind_stores, fetch, load_operand, multiply, sum_of_team, sum_parts, write_zeros
+from .operands import behind_stores, fetch, load_operand, multiply, sum_last, sum_of_team, sum_parts, write_zeros
+from .product import operand
 
 
 @triton.jit
@@ -33,6 +34,39 @@ def load_columns(
         rows = weight + (gate + k // CHUNKS) * (H * H) + columns
         operands = operands + (load_operand(rows, columns < H, H, k % CHUNKS, H, SPLIT, K_WIDTH, PRECISION),)
     return operands
+
+
+@triton.jit
+def load_gates(weight, H: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """All of a weight (4H, H), transposed, as an operand, a unit's four gates side by side. Its parts are quarters of
+    the 4H, of all units or, if these are more than four, of some units after others: (SPLIT, units, BLOCK_H)."""
+    tl.static_assert(SPLIT % 4 == 0)
+    UNITS: tl.constexpr = 4 * BLOCK_H // SPLIT
+    parts = tl.arange(0, SPLIT)[:, None, None]
+    rows = parts % 4 * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None]
+    columns = parts // 4 * UNITS + tl.arange(0, UNITS)[None, None, :]
+    at = (rows % 4 * H + rows // 4) * H + columns
+    x = tl.load(weight + at, mask=(rows < 4 * H) & (columns < H), other=0.0)
+    return tl.permute(operand(x, PRECISION, True), (0, 2, 1))
+
+
+@triton.jit
+def gates_in_parts(i, f, g, o, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Gates (batch rows, units) as an operand for load_gates(): (SPLIT, batch rows, units)."""
+    ROWS: tl.constexpr = i.shape[0]
+    UNITS: tl.constexpr = i.shape[1]
+    x = operand(tl.join(tl.join(i, g), tl.join(f, o)), PRECISION)
+    x = tl.permute(tl.reshape(x, (ROWS, 4, UNITS)), (1, 0, 2))
+    if SPLIT > 4:
+        x = tl.reshape(tl.broadcast_to(x[None, :, :, :], (SPLIT // 4, 4, ROWS, UNITS)), (SPLIT, ROWS, UNITS))
+    return x
+
+
+@triton.jit
+def sum_quarters(x, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """The product with load_gates() to its sum: (ROWS, UNITS)."""
+    x = tl.permute(tl.reshape(x, (SPLIT // 4, 4, 4 * UNITS // SPLIT, ROWS)), (3, 0, 2, 1))
+    return sum_last(tl.reshape(x, (ROWS, UNITS, 4)), (ROWS, UNITS), 4)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -69,7 +103,8 @@ def latency_backward_kernel(
     step_begin,  # steps [step_begin, step_end) in the order of this pass, from the direction's last to its first; a
     step_end,  # layer of a stack is as many steps behind as layers are above it
     H: tl.constexpr,
-    GRID: tl.constexpr,  # programs hand dgates to each other; otherwise one launch a step
+    LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
+    GRID: tl.constexpr,  # programs hand dgates to each other; neither: one launch a step
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second ran from the last step to the first
     REVERSE: tl.constexpr,  # a single direction ran so, and this pass runs from the first
@@ -94,7 +129,7 @@ def latency_backward_kernel(
     CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
     GATES: tl.constexpr = 4 // TEAM  # whose products this program makes
     # Of few units a warp has too few sums of its own to fill the time from one matrix instruction to the next.
-    CHAINS: tl.constexpr = 4 if TEAM * BLOCK_H == 16 else 2 if TEAM * BLOCK_H == 32 else 1
+    CHAINS: tl.constexpr = 1 if LOCAL else 4 if TEAM * BLOCK_H == 16 else 2 if TEAM * BLOCK_H == 32 else 1
     member = 0
     if DIRECTIONS > 1 or STACK:
         member = (member_begin + tl.program_id(2)).to(tl.int64)
@@ -123,7 +158,10 @@ def latency_backward_kernel(
     gate_of_team = tl.program_id(0) % TEAM
     team_units = tl.program_id(0) // TEAM * (TEAM * BLOCK_H) + tl.arange(0, TEAM * BLOCK_H)
     of_weight = weight_hh + member * (4 * H * H)
-    weights = load_columns(of_weight, team_units, gate_of_team, H, CHUNKS, GATES, SPLIT, K_WIDTH, PRECISION)
+    if LOCAL:
+        weights = (load_gates(of_weight, H, BLOCK_H, SPLIT, PRECISION),)
+    else:
+        weights = load_columns(of_weight, team_units, gate_of_team, H, CHUNKS, GATES, SPLIT, K_WIDTH, PRECISION)
     if STACK:
         above_places = places + total_rows
         of_weight = weight_ih + tl.minimum(member, tl.num_programs(2) - 2) * (4 * H * H)
@@ -145,7 +183,7 @@ def latency_backward_kernel(
         last = tl.max(length).to(tl.int32) - 1
         step_end = tl.minimum(step_end, last + 1)
     dc = tl.load(dcn + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
-    if not GRID:
+    if not (LOCAL or GRID):
         dc += tl.load(dc0 + state, mask=mask & (step_begin > 0), other=0.0)
     if RESET:
         dc_reset_tile = tl.load(dc_reset + state, mask=mask, other=0.0)
@@ -161,7 +199,7 @@ def latency_backward_kernel(
         active_rows = active_rows & (t < length)
         has_prev = has_prev & (t_prev < length)
     begin_next = begin
-    if not GRID:
+    if not (LOCAL or GRID):
         t_next, begin_next = at_step(last - step_begin + 1, last, backwards, step_stride, offsets)
         if LENGTHS:
             linked_rows = linked_rows & (t < length) & (t_next < length)
@@ -171,20 +209,24 @@ def latency_backward_kernel(
         start = tl.load(starts + begin, mask=active_rows, other=0) != 0
         c_rows = tl.where(start, c_reset + states * H, c_rows)
         linked_rows = linked_rows & (tl.load(starts + begin_next, mask=linked_rows, other=0) == 0)
-    dgates_rows = dgates + (begin_next * DIRECTIONS + places) * (4 * H) + gate_of_team * H
-    before = dgates_rows, linked_rows, zeros, step_begin, report
+    active = mask & active_rows[:, None]
+    gate = (begin * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
     # Loaded as in the loop: the compiler then has the weight in one layout alone.
-    HOW: tl.constexpr = "zero" if GRID else "load"
-    x = fetch(*before, HOW, H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
-    zero = tl.zeros((SPLIT, TEAM * BLOCK_H, BLOCK_B), ACC)
+    if LOCAL:
+        i, f, g, o = load_four(dgates, gate, mask & (step_begin > 0), H)
+        x = (gates_in_parts(i, f, g, o, SPLIT, PRECISION),)
+    else:
+        dgates_rows = dgates + (begin_next * DIRECTIONS + places) * (4 * H) + gate_of_team * H
+        before = dgates_rows, linked_rows, zeros, step_begin, report
+        HOW: tl.constexpr = "zero" if GRID else "load"
+        x = fetch(*before, HOW, H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
+    zero = tl.zeros((SPLIT, 4 * BLOCK_H // SPLIT if LOCAL else TEAM * BLOCK_H, BLOCK_B), ACC)
     recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)
     if STACK:
         above = dgates + (begin + above_places) * (4 * H) + gate_of_team * H
         awaited = above, active_rows & ~last_layer, zeros, step_begin + 1, report
         x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
         of_above = multiply(weights_above, x, zero, DOT, PRECISION, CHAINS)
-    active = mask & active_rows[:, None]
-    gate = (begin * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
     hidden = (begin * DIRECTIONS + places)[:, None] * H + units[None, :]
     of_dy = hidden - member * total_rows * H if STACK else hidden
     i, f, g, o = load_four(gates, gate, active, H)
@@ -203,6 +245,8 @@ def latency_backward_kernel(
                 dh += sum_parts(recurrent, SPLIT, TEAM * BLOCK_H, BLOCK_B)
             else:
                 dh = sum_parts(recurrent + of_above, SPLIT, TEAM * BLOCK_H, BLOCK_B)
+        elif LOCAL:
+            dh = sum_quarters(recurrent, SPLIT, BLOCK_H, BLOCK_B)
         else:
             dh = sum_parts(recurrent, SPLIT, TEAM * BLOCK_H, BLOCK_B)
         if TEAM > 1:
@@ -216,9 +260,16 @@ def latency_backward_kernel(
             dc_reset_tile += tl.where(start[:, None], dc_prev, 0.0)
             dc_prev = tl.where(start[:, None], 0.0, dc_prev)
         dc = tl.where(active, dc_prev, dc)
-        store_four(dgates, gate, di.to(TYPE), df.to(TYPE), dg.to(TYPE), do.to(TYPE), active, H)
+        di, df, dg, do = di.to(TYPE), df.to(TYPE), dg.to(TYPE), do.to(TYPE)
+        store_four(dgates, gate, di, df, dg, do, active, H)
 
-        if GRID:
+        if LOCAL:
+            linked = active
+            if RESET:
+                linked = active & ~start[:, None]
+            di, df = tl.where(linked, di, 0.0), tl.where(linked, df, 0.0)
+            dg, do = tl.where(linked, dg, 0.0), tl.where(linked, do, 0.0)
+        if LOCAL or GRID:
             # What the step before in time takes, as far as it waits for nobody; behind the last one this once more.
             begin_next = begin
             t, begin = t_prev, begin_prev
@@ -250,31 +301,35 @@ def latency_backward_kernel(
                 dh_t += tl.load(dhn + state, mask=active & ending_rows[:, None], other=0.0).to(ACC)
             if DC_STEPS:
                 dc_t = tl.load(dc_steps + hidden, mask=active, other=0.0)
+            if LOCAL:
+                x = (gates_in_parts(di, df, dg, do, SPLIT, PRECISION),)
+                recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)
             if STACK:
                 # The layer above is ahead: its part of the sum is made while this layer's own dgates are on the way.
                 above = behind_stores(dgates + begin * (4 * H) + gate_of_team * H) + above_places * (4 * H)
                 awaited = above, active_rows & ~last_layer, zeros, step + 2, report
                 x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
                 of_above = multiply(weights_above, x, zero, DOT, PRECISION, CHAINS)
-            dgates_rows = behind_stores(dgates + begin_next * (DIRECTIONS * 4 * H) + gate_of_team * H)
-            dgates_rows += places * (4 * H)
-            x = fetch(
-                dgates_rows,
-                linked_rows,
-                zeros,
-                step + 1,
-                report,
-                "await",
-                H,
-                CHUNKS,
-                SPLIT,
-                K_WIDTH,
-                PAIRS,
-                PRECISION,
-                TURNS,
-                GATES,
-            )
-            recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)
+            if GRID:
+                dgates_rows = behind_stores(dgates + begin_next * (DIRECTIONS * 4 * H) + gate_of_team * H)
+                dgates_rows += places * (4 * H)
+                x = fetch(
+                    dgates_rows,
+                    linked_rows,
+                    zeros,
+                    step + 1,
+                    report,
+                    "await",
+                    H,
+                    CHUNKS,
+                    SPLIT,
+                    K_WIDTH,
+                    PAIRS,
+                    PRECISION,
+                    TURNS,
+                    GATES,
+                )
+                recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)
 
     tl.store(dc0 + state, dc, mask=mask)
     if RESET:

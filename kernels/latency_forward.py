@@ -1,7 +1,8 @@
-"""The forward recurrence of few rows: one kernel for the whole sequence, W_hh in registers, h polled.
+"""The forward recurrence with W_hh in registers: of few rows, h polled, or of few units in one program.
 
-It has the loop of forward.py turned by half a step, the product of the next step last: the compiler leaves a weight in
-registers across a loop only if a product before the loop has used it. Tiles are (batch rows, units).
+One kernel for the whole sequence. It has the loop of forward.py turned by half a step, the product of the next step
+last: the compiler leaves a weight in registers across a loop only if a product before the loop has used it. Tiles are
+(batch rows, units).
 """
 
 import triton
@@ -11,6 +12,7 @@ from .cell import cell_forward
 from .dropout import drop
 from .launch import SIZES
 from .operands import behind_stores, fetch, load_operand, multiply, sum_gates, write_zeros
+from .product import operand
 
 
 @triton.jit
@@ -32,6 +34,36 @@ def load_gate_rows(
     for k in tl.static_range(CHUNKS):
         operands = operands + (load_operand(rows, units < H, 1, k, H, SPLIT, K_WIDTH, PRECISION),)
     return operands
+
+
+@triton.jit
+def load_whole(weight, H: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """All of a weight (4H, H) as an operand. Its parts are the gates or, if these are more than four, of each gate some
+    units after others: (SPLIT, units, BLOCK_H)."""
+    tl.static_assert(SPLIT % 4 == 0)
+    UNITS: tl.constexpr = 4 * BLOCK_H // SPLIT
+    places = tl.arange(0, SPLIT)[:, None, None] * UNITS + tl.arange(0, UNITS)[None, None, :]
+    columns = tl.arange(0, BLOCK_H)[None, :, None]
+    at = (places // BLOCK_H * H + places % BLOCK_H) * H + columns
+    x = tl.load(weight + at, mask=(places % BLOCK_H < H) & (columns < H), other=0.0)
+    # Transposed, and back: Triton 3.6 would leave a weight that is loaded as it is in shared memory.
+    return tl.permute(operand(x, PRECISION, True), (0, 2, 1))
+
+
+@triton.jit
+def for_all_parts(h, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """h (batch rows, units) as the operand of load_whole(): (SPLIT, batch rows, units)."""
+    return tl.broadcast_to(operand(h, PRECISION)[None, :, :], (SPLIT, h.shape[0], h.shape[1]))
+
+
+@triton.jit
+def part_gates(x, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """The product with load_whole() to the four gates (ROWS, UNITS): i, f, g, o."""
+    x = tl.permute(tl.reshape(x, (2, 2, UNITS, ROWS)), (3, 2, 0, 1))
+    ig, fo = tl.split(x)
+    i, g = tl.split(ig)
+    f, o = tl.split(fo)
+    return i, f, g, o
 
 
 @triton.jit
@@ -97,7 +129,8 @@ def latency_forward_kernel(
     step_begin,  # steps [step_begin, step_end) in the direction's own order; layer m of a stack is m steps behind
     step_end,
     H: tl.constexpr,
-    GRID: tl.constexpr,  # programs hand h to each other; otherwise one launch a step
+    LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
+    GRID: tl.constexpr,  # programs hand h to each other; neither: one launch a step
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second runs from the last step to the first
     REVERSE: tl.constexpr,  # a single direction runs so
@@ -118,7 +151,7 @@ def latency_forward_kernel(
     ACC: tl.constexpr = cn.dtype.element_ty
     CHUNK: tl.constexpr = SPLIT * (512 // y.dtype.element_ty.primitive_bitwidth)  # columns that one product sums
     CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
-    LATE: tl.constexpr = LENGTHS and (DIRECTIONS > 1 or REVERSE)  # rows may begin after others
+    LATE: tl.constexpr = LENGTHS and (DIRECTIONS > 1 or REVERSE) and not LOCAL  # rows may begin after others
     member = 0
     if DIRECTIONS > 1 or STACK:
         member = (member_begin + tl.program_id(2)).to(tl.int64)
@@ -143,7 +176,10 @@ def latency_forward_kernel(
         first_layer = member == 0
         places = member * total_rows + lanes
     of_weight = weight_hh + member * (4 * H * H)
-    weights = load_gate_rows(of_weight, H, CHUNKS, BLOCK_H, SPLIT, K_WIDTH, PRECISION)
+    if LOCAL:
+        weights = (load_whole(of_weight, H, BLOCK_H, SPLIT, PRECISION),)
+    else:
+        weights = load_gate_rows(of_weight, H, CHUNKS, BLOCK_H, SPLIT, K_WIDTH, PRECISION)
     if STACK:
         above = member > 0
         below = tl.maximum(member - 1, 0)
@@ -163,7 +199,7 @@ def latency_forward_kernel(
         last = tl.max(length).to(tl.int32) - 1
         step_end = tl.minimum(step_end, last + 1)
     c_tile = tl.load(c0 + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
-    if not GRID:
+    if not (LOCAL or GRID):
         c_tile += tl.load(cn + state, mask=mask & (step_begin > 0), other=0.0)
     if RESET:
         c_reset_tile = tl.load(c_reset + state, mask=mask, other=0.0)
@@ -178,15 +214,21 @@ def latency_forward_kernel(
         active_rows = active_rows & (t < length)
         next_rows = next_rows & (t_next < length)
     h_rows = h0 + states * H
-    if not GRID:
+    if LOCAL:
+        h_tile = tl.load(h0 + state, mask=mask, other=0.0)
+    elif not GRID:
         t_prev, begin_prev = at_step(step_begin - 1, last, backwards, step_stride, offsets)
         has_prev = active_rows & (step_begin > 0)
         if LENGTHS:
             has_prev = has_prev & (t_prev < length)
         h_rows = tl.where(has_prev, y + (begin_prev * DIRECTIONS + places) * H, h_rows)
     # Fetched as in the loop: the compiler then has the weight in one layout alone.
-    x = fetch(h_rows, None, None, step_begin, report, "load", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS)
-    recurrent = multiply(weights, x, tl.zeros((SPLIT, 4 * BLOCK_H, BLOCK_B), ACC), DOT, PRECISION)
+    if LOCAL:
+        x = (for_all_parts(h_tile, SPLIT, PRECISION),)
+    else:
+        x = fetch(h_rows, None, None, step_begin, report, "load", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS)
+    zero = tl.zeros((SPLIT, 4 * BLOCK_H // SPLIT if LOCAL else 4 * BLOCK_H, BLOCK_B), ACC)
+    recurrent = multiply(weights, x, zero, DOT, PRECISION)
     if RESET:
         start = tl.load(starts + begin, mask=active_rows, other=0) != 0
         start_next = tl.load(starts + begin_next, mask=next_rows, other=0) != 0
@@ -204,7 +246,10 @@ def latency_forward_kernel(
     pre_i, pre_f, pre_g, pre_o = load_four(input_gates, gate, active & first_layer, H)
 
     for step in range(step_begin, step_end):
-        rec_i, rec_f, rec_g, rec_o = sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)
+        if LOCAL:
+            rec_i, rec_f, rec_g, rec_o = part_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)
+        else:
+            rec_i, rec_f, rec_g, rec_o = sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)
         if STACK:
             rec_i += bias_i.to(ACC)[None, :]
             rec_f += bias_f.to(ACC)[None, :]
@@ -233,13 +278,19 @@ def latency_forward_kernel(
             awaited_rows = awaited_rows & ~start_next
         next = mask & next_rows[:, None]
         gate_next = (begin_next * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
-        if GRID:
+        if LOCAL or GRID:
             pre_i, pre_f, pre_g, pre_o = load_four(input_gates, gate_next, next & first_layer, H)
         if SAVE:
             tl.store(c + hidden, c_next, mask=active)
             store_four(gates, gate, i, f, g, o, active, H)
+        if LOCAL:
+            h_tile = tl.where(active, h, h_tile)
+            if RESET:
+                h_tile = tl.where(start_next[:, None], 0.0, h_tile)
+            x = (for_all_parts(h_tile, SPLIT, PRECISION),)
+            recurrent = multiply(weights, x, zero, DOT, PRECISION)
         if GRID:
-            recurrent = tl.zeros((SPLIT, 4 * BLOCK_H, BLOCK_B), ACC)
+            recurrent = zero
             if STACK:
                 # The layer below is ahead: its part of the sum is made while this layer's own h is on the way.
                 x_rows = behind_stores(below_y + begin_next * H) + below_places * H

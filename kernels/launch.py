@@ -137,6 +137,11 @@ def exchanged(like: Tensor, shape: tuple[int, ...], tiles: Tiles, layout: Layout
     return buffer.masked_fill_(layout.past(buffer.shape), 0) if layout.padded else buffer
 
 
+def in_registers(plan: Plan, tiles: Tiles) -> bool:
+    """Whether a pass runs in a kernel of latency_forward.py or latency_backward.py, which has W_hh in registers."""
+    return tiles.poll or plan.mode == "local"
+
+
 def operand_width(rows: int, size: int) -> int:
     """Elements of the reduction that Triton lays side by side in a register operand of so many rows and bytes an
     element; in another order the kernels move it through shared memory, right but slow."""
@@ -261,7 +266,8 @@ def launch(
     T = layout.steps(tensors[0].shape)
     unit_blocks, batch_groups = programs_of(tiles, H, B, out)
     inner_flags = step_flags = report = None
-    zeros = tensors[0].new_empty(4 * H) if tiles.poll and some_wait_for_nobody(plan, flags | layout.flags) else None
+    held = in_registers(plan, tiles)
+    zeros = tensors[0].new_empty(4 * H) if held and some_wait_for_nobody(plan, flags | layout.flags) else None
     at_once = members, batch_groups
     if plan.mode == "grid":
         if not tiles.poll:
@@ -274,7 +280,7 @@ def launch(
     last = T + members - 1 if stacked else T  # each layer is a step behind the one that it takes from
     steps = [(step, step + 1) for step in range(last)] if plan.mode == "step" else [(0, last)]
     directions = 1 if stacked else members
-    if tiles.poll:
+    if held:
         flags["PAIRS"] = device.type == "cuda" and compares_pairs(cuda_device(device).capability)
     flags |= {"DIRECTIONS": directions, "REVERSE": reverse, "CELL": True, "PROJECT": out < H, **layout.flags}
     parts = [flags]  # of a step
@@ -282,7 +288,7 @@ def launch(
         parts = [flags | dict.fromkeys(halves, False) | {half: True} for half in halves]
     kernels = [specialized(kernel, plan, tiles, H, tensors[0].dtype, out, **part) for part in parts]
     sizes = T, B, tensors[0].shape[:-1].numel(), *layout.strides(T, B)
-    given = *tensors, *((zeros,) if tiles.poll else (inner_flags, step_flags)), report
+    given = *tensors, *((zeros,) if held else (inner_flags, step_flags)), report
     with on_device(device):
         for member, group in product(range(0, members, at_once[0]), range(0, batch_groups, at_once[1])):
             programs = (unit_blocks, min(at_once[1], batch_groups - group), min(at_once[0], members - member))

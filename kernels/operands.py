@@ -150,16 +150,11 @@ def multiply(weights, rows, sum, DOT: tl.constexpr, PRECISION: tl.constexpr, CHA
 
 @triton.jit
 def sum_last(x, LEAD: tl.constexpr, PARTS: tl.constexpr):
-    """The sum of x, (*LEAD, PARTS), over its last dimension: LEAD; PARTS is 2, 4 or 8."""
+    """The sum of x, (*LEAD, PARTS), over its last dimension: LEAD; PARTS is a power of two."""
     # Each thread takes all parts of its own elements, once: tl.sum would leave another layout than that of the other
     # operands of a cell, to which each of them would then be brought.
-    a, b = tl.split(tl.reshape(x, LEAD + (PARTS // 2, 2)))
-    x = a + b
-    if PARTS > 2:
-        a, b = tl.split(tl.reshape(x, LEAD + (PARTS // 4, 2)))
-        x = a + b
-    if PARTS > 4:
-        a, b = tl.split(tl.reshape(x, LEAD + (PARTS // 8, 2)))
+    for halving in tl.static_range(PARTS.bit_length() - 1):
+        a, b = tl.split(tl.reshape(x, LEAD + (PARTS >> (halving + 1), 2)))
         x = a + b
     return tl.reshape(x, LEAD)
 

@@ -16,7 +16,6 @@ from .tiles import (
     ceil_div,
     grid_tiles,
     latency_tiles,
-    mma_only,
     projectable,
     projection_tiles,
 )
@@ -273,20 +272,18 @@ def choose_kernel(
     kind = kind_of(dtype, ieee)
     size = 8 if kind == "fp32" else dtype.itemsize  # of a weight on chip: in full precision it is two TF32 numbers
     precision = "ieee" if dtype != torch.float32 else "tf32x3" if ieee else "tf32"
-    # Local: all of W_hh on one multiprocessor, with a fifth of its memory left to the layout conversions of a step.
-    padded = max(16, triton.next_power_of_2(H))
-    largest = 0 if layers > 1 or proj else 32 if mma_only(size, device) else 128 if aligned(H, size) else 64
-    if padded <= largest and 4 * padded * padded * size <= 0.8 * device.shared:
-        # At 64 units eight warps spill in TF32 (Triton 3.7, A100), four in 16 bit (Triton 3.7, B200).
-        warps = min(8, padded // 8) if (padded, size) != (64, 4) else 4
-        tiles = Tiles(batch=16, units=padded, chunk=padded, warps=warps)
-        # On a B200 eight warps spill at 128 units (Triton 3.6).
-        sixteen = (mma_only(size, device) and padded > 16) or (device.capability[0] == 10 and padded == 128)
-        forward = replace(tiles, warps=16) if sixteen else tiles
-        if (padded, size) == (64, 4) and not aligned(H, size):
-            forward = replace(forward, warps=8)  # four spill with the addresses of narrow rows
-        # Two warps spill at 16 units in full precision (Triton 3.9).
-        backward = replace(tiles, warps=4) if (padded, size) == (16, 8) else tiles
+    # Local: all of W_hh in the registers of one program, beside the addresses of its rows, which narrow ones have more
+    # of: more units spill.
+    padded, wide = max(16, triton.next_power_of_2(H)), aligned(H, size)
+    most = 128 if size == 2 and H % 4 == 0 else 64 if size < 8 or wide else 32
+    if padded <= most and layers == 1 and not proj:
+        # Eight rows a program, as long as all run at once, and where more would spill.
+        few = directions * ceil_div(B, 8) <= device.multiprocessors or padded * size > 128 or not wide
+        forward_warps = 4 if padded == 16 or (padded == 32 and wide) else 8
+        backward_warps = 4 if padded == 16 or (padded * size <= 128 and wide) else 8
+        forward, backward = (
+            Tiles(8 if few else 16, padded, padded, warps, split=warps) for warps in (forward_warps, backward_warps)
+        )
         why = f"W_hh of H {H} in {name(dtype)} fits on one multiprocessor"
         return Plan("local", forward, backward, 0, precision, why, directions)
 

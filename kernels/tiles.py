@@ -13,7 +13,7 @@ class Tiles:
     warps: of a program.
     kept: chunks of W_hh that stay on chip where not all do (0: all); the others are loaded at every step.
     team: programs that share the products of all their units in backward, a gate for each (4), or do not (1).
-    split: parts of a chunk, each of which a warp sums for itself (1: none).
+    split: parts of a chunk, each of which a warp sums for itself (1: none); in the local form of all of W_hh.
     poll: the kernels for few rows: W_hh stays in registers, and a program looks whether h (dgates) is there, element by
         element, instead of at a step flag. Each warp then has a part of every chunk, of 64 bytes.
     features: of a projection that a program computes beside its units, as long as there are some; 0: the projection is

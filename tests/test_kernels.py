@@ -21,7 +21,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def local(H):
-    tiles = Tiles(batch=16, units=H, chunk=H, warps=4)
+    tiles = Tiles(batch=16, units=H, chunk=H, warps=4, split=4)
     return Plan("local", tiles, tiles, 0, "ieee", "")
 
 
@@ -97,6 +97,12 @@ def check(plan, dtype, T, B, H, device, reverse=False, form="dense", out=None):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_local(dtype, reverse, device):
     check(local(32), dtype, 4, 3, 20, device, reverse)
+
+
+@pytest.mark.parametrize("form", ["dense", "reset"])
+def test_local_in_eight_parts(form, device):
+    tiles = Tiles(8, 32, 32, 8, split=8)
+    check(Plan("local", tiles, tiles, 0, "ieee", ""), torch.float32, 4, 9, 20, device, True, form)
 
 
 @pytest.mark.parametrize("plan", [STEP, LATENCY], ids=["flags", "polled"])

@@ -121,7 +121,7 @@ def leave_out(input_gates, weight_hh, h0, c0):
 
 
 def test_a_failure_is_a_row_and_the_next_part_runs(path):
-    sweep(path, [wrong(first("tune"), chunk=7), first("launch")])
+    sweep(path, [wrong(first("tune"), batch=7), first("launch")])
     failed, ok = store.read(path)
     assert (failed["status"], ok["status"]) == ("failed", "ok")
     assert "power of 2" in failed["why"]

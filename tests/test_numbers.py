@@ -12,6 +12,8 @@ from triton.runtime.interpreter import TensorHandle, interpreter_builder
 from fused_lstm import LSTM, operators
 from fused_lstm.kernels.backward import backward_kernel
 from fused_lstm.kernels.forward import forward, forward_kernel
+from fused_lstm.kernels.latency_backward import latency_backward_kernel
+from fused_lstm.kernels.latency_forward import latency_forward_kernel
 from fused_lstm.kernels.launch import specialization
 from fused_lstm.kernels.plan import Plan
 from fused_lstm.kernels.tiles import Tiles
@@ -19,7 +21,7 @@ from fused_lstm.kernels.tiles import Tiles
 from .parity import assert_close, assert_parity, run, twin
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-LOCAL = Plan("local", Tiles(16, 32, 32, 4), Tiles(16, 32, 32, 4), 0, "ieee", "")
+LOCAL = Plan("local", Tiles(16, 32, 32, 4, split=4), Tiles(16, 32, 32, 4, split=4), 0, "ieee", "")
 STEP = Plan("step", Tiles(16, 16, 16, 4), Tiles(16, 16, 16, 4), 0, "ieee", "")
 PLANS = {"local": LOCAL, "step": STEP}
 H = 20  # less than LOCAL's tile; two programs of STEP
@@ -197,36 +199,45 @@ def elements(tensor, first, count):
 FAR = 2**31 // H + 1  # from this row on, an offset in a tensor of H columns needs more than 32 bits
 
 
-def forward_parts(row, t, previous, end, mode, B):
+def forward_parts(row, t, previous, following, end, mode, B):
     """What the forward kernel may load and store in step t, as (tensor, first element, count)."""
     names = ("input_gates", "weight_hh", "h0", "c0", "cn", "hn", "y", "c", "gates")
     tensors = {name: torch.empty(1) for name in names}
     steps, states = B * H, B * H
     h = ("y", row(previous) * H, steps) if mode == "step" else ("h0", 0, states)
     loads = [("input_gates", row(t) * 4 * H, 4 * steps), ("weight_hh", 0, 4 * H * H), h]
-    loads += [("y", row(end) * H, steps)] + ([("cn", 0, states)] if mode == "step" else [])
+    loads += [("y", row(end) * H, steps)]
+    loads += [("cn", 0, states)] if mode == "step" else [("input_gates", row(following) * 4 * H, 4 * steps)]
     stores = [("y", row(t) * H, steps), ("c", row(t) * H, steps), ("gates", row(t) * 4 * H, 4 * steps)]
     return tensors, loads, [*stores, ("cn", 0, states), ("hn", 0, states)]
 
 
-def backward_parts(row, t, previous, following, mode, B):
-    """What the backward kernel may load and store in step t, as (tensor, first element, count)."""
+def backward_parts(row, t, previous, before, following, mode, B):
+    """What the backward kernel may load and store in step t, as (tensor, first element, count). before: the step before
+    the previous one, None if that is the first."""
     names = ("dy", "dhn", "weight_hh", "c0", "c", "gates", "dcn", "dc0", "dgates")
     tensors = {name: torch.empty(1) for name in names}
     n, w = B * H, 4 * B * H
     loads = [("dy", row(t) * H, n), ("gates", row(t) * 4 * H, w), ("c", row(t) * H, n), ("c", row(previous) * H, n)]
     loads += [("weight_hh", 0, 4 * H * H)]
-    loads += [("dgates", row(following) * 4 * H, w), ("dc0", 0, n)] if mode == "step" else []
+    if mode == "step":
+        loads += [("dgates", row(following) * 4 * H, w), ("dc0", 0, n)]
+    else:
+        # Behind a first step, of which there is none in this launch, also its own; and what the next step takes.
+        loads += [("dgates", row(t) * 4 * H, w), ("gates", row(previous) * 4 * H, w), ("dy", row(previous) * H, n)]
+        loads += [("c0", 0, n) if before is None else ("c", row(before) * H, n)]
     return tensors, loads, [("dgates", row(t) * 4 * H, w), ("dc0", 0, n)]
 
 
 @pytest.mark.parametrize("mode", PLANS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("kernel", [forward_kernel, backward_kernel], ids=["forward", "backward"])
-def test_addresses_past_2_31_elements(kernel, mode, packed, reverse, addresses):
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_addresses_past_2_31_elements(backward, mode, packed, reverse, addresses):
     """The last step but one in tensors too large to allocate: its addresses are the right ones, to the byte."""
-    B, backward = 3, kernel is backward_kernel
+    B = 3
+    of_mode = {"step": (forward_kernel, backward_kernel), "local": (latency_forward_kernel, latency_backward_kernel)}
+    kernel = of_mode[mode][backward]
     # Where a packed sequence's steps begin is read from a tensor: there three steps, far apart, suffice.
     T = 3 if packed else FAR // B + 4
     offsets = FAR + FAR * torch.arange(T) if packed else None
@@ -238,9 +249,11 @@ def test_addresses_past_2_31_elements(kernel, mode, packed, reverse, addresses):
     t, neighbours = T - 2, (T - 1, T - 3) if reverse else (T - 3, T - 1)
     assert min(row(s) for s in (t, *neighbours)) * H > 2**31
     if backward:
-        tensors, loads, stores = backward_parts(row, t, *neighbours, mode, B)
+        previous, following = neighbours
+        before = None if packed or reverse else previous - 1
+        tensors, loads, stores = backward_parts(row, t, previous, before, following, mode, B)
     else:
-        tensors, loads, stores = forward_parts(row, t, neighbours[0], 0 if reverse else T - 1, mode, B)
+        tensors, loads, stores = forward_parts(row, t, *neighbours, 0 if reverse else T - 1, mode, B)
     step = 1 if reverse != backward else t
     tiles = PLANS[mode].backward if backward else PLANS[mode].forward
     constants, options = specialization(PLANS[mode], tiles, H, torch.float32, H)
@@ -259,6 +272,7 @@ def test_addresses_past_2_31_elements(kernel, mode, packed, reverse, addresses):
         "DROP": False,
         "CELL": True,
         "PROJECT": False,
+        "PAIRS": False,
     }
     arguments |= {"DC_STEPS": False} if backward else {"SAVE": True}
     kernel[(triton.cdiv(H, tiles.units), 1, 1)](**arguments, **options)

@@ -74,7 +74,7 @@ def faults(row):
     found, options, device = row["resources"], row["options"], DEVICES[row["device"]]
     forward, grid, step = row["kernel"] == "forward", row["mode"] == "grid", row["mode"] == "step"
     tiles, team, stack = row["tiles"], row["tiles"]["team"] > 1, row["stack"]
-    polled = grid and tiles["poll"]
+    polled, local = grid and tiles["poll"], row["mode"] == "local"
     flags = grid and not polled
     programs = row["layers"] * tiles["team"] * triton.cdiv(row["H"], tiles["team"] * tiles["units"])
     over_units, over_features = (triton.cdiv(K, tiles["chunk"]) for K in (row["H"], row["proj"]))
@@ -82,8 +82,7 @@ def faults(row):
     if row["proj"]:  # all of W_hh and W_hr, of which one reduces over units, the other over features
         programs = max(programs, triton.cdiv(row["proj"], tiles["features"]))
         weights = over_features + (1 if forward else 4) * over_units
-    held = 1 if row["mode"] == "local" else weights  # there backward has all gates' in one tile
-    held = 0 if polled else held * (1 + stack)  # in registers
+    held = 0 if polled or local else weights * (1 + stack)  # in registers
     # A step's own: the input gates; in backward the gates, c, c_prev, dy and dhn. From the other programs: the flag, if
     # there is one, and h or dgates, as many tiles as W_hh has; in a team another flag and a product of each. With
     # offsets, one for each step that these belong to; with resets, one for the step, and one where others are waited
@@ -94,7 +93,7 @@ def faults(row):
     loads = own + grid * weights + flags + inner + team * tiles["team"]
     loads += stack * (flags + weights) + row.get("drop", False) * 2
     loads += row.get("packed", False) * (offsets + grid) + row.get("reset", False) * (resets + grid)
-    if polled:
+    if polled or local:
         # Of its own alone, because what is polled no tile loads: backward has c once, as long as the next step's
         # c_prev is this one's c, and dhn before the loop, as long as all rows end together. Resets are loaded in two
         # layouts, of the cell and of the addresses that wait.
@@ -107,9 +106,11 @@ def faults(row):
         f"{found['tensor']} columns of tensor memory, of {TENSOR_MEMORY}": found["tensor"] > TENSOR_MEMORY,
         f"{found['loads']} tiles loaded a step, not {loads}": not (step or tiles["kept"]) and found["loads"] != loads,
         f"{found['resident']} tiles in shared memory, the weights have {held}": not step
-        and (found["resident"] > 0 if polled else found["resident"] < held),
+        and (found["resident"] > 0 if polled or local else found["resident"] < held),
         f"{found['barriers']} barriers: a product's operands pass through shared memory": polled
         and found["barriers"] > 2 + 2 * row.get("drop", False) + 5 * row.get("bounded", False),
+        f"{found['barriers']} barriers: more than parts and h (dgates) pass through shared memory": local
+        and found["barriers"] > (6 if row["aligned"] else 18),
         f"{found['early']} looks for what others write before the own is written": polled and found["early"] > 0,
         "no matrix instruction": not found["matrix"],
         "more programs than multiprocessors": grid and programs > device.multiprocessors,
