@@ -30,7 +30,6 @@ class Terms:
     launch: float  # us: from one kernel of a CUDA graph to the next
     matrix_latency: float  # us: from a matrix instruction to the next that adds to the same sum
     shared_latency: float  # us: a load from shared memory
-    l2_latency: float  # us: a load from L2
 
     def measured(self, terms: Mapping[str, float]) -> "Terms":
         """These terms with those that bench.lab has measured, under the names of bench.lab.terms(), in their place."""
@@ -51,7 +50,7 @@ def _terms(
     """tflops: dense peaks of the device in 16 bit and TF32. cycles: a matrix instruction's latency."""
     bit16, tf32 = (1e6 * peak / device.multiprocessors for peak in tflops)  # a microsecond has 1e6 flop of each
     matrix = {"bf16": bit16, "fp16": bit16, "tf32": tf32, "fp32": tf32 / 3}  # fp32: three TF32 products
-    latencies = cycles / mhz, 29 / mhz, 263 / mhz
+    latencies = cycles / mhz, 29 / mhz
     rates = MappingProxyType(matrix), 128 * mhz, device.shared, l2, l2_size, memory
     return Terms(device.multiprocessors, mhz, *rates, 0.9, 750 / mhz, 1.3, *latencies)
 
@@ -60,11 +59,10 @@ def _terms(
 # Shared memory: 128 bytes a clock, CUDA programming guide. L2: A100 5,120 bytes a clock, NVIDIA's A100 white paper;
 # H100 5.5 TB/s, microbenchmark by Chips and Cheese (July 2023, PCIe board); B200 taken as twice the H100.
 # L2: 40 MB, 50 MB (white papers), 126 MB (Blackwell tuning guide).
-# Latencies in clocks, Luo et al. 2024 (arXiv 2402.13499), tables IV and VII: shared memory 29, L2 263 (H800), mma
+# Latencies in clocks, Luo et al. 2024 (arXiv 2402.13499), tables IV and VII: shared memory 29, mma
 # m16n8k16 24.6 (A100) and 24.1 (H800). That of wgmma with few columns is not in it, nor are B200's: taken as the same.
-# Exchange: a store, a fence, a counter and two loads of L2's latency, poll: a store and a load, 750 clocks,
-# launch: estimates too,
-# the first that bench.lab replaces.
+# Exchange: a store, a fence, a counter and two loads of L2's latency, poll: a store and a load, 750 clocks, launch:
+# estimates too, the first that bench.lab replaces.
 TERMS = {
     "A100": _terms(A100, 1410, (312, 156), 5120 * 1410, 40e6, 2.04e6, 24.6),
     "H100": _terms(H100, 1830, (989, 495), 5.5e6, 50e6, 3.35e6, 24.1),
@@ -102,7 +100,7 @@ def step(
     proj: int = 0,
 ) -> Time:
     """One step of a pass under its tiles, of all directions and layers of a launch: with their padding, and groups that
-    do not fit beside the others after them. Of a bound's optimism it keeps one thing: the parts of a step overlap.
+    do not fit beside the others after them.
 
     Args:
         kind: of products, "bf16", "fp16", "tf32" or "fp32". mode: "local", "grid" or "step".
@@ -114,105 +112,125 @@ def step(
         return Time(math.inf, "multiprocessors")
     groups = max(1, groups) * directions
     at_once = min(groups, max(1, terms.multiprocessors // (layers * blocks)))
-    if proj:
-        one = projecting(terms, kind, mode, tiles, H, proj, directions * B, at_once, backward)
-        return Time(ceil_div(groups, at_once) * (1 if mode == "local" else BEHIND_FLAGS) * one.us, one.binds)
-    if tiles.poll and mode == "grid":
-        one = few_rows(terms, kind, tiles, H, directions * B, layers * blocks * at_once, layers, backward)
-        return Time(one.us * ceil_div(groups, at_once), one.binds)
-    chunks = ceil_div(H, tiles.chunk) * (4 // tiles.team if backward else 1)
-    streamed = {"local": 0.0, "grid": 1 - (tiles.kept or chunks) / chunks, "step": 1.0}[mode]
-    one = parts(
-        terms,
-        kind,
-        mode,
-        H,
-        directions * B,
-        tiles.units,
-        at_once,
-        tiles.batch,
-        streamed,
-        backward,
-        team=tiles.team,
-        layers=layers,
-        chain=chain(terms, kind, mode, tiles, chunks, backward),
-    )
-    return Time(ceil_div(groups, at_once) * (1 if mode == "local" else BEHIND_FLAGS) * one.us, one.binds)
+    B, programs = B * directions, layers * blocks * at_once
+    if mode == "local":
+        after = chain(terms, kind, tiles, ceil_div(H, tiles.chunk) * (4 if backward else 1))
+        one = parts(terms, kind, mode, H, B, tiles.units, at_once, tiles.batch, 0.0, backward, chain=after)
+    else:
+        if proj:
+            cycles = projecting(terms, kind, mode, tiles, H, proj, B, backward)
+        elif tiles.poll and mode == "grid":
+            cycles = few_rows(terms, kind, tiles, H, B, programs, layers, backward)
+        else:
+            cycles = behind_flags(terms, kind, mode, tiles, H, B, programs, layers, backward)
+        one = Time(sum(cycles.values()) / terms.clock, max(cycles, key=cycles.__getitem__))
+    return replace(one, us=ceil_div(groups, at_once) * one.us)
 
 
-# What parts() and projecting() say of kernels behind flags is half of what bench.simulate makes of their machine code
-# (those of the step form are the same):
-# neither instructions are in it, nor conflicts in shared memory.
-BEHIND_FLAGS = 2.0
-
-
-def few_rows(terms: Terms, kind: str, tiles: Tiles, H: int, B: int, programs: int, layers: int, backward: bool) -> Time:
-    """One step of the kernels for few rows, with so many programs at once.
+def few_rows(
+    terms: Terms, kind: str, tiles: Tiles, H: int, B: int, programs: int, layers: int, backward: bool
+) -> dict[str, float]:
+    """Cycles of one step of the kernels for few rows, with so many programs at once.
 
     Fitted to bench.simulate's cycles of every tile that an H100 can have, forward and backward, in all kinds, at H 136
     to 1024 and B 1 to 64, one layer (297 kernels, Triton 3.6): it is off by 6% in the median, 16% at nine of ten, and
     37% at most; the rank correlation is 0.96. What it leaves out is whether a look in vain comes just before the data.
     """
     width = (1 if layers == 1 else 2) * BYTES[kind] * H * (4 // tiles.team if backward else 1)  # bytes that a row has
-    # A multiprocessor takes 64 bytes a clock from L2, as long as L2 has them for all.
-    gather = min(tiles.batch, B) * width / min(64, terms.l2 / terms.clock / programs)
     # Matrix instructions of 16 x 8 sums over 32 bytes of a row.
     instructions = ceil_div((tiles.team if backward else 4) * tiles.units, 16) * tiles.batch // 8 * width // 32
-    cycles = {
-        "gather": 0.92 * gather,
+    return {
+        "exchange": terms.poll * terms.clock + 670,
+        "gather": 0.92 * min(tiles.batch, B) * width / share_of_l2(terms, programs),
         "products": 2 * instructions * (3 if kind == "fp32" else 1),
         "warps": 30 * tiles.warps,
         "looks": 415 * (tiles.batch // 8 - 1),  # at eight rows after another
         "team": 985 if tiles.team > 1 else 0,
     }
-    slowest = max(cycles, key=cycles.__getitem__)
-    return Time(
-        terms.poll + (670 + sum(cycles.values())) / terms.clock, slowest if cycles[slowest] > 750 else "exchange"
-    )
+
+
+def behind_flags(
+    terms: Terms, kind: str, mode: str, tiles: Tiles, H: int, B: int, programs: int, layers: int, backward: bool
+) -> dict[str, float]:
+    """Cycles of one step of the grid form behind step flags, or of the step form, with so many programs at once.
+
+    Fitted as few_rows(), to the grid form at H 256 to 2048, B 1 to 256, one layer or two (203 kernels and numbers of
+    rows, Triton 3.7): it is off by 8% in the median, 20% at nine of ten, and 34% at most; the rank correlation is 0.98.
+    The step form has the same products, between launches, which are not simulated.
+    """
+    products, gates, size = 1 if layers == 1 else 2, 4 // tiles.team if backward else 1, BYTES[kind]
+    chunks = products * gates * ceil_div(H, tiles.chunk)
+    gathered = min(tiles.batch, B) * products * gates * H * size
+    rows, columns = (tiles.team if backward else 4) * tiles.units, chunks * tiles.chunk  # of the weights
+    streamed = 1 if mode == "step" else 1 - tiles.kept * products / chunks if tiles.kept else 0
+    if tiles.split > 1:
+        cycles = split_product(kind, tiles.batch, rows, columns, gathered, streamed, backward)
+    else:
+        cycles = {
+            "gather": 0.64 * gathered / share_of_l2(terms, programs),
+            # Of other products the matrix instructions take no time beside the rest.
+            "products": 2.1 * 3 * ceil_div(rows, 16) * tiles.batch // 8 * columns * size // 32 if kind == "fp32" else 0,
+            "rows": 4.1 * tiles.batch * columns * size / 128,  # through shared memory
+            "chunks": 330 * chunks,  # one after another
+            "streaming": 330 * streamed * chunks,
+            "team": 2000 if tiles.team > 1 else 0,
+        }
+    if 4 * H * H * size > terms.l2_size:
+        cycles["streaming"] = max(cycles["streaming"], streamed * 4 * H * H * size / terms.memory * terms.clock)
+    return handover(terms, mode) | cycles
 
 
 def projecting(
-    terms: Terms, kind: str, mode: str, tiles: Tiles, H: int, P: int, B: int, groups: int, backward: bool
-) -> Time:
-    """As parts(), of a step that projects: it has two exchanges, or launches, one of P features among all programs, and
-    one of all units (backward: all gates) with those that compute features."""
-    size, (blocks, _) = BYTES[kind], programs_of(tiles, H, B, P)
-    wide, few, rows = (4 if backward else 1) * H, ceil_div(P, tiles.features), min(B, groups * tiles.batch)
-    chunks = ceil_div(P, tiles.chunk), ceil_div(wide, tiles.chunk)
-    of_chain = sum(chain(terms, kind, mode, tiles, count, backward) for count in chunks)
-    weights = (4 * tiles.units * P * (0.25 if backward else 1) + tiles.features * wide) * size
-    streamed = groups * (5 * H * P) * size if mode == "step" else 0.0
-    found = {
-        "weights": 0.0 if mode == "step" else weights / terms.shared,
-        "streaming": max(
-            streamed / terms.l2, streamed / groups / terms.memory if 5 * H * P * size > terms.l2_size else 0
-        ),
-        "products": 2 * tiles.batch * weights / size / terms.matrix[kind],
-        "memory": rows * size * ((10 * H if backward else 4 * H) + 2 * P) / terms.memory,
-        "chain": of_chain,
-        # Those who compute features take no more from L2 than 64 bytes a clock each, half of what shared memory gives.
-        "gather": max(
-            rows * size * (blocks * P + few * wide) / terms.l2, tiles.batch * wide * size / (terms.shared / 2)
-        ),
+    terms: Terms, kind: str, mode: str, tiles: Tiles, H: int, P: int, B: int, backward: bool
+) -> dict[str, float]:
+    """As behind_flags(), of a step that projects: it has two exchanges, or launches, and two split products, over P
+    features for a program's units and over all units (backward: all gates) for its features.
+
+    Not fitted: against bench.simulate at H 2048, P 512 in bf16 and at H 1016, P 136 in TF32, B 1 to 64 (nine kernels
+    and numbers of rows), it is off by 14% in the median and 57% at most.
+    """
+    size, real, streamed = BYTES[kind], min(tiles.batch, B), float(mode == "step")
+    found: dict[str, float] = {}
+    for rows, width in ((tiles.units * (1 if backward else 4), P), (tiles.features, H * (4 if backward else 1))):
+        columns = ceil_div(width, tiles.chunk) * tiles.chunk
+        cycles = split_product(kind, tiles.batch, rows, columns, real * width * size, streamed, backward)
+        for name, each in (handover(terms, mode) | cycles).items():
+            found[name] = found.get(name, 0.0) + each
+    if 5 * H * P * size > terms.l2_size:
+        found["streaming"] = max(found["streaming"], streamed * 5 * H * P * size / terms.memory * terms.clock)
+    return found
+
+
+def handover(terms: Terms, mode: str) -> dict[str, float]:
+    """Cycles between the products of two steps."""
+    name, us = {"grid": ("exchange", terms.exchange), "step": ("launch", terms.launch)}[mode]
+    return {name: us * terms.clock + 1100}
+
+
+def split_product(
+    kind: str, batch: int, rows: int, columns: int, gathered: float, streamed: float, backward: bool
+) -> dict[str, float]:
+    """Cycles of a product whose parts are split among warps, of so many rows and columns of weights."""
+    size = BYTES[kind]
+    return {
+        "gather": 0.92 * gathered / 16,  # 16 bytes a thread, far from those of the next
+        "products": 3.1 * (ceil_div(rows, 16) * batch // 8 * columns * size // 32) * (3 if kind == "fp32" else 1),
+        "weights": 1.6 * rows * columns / 32,  # in shared memory 32 elements lie in fewer banks than there are
+        "rows": 6.5 * batch * columns / 32 if backward else 0,
+        "streaming": 5.3 * streamed * rows * columns * size / 128,
     }
-    slowest = max(found, key=found.__getitem__)
-    before = 2 * {"grid": terms.exchange, "step": terms.launch}[mode]
-    return Time(
-        before + found[slowest], slowest if found[slowest] > before else {"grid": "exchange"}.get(mode, "launch")
-    )
 
 
-def chain(terms: Terms, kind: str, mode: str, tiles: Tiles, chunks: int, backward: bool) -> float:
-    """Microseconds of what can only follow one after another in a product: from L2 a chunk goes to shared memory, from
+def share_of_l2(terms: Terms, programs: int) -> float:
+    """Bytes a clock that a multiprocessor takes from L2: 64, as long as L2 has them for all."""
+    return min(64, terms.l2 / terms.clock / programs)
+
+
+def chain(terms: Terms, kind: str, tiles: Tiles, chunks: int) -> float:
+    """Microseconds of what can only follow one after another in a local product: the rows go to shared memory, from
     there to the tensor cores, and each matrix instruction, of 32 bytes of a row, waits for the one before."""
-    instructions = math.ceil(chunks * tiles.chunk * BYTES[kind] / 32 / tiles.split) * (3 if kind == "fp32" else 1)
-    passages = 1 if mode == "local" else chunks
-    arrival = 0 if mode == "local" else terms.l2_latency * min(tiles.team, 2)
-    meeting = 0.0  # of the parts of a split sum, in shared memory
-    if tiles.split > 1:
-        sums = tiles.split * (1 if backward else 4) * tiles.units * tiles.batch * 4
-        meeting = 2 * (terms.shared_latency + sums / terms.shared)
-    return arrival + 2 * passages * terms.shared_latency + instructions * terms.matrix_latency + meeting
+    instructions = math.ceil(chunks * tiles.chunk * BYTES[kind] / 32) * (3 if kind == "fp32" else 1)
+    return 2 * terms.shared_latency + instructions * terms.matrix_latency
 
 
 def parts(
@@ -257,8 +275,6 @@ def parts(
     if mode != "local":
         # Who polls has looked once in vain when it sees all.
         found["gather"] = (2 if poll else 1) * products * blocks * real_rows * width * size / terms.l2
-    if layers > 1:
-        before = max(before, chain)  # the other layer's product is made while the own exchange is on the way
     slowest = max(found, key=found.__getitem__)
     binds = slowest if found[slowest] > before else {"grid": "exchange", "step": "launch", "local": slowest}[mode]
     return Time(before + found[slowest], binds)

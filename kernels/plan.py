@@ -288,16 +288,11 @@ def choose_kernel(
         return Plan("local", forward, backward, 0, precision, why, directions)
 
     # Grid: a slice of W_hh on each of the multiprocessors.
-    if proj:
-        forward, backward = projection_tiles(H, proj, size, device)
-    else:
-        forward, backward = map(
-            list.__add__, latency_tiles(H, size, device, layers), grid_tiles(H, size, device, layers)
-        )
+    forward, backward = candidates(H, size, device, layers, proj)
     if forward and backward:
         best, back = (
-            cheapest(candidates, kind, B, H, device, is_backward, directions, layers, proj)
-            for candidates, is_backward in ((forward, False), (backward, True))
+            cheapest(tiles, kind, B, H, device, is_backward, directions, layers, proj)
+            for tiles, is_backward in ((forward, False), (backward, True))
         )
         why = (
             f"W_hh of H {H} in {name(dtype)} is spread over {ceil_div(H, best.units)} multiprocessors, "
@@ -317,6 +312,14 @@ def choose_kernel(
     if proj:
         why = f"{why}, and one for its projection to {proj} features, whose weights are less than W_hh W_hr"
     return Plan("step", forward, backward, 0, precision, why, directions, layers)
+
+
+def candidates(H: int, size: int, device: Device, layers: int = 1, proj: int = 0) -> tuple[list[Tiles], list[Tiles]]:
+    """The tiles among which the grid form chooses, forward and backward. Args: as choose_kernel() has them."""
+    if proj:
+        return projection_tiles(H, proj, size, device)
+    few, many = latency_tiles(H, size, device, layers), grid_tiles(H, size, device, layers)
+    return few[0] + many[0], few[1] + many[1]
 
 
 def cheapest(
