@@ -123,39 +123,31 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
         # Four warps take TF32's W_hh into registers, which hold no more of it (Triton 3.9).
         few = wgmma and (size == 2 or H * size <= 2688)
         forward.append(Tiles(32, 16, chunk // 2 if wgmma else min(64, chunk), 4 if few else 8))
-        if few:
-            forward.append(Tiles(16, 16, 2 * chunk if in_1k else min(64, chunk), 4))
+        if few and not in_1k:
+            forward.append(Tiles(16, 16, min(64, chunk), 4))
         # The longest rows of TF32 on an A100 spill (Triton 3.9 forward, 3.6 backward).
         longest = size == 4 and not (wgmma or tcgen05) and H >= 512
         if in_2k and not (tcgen05 or longest):
             forward.append(Tiles(64, 16, tall, 8))
-        if H <= 1344 and not longest:
-            backward.append(Tiles(32, 16, 128, 8, split=8))
-        if size == 2 or in_2k:
-            backward.append(Tiles(16, 16, 2 * chunk, 8, split=8))
-        if in_2k:
-            backward.append(Tiles(64, 16, 2 * chunk if size == 2 else chunk // 2 if wgmma else chunk, 8))
-            backward += [Tiles(16, 16, chunk // 2, 4, team=4), Tiles(32, 16, chunk // 2, 8, team=4)]
-            if size == 2:
-                backward.append(Tiles(64, 16, chunk // 2, 8, team=4))
+        if size == 4 and in_1k and not wgmma:
+            backward += [Tiles(16, 16, 128, 8, split=8), Tiles(64, 16, chunk, 8)]
+        if size == 2 and in_2k:
+            backward.append(Tiles(64, 16, chunk // 2, 8, team=4))
+        backward.append(Tiles(16, 16, chunk // 2, 4, team=4))
+        if in_2k or size == 4:  # in 16 bit others spill
+            backward.append(Tiles(32, 16, chunk // 2, 8, team=4))
     elif 8 in fits:
         forward.append(Tiles(16, 8, 128, 8, split=8))
         # Over the longest rows that a B200 spreads, eight warps spill one register (Triton 3.7).
         forward.append(Tiles(32, 8, chunk // 2 if tcgen05 else min(64, chunk), 4 if tcgen05 else 8))
-        # In TF32 so do the larger batch on an A100 (Triton 3.6) and over a B200's longest rows, and over all others the
-        # smaller one (Triton 3.9).
-        batches = (16, 32) if size == 2 or wgmma else (32,) if tcgen05 and H < 1184 else (16,)
-        backward += [Tiles(batch, 8, 128, 8, split=8) for batch in batches]
+        if not tcgen05:
+            backward.append(Tiles(16, 8, 128, 8, split=8))
     if 32 in fits:
         forward.append(Tiles(16, 32, chunk // 2, 8))
         if not tcgen05 or (in_1k and size == 2):
             forward.append(Tiles(32, 32, chunk // 2, 8))
         if in_1k and (wgmma or (size == 2 and not tcgen05)):
             forward.append(Tiles(64, 32, tall, 8))
-        if in_1k or not tcgen05:
-            backward.append(Tiles(16, 32, 2 * chunk, 8, split=8))
-        if sum((in_1k, size == 2, not tcgen05)) >= 2:  # of what spares registers
-            backward.append(Tiles(32, 32, 128, 8, split=8))
         if size == 2:
             backward.append(Tiles(64, 32, chunk, 8))
     if 16 not in fits:
@@ -234,7 +226,8 @@ def streaming_tiles(forward: list[Tiles], backward: list[Tiles], H: int, size: i
         if units == 16:
             backward.append(Tiles(16, 16, chunk // 2, 4, kept, team=4))
             backward.append(Tiles(32, 16, chunk // 2, 8, kept, team=4))
-    backward.append(Tiles(64 if units == 16 else 32, units, chunk, 8, room // (units * chunk * size)))
+    if units == 32 or size > 2:
+        backward.append(Tiles(64 if units == 16 else 32, units, chunk, 8, room // (units * chunk * size)))
     # Longer rows spill where they have masks, of TF32 all that have some.
     if units == 16 and (size == 2 or (H <= 1536 and (size == 8 or H % 128 == 0))):
         split_tiles(forward, backward, H, size, device)
@@ -243,7 +236,10 @@ def streaming_tiles(forward: list[Tiles], backward: list[Tiles], H: int, size: i
 def split_tiles(forward: list[Tiles], backward: list[Tiles], H: int, size: int, device: Device) -> None:
     """Adds the tiles that split a product of few rows among warps, with as much of W_hh on chip as leaves registers."""
     room, chunks = int((0.6 if size == 2 else 0.4) * device.shared), ceil_div(H, 128)
-    for tiles, of_units, all_chunks in ((forward, 4, chunks), (backward, 1, 4 * chunks)):
+    passes = [(forward, 4, chunks)]
+    if size == 8:  # of the others teams are faster
+        passes.append((backward, 1, 4 * chunks))
+    for tiles, of_units, all_chunks in passes:
         kept = min(room // (of_units * 16 * 128 * size), 4 if size == 8 else all_chunks)
         tiles.append(Tiles(16, 16, 128, 8, 0 if kept >= all_chunks else kept, split=8))
 
