@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,10 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from bench import cases, measure, memory, report, run, store, timing, worker
+from bench import cases, fit, measure, memory, report, run, store, timing, worker
 from bench.model import TERMS, floor, predicted, terms_of
+from bench.offline import KERNELS
 from bench.providers import PROVIDERS, Provider, checkpointed, fused
-from fused_lstm.kernels.plan import choose_kernel
+from fused_lstm.kernels.plan import candidates, choose_kernel
 from fused_lstm.kernels.tiles import H100
 
 CPU = torch.device("cpu")
@@ -292,6 +294,25 @@ def test_a_plan_is_predicted_above_the_floor_and_near_it(dtype, backward):
         planned = predicted("H100", dtype, plan, H, B, backward).us
         bound = floor("H100", dtype, plan.mode, H, B, backward).us
         assert 0.999 * bound <= planned <= (10 if dtype == "bf16" else 40) * bound, (H, B, planned, bound)
+
+
+def test_the_fit_of_the_model_names_its_error_and_a_wrong_choice(tmp_path, monkeypatch, capsys):
+    """On rows whose cycles are the model's own, but for one of the kernels for few rows, which takes half as many."""
+    rows = []
+    for kernel, found in zip(KERNELS, candidates(512, 2, H100), strict=True):
+        for tiles, B in product(found, (1, 4)):
+            row = {"dtype": "bf16", "kernel": kernel, "H": 512, "layers": 1, "proj": 0, "tiles": asdict(tiles), "B": B}
+            rows.append(row | {"cycles": fit.predicted(row, B)})
+    slowest = max((row for row in rows if row["tiles"]["poll"] and row["B"] == 4), key=lambda row: row["cycles"])
+    slowest["cycles"] /= 2
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["fit", "--load", str(file), "--B", "1", "4", "--worst", "1"])
+    fit.main()
+    few, flags, choices = re.split(r"\n(?! )", capsys.readouterr().out.strip())
+    assert "0% in the median" in few and "100% at" in few and fit.described(slowest) in few
+    assert "0% at" in flags and "rank correlation 1.00" in flags and "streaming 0.00" in flags
+    assert "4 choices" in choices
 
 
 def test_what_is_timed_is_drawn_on_the_device():
