@@ -179,8 +179,8 @@ def latency_backward_kernel(
 
     last = T - 1
     if LENGTHS:
-        length = tl.load(lengths + rows)
-        last = tl.max(length).to(tl.int32) - 1
+        length = tl.load(lengths + rows).to(tl.int32)
+        last = tl.max(length) - 1
         step_end = tl.minimum(step_end, last + 1)
     dc = tl.load(dcn + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
     if not (LOCAL or GRID):
@@ -208,7 +208,7 @@ def latency_backward_kernel(
     if RESET:
         start = tl.load(starts + begin, mask=active_rows, other=0) != 0
         c_rows = tl.where(start, c_reset + states * H, c_rows)
-        linked_rows = linked_rows & (tl.load(starts + begin_next, mask=linked_rows, other=0) == 0)
+        cut_rows = tl.load(starts + begin_next, mask=linked_rows, other=0) != 0
     active = mask & active_rows[:, None]
     gate = (begin * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
     # Loaded as in the loop: the compiler then has the weight in one layout alone.
@@ -222,6 +222,9 @@ def latency_backward_kernel(
         x = fetch(*before, HOW, H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
     zero = tl.zeros((SPLIT, 4 * BLOCK_H // SPLIT if LOCAL else TEAM * BLOCK_H, BLOCK_B), ACC)
     recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)
+    if RESET:
+        # Behind the product: Triton lays out its operands by the narrowest element that their addresses depend on.
+        recurrent = tl.where(cut_rows[None, None, :], 0.0, recurrent)
     if STACK:
         above = dgates + (begin + above_places) * (4 * H) + gate_of_team * H
         awaited = above, active_rows & ~last_layer, zeros, step_begin + 1, report

@@ -195,8 +195,8 @@ def latency_forward_kernel(
 
     last = T - 1
     if LENGTHS:
-        length = tl.load(lengths + rows)
-        last = tl.max(length).to(tl.int32) - 1
+        length = tl.load(lengths + rows).to(tl.int32)
+        last = tl.max(length) - 1
         step_end = tl.minimum(step_end, last + 1)
     c_tile = tl.load(c0 + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
     if not (LOCAL or GRID):
@@ -269,8 +269,8 @@ def latency_forward_kernel(
         hidden = (begin * DIRECTIONS + places)[:, None] * H + units[None, :]
         tl.store(y + hidden, h, mask=active)
         if DROP:
-            x = drop(h, seed, keep, member, t, rows[:, None] * H + units[None, :])
-            tl.store(dropped + hidden, x, mask=active & (member < tl.num_programs(2) - 1))
+            h_dropped = drop(h, seed, keep, member, t, rows[:, None] * H + units[None, :])
+            tl.store(dropped + hidden, h_dropped, mask=active & (member < tl.num_programs(2) - 1))
 
         # What the next step takes, as far as it waits for nobody; behind the last one this once more, for nothing.
         awaited_rows = active_rows & next_rows
