@@ -9,6 +9,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import correlation
@@ -16,27 +17,29 @@ from statistics import correlation
 import torch
 
 from fused_lstm.kernels import model
-from fused_lstm.kernels.plan import Plan, candidates
+from fused_lstm.kernels.plan import candidates, choose_kernel
 from fused_lstm.kernels.tiles import H100, Tiles, ceil_div, programs_of
 
 from .offline import DTYPES, KERNELS, Row, compile_kernel
 from .simulate import simulate_plan
 
 TERMS = model.terms_for(H100)
-PRECISIONS = {"tf32": "tf32", "fp32": "tf32x3"}
 
 
 def simulated(dtypes: Iterable[str], sizes: Iterable[int], batches: list[int], layers: int, proj: int) -> Iterator[Row]:
     """A row for each tile and each number of rows that its first launch has of these batches."""
     for dtype, H in product(dtypes, sizes):
         torch_dtype, ieee = DTYPES[dtype]
-        for name, found in zip(
-            KERNELS, candidates(H, 8 if ieee else torch_dtype.itemsize, H100, layers, proj), strict=True
-        ):
-            for tiles in found:
-                plan = Plan("grid", tiles, tiles, 0, PRECISIONS.get(dtype, "ieee"), "", 1, layers)
+        every = candidates(H, 8 if ieee else torch_dtype.itemsize, H100, layers, proj)
+        few, many = (choose_kernel(torch_dtype, B, H, H100, ieee, 1, layers, proj) for B in (1, 4096))
+        if few.mode == "local":
+            every = [[few.forward, many.forward], [few.backward, many.backward]]
+        for name, found in zip(KERNELS, every, strict=True):
+            for tiles in dict.fromkeys(found):
+                plan = replace(few, forward=tiles, backward=tiles)
                 kernel = compile_kernel(name, plan, H, torch_dtype, H100.capability, out=proj)
-                row = {"dtype": dtype, "kernel": name, "H": H, "layers": layers, "proj": proj, "tiles": vars(tiles)}
+                row = {"dtype": dtype, "kernel": name, "mode": plan.mode, "H": H, "layers": layers, "proj": proj}
+                row["tiles"] = vars(tiles)
                 for B in sorted({min(B, at_once(row) * tiles.batch) for B in batches}):
                     timing, why = simulate_plan(kernel, name, plan, H, B, proj=proj)
                     yield row | {"B": B} | ({"cycles": timing.cycles} if timing else {"not_simulated": why})
@@ -51,17 +54,26 @@ def at_once(row: Row) -> int:
 def predicted(row: Row, B: int) -> float:
     """The model's cycles of B rows, of all launches."""
     shape = Tiles(**row["tiles"]), row["H"], B, row["kernel"] == "backward", 1, row["layers"], row["proj"]
-    return model.step(TERMS, row["dtype"], "grid", *shape).us * TERMS.clock
+    return model.step(TERMS, row["dtype"], row["mode"], *shape).us * TERMS.clock
 
 
 def terms(row: Row) -> dict[str, float]:
     """The model's cycles of a row, by term."""
     tiles = Tiles(**row["tiles"])
+    if row["mode"] == "local":
+        return model.few_units(row["dtype"], tiles)
     blocks, groups = programs_of(tiles, row["H"], row["B"])
     layers, mode = row["layers"], () if tiles.poll else ("grid",)
     of = model.few_rows if tiles.poll else model.behind_flags
     shape = tiles, row["H"], row["B"], layers * blocks * groups, layers, row["kernel"] == "backward"
     return of(TERMS, row["dtype"], *mode, *shape)
+
+
+def function(row: Row) -> str:
+    """The name of the function of the model that a row is for."""
+    if row["mode"] == "local":
+        return "few_units"
+    return "projecting" if row["proj"] else "few_rows" if row["tiles"]["poll"] else "behind_flags"
 
 
 def ranks(values: list[float]) -> list[int]:
@@ -134,7 +146,7 @@ def main() -> None:
     rows = [row for row in rows if "cycles" in row]
     of_function = defaultdict(list)
     for row in rows:
-        of_function["projecting" if row["proj"] else "few_rows" if row["tiles"]["poll"] else "behind_flags"].append(row)
+        of_function[function(row)].append(row)
     for name, found in of_function.items():
         errors(name, found, args.worst)
     regrets(rows, args.B, args.worst)

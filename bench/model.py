@@ -8,8 +8,9 @@ import re
 from dataclasses import replace
 from types import MappingProxyType
 
-from fused_lstm.kernels.model import BYTES, TERMS, Terms, Time, parts, step
+from fused_lstm.kernels.model import BYTES, TERMS, Terms, Time, step
 from fused_lstm.kernels.plan import Plan
+from fused_lstm.kernels.tiles import ceil_div
 
 
 def _like(name: str, memory: float, tflops: float | None = None, **others: float) -> Terms:
@@ -79,6 +80,51 @@ def floor(device: str | Terms, dtype: str, mode: str, H: int, B: int, backward: 
             one = parts(terms, dtype, mode, H, B, *sizes, team=team, layers=layers, poll=poll)
             best = min(best, one, key=lambda candidate: candidate.us)
     return best
+
+
+def parts(
+    terms: Terms,
+    kind: str,
+    mode: str,
+    H: int,
+    B: int,
+    units: int,
+    groups: int,
+    rows: int,
+    streamed: float,
+    backward: bool,
+    team: int = 1,
+    layers: int = 1,
+    poll: bool = False,
+) -> Time:
+    """One step of `groups` batch groups at once, of `rows` rows each, with the share `streamed` of W_hh not on chip;
+    in teams a program gathers one gate's dgates, and exchanges twice. Of several layers each has two products, W_hh's
+    and the W_ih of itself or of the layer above.
+
+    A step begins when the last one has been exchanged; what it then does overlaps at best: its slowest part counts.
+    """
+    size, width, blocks = BYTES[kind], 4 * H // team if backward else H, layers * ceil_div(H, units)
+    products = 1 if layers == 1 else 2
+    exchange = terms.poll if poll else terms.exchange * min(team, 2)
+    before = {"local": 0.0, "grid": exchange, "step": terms.launch}[mode]
+    weights = products * 4 * units * H * size
+    real_rows = min(B, groups * rows)
+    found = {
+        # On chip, full precision keeps each weight as two TF32 numbers.
+        "weights": (1 - streamed) * weights * (2 if kind == "fp32" else 1) / terms.shared,
+        "streaming": streamed * blocks * groups * weights / terms.l2,
+        "products": products * 2 * rows * 4 * units * H / terms.matrix[kind],
+        # input_gates and y (backward: gates, c, dy and dgates) pass through device memory once.
+        "memory": layers * real_rows * size * (H + 8 * H + 2 * H if backward else 5 * H) / terms.memory,
+    }
+    if 4 * H * H * size > terms.l2_size:
+        found["streaming"] = max(found["streaming"], streamed * 4 * H * H * size / terms.memory)
+    if mode != "local":
+        # Who polls has looked once in vain when it sees all.
+        found["gather"] = (2 if poll else 1) * products * blocks * real_rows * width * size / terms.l2
+    slowest = max(found, key=found.__getitem__)
+    binds = slowest if found[slowest] > before else {"grid": "exchange", "step": "launch", "local": slowest}[mode]
+    return Time(before + found[slowest], binds)
 
 
 def predicted(

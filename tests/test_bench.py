@@ -301,7 +301,8 @@ def test_the_fit_of_the_model_names_its_error_and_a_wrong_choice(tmp_path, monke
     rows = []
     for kernel, found in zip(KERNELS, candidates(512, 2, H100), strict=True):
         for tiles, B in product(found, (1, 4)):
-            row = {"dtype": "bf16", "kernel": kernel, "H": 512, "layers": 1, "proj": 0, "tiles": asdict(tiles), "B": B}
+            row = {"dtype": "bf16", "kernel": kernel, "mode": "grid", "H": 512, "layers": 1, "proj": 0}
+            row |= {"tiles": asdict(tiles), "B": B}
             rows.append(row | {"cycles": fit.predicted(row, B)})
     slowest = max((row for row in rows if row["tiles"]["poll"] and row["B"] == 4), key=lambda row: row["cycles"])
     slowest["cycles"] /= 2
