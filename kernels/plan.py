@@ -275,10 +275,10 @@ def choose_kernel(
     # Local: all of W_hh in the registers of one program, beside the addresses of its rows, which narrow ones have more
     # of: more units spill.
     padded, wide = max(16, triton.next_power_of_2(H)), aligned(H, size)
-    most = 128 if size == 2 and H % 4 == 0 else 64 if size < 8 or wide else 32
+    most = 128 if size == 2 and wide else 64 if size < 8 or wide else 32
     if padded <= most and layers == 1 and not proj:
         # Eight rows a program, as long as all run at once, and where more would spill.
-        few = directions * ceil_div(B, 8) <= device.multiprocessors or padded * size > 128 or not wide
+        few = directions * ceil_div(B, 8) <= device.multiprocessors or size > 2 or padded > 64 or not wide
         forward_warps = 4 if padded == 16 or (padded == 32 and wide) else 8
         backward_warps = 4 if padded == 16 or (padded * size <= 128 and wide) else 8
         forward, backward = (

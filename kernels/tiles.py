@@ -67,7 +67,7 @@ def latency_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[l
     """The tiles of the kernels for few rows, forward and backward, as grid_tiles(): those whose registers have room for
     W_hh, for what is polled and for the sums."""
     itemsize = min(size, 4)
-    if not aligned(H, size) or device.capability[0] != 9:  # of the others none was compiled in every form yet
+    if not aligned(H, size) or device.capability < (8, 0):  # which has other matrix instructions
         return [], []
 
     def fits(tiles: Tiles, backward: bool) -> bool:
@@ -80,10 +80,17 @@ def latency_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[l
         programs = layers * tiles.team * ceil_div(H, tiles.team * tiles.units)
         # In full precision both weights of a stack are split in two TF32 numbers at every step.
         room = REGISTERS if size < 8 or layers == 1 else REGISTERS - 20
-        return programs <= device.multiprocessors and weights <= 128 and weights + rows + sums <= room
+        if layers == 1 and H % tiles.chunk == 0:
+            room += 12  # without masks
+        # Of full precision more of a weight spills on a B200 (Triton 3.7).
+        most = 96 if backward and size == 8 and device.capability[0] == 10 else 128
+        return programs <= device.multiprocessors and weights <= most and weights + rows + sums <= room
 
     both: tuple[list[Tiles], list[Tiles]] = [], []
-    for (batch, units), (backward, team) in product(((8, 16), (8, 32), (16, 16)), ((False, 1), (True, 1), (True, 4))):
+    shapes = (8, 16), (8, 32), (16, 16), (8, 8)
+    for (batch, units), (backward, team) in product(shapes, ((False, 1), (True, 1), (True, 4))):
+        if units == 8 and (both[backward] or (backward and team == 1)):
+            continue  # for where nothing else fits; without a team backward has half of a matrix instruction's rows
         of_warps = [Tiles(batch, units, 64 // itemsize * n, n, team=team, split=n, poll=True) for n in (4, 8)]
         both[backward].extend([tiles for tiles in of_warps if fits(tiles, backward)][:1])  # the fewest that hold it
     return both
