@@ -49,7 +49,7 @@ from fused_lstm.kernels import (
     sync,
 )
 from fused_lstm.kernels.plan import Plan, choose_kernel, choose_one_step, projects
-from fused_lstm.kernels.tiles import A100, B200, H100, Tiles, ceil_div, programs_of
+from fused_lstm.kernels.tiles import A100, B200, H100, Tiles, alone, ceil_div, programs_of
 
 from . import model, simulate
 from .sass import disassemble, parse, time_loop, tool, width
@@ -357,19 +357,47 @@ def groups(
     return rows
 
 
-def compiled(group: Row, **flags: bool) -> Row:
-    """A group's row with what its compiled kernel takes, or with the error of its compilation."""
+def compiled(group: Row, simulate: bool = False, **flags: bool) -> Row:
+    """A group's row with what its compiled kernel takes, or with the error of its compilation. simulate: with what
+    simulated() says."""
     dtype, device = DTYPES[group["dtype"]][0], DEVICES[group["device"]]
     tiles = Tiles(**group["tiles"])
     plan = Plan(group["mode"], tiles, tiles, 0, group["precision"], "", group["directions"], group["layers"])
     try:
         halves = {"out": group["proj"], "half": group["half"]}
         kernel = compile_kernel(group["kernel"], plan, group["H"], dtype, device.capability, **flags, **halves)
+        if tiles.poll:
+            # In another order than the kernel's the operands pass through shared memory; where the parts of a row are
+            # too short for it, Triton 3.6 and 3.7 then multiply what they should not.
+            widths = set(re.findall(r"kWidth = (\d+)", kernel.asm["ttgir"]))
+            width = launch.operand_width(tiles.batch, dtype.itemsize)
+            assert widths == {str(width)}, f"operands of kWidth {widths}, not {width}"
         found = asdict(resources(kernel))
+        row = group | {"resources": found}
+        if simulate:
+            row["simulated"] = simulated(group, kernel, plan)
     except Exception:  # the other rows are still worth having
         return group | {"error": traceback.format_exc(limit=0)}
     options = {"stages": kernel.metadata.num_stages, "cooperative": kernel.metadata.launch_cooperative_grid}
-    return group | {"options": options, "resources": found}
+    return row | {"options": options}
+
+
+def simulated(group: Row, kernel: CompiledKernel, plan: Plan) -> Row:
+    """What bench.simulate makes of one step of a group's least B: the cycles of all launches that follow one another,
+    and the wavefronts of a program in the pipe to memory; or why it says nothing."""
+    name, device = group["kernel"], DEVICES[group["device"]]
+    if device != H100:
+        return {"why": "the simulation has an H100's clocks"}
+    timing, why = simulate.simulate_plan(kernel, name, plan, group["H"], group["B"], device=device, proj=group["proj"])
+    if timing is None:
+        return {"why": why}
+    launches = 1
+    if plan.mode == "grid":
+        blocks, groups = programs_of(getattr(plan, name), group["H"], group["B"], group["proj"])
+        members, stacked = max(plan.directions, plan.layers), plan.layers > 1
+        at_once = launch.resident_at_once(device.multiprocessors // blocks, members, groups, stacked)
+        launches = ceil_div(members, at_once[0]) * ceil_div(groups, at_once[1])
+    return {"cycles": round(launches * timing.cycles), "launches": launches, "wavefronts": round(timing.wavefronts)}
 
 
 def fails(row: Row) -> bool:
@@ -391,26 +419,6 @@ def predicted(row: Row) -> Row:
     if not row["proj"]:  # of a projection there is no floor
         bound = round(model.floor(row["device"], row["dtype"], row["mode"], *sizes, layers=row["layers"]).us, 2)
     return {"us": round(planned.us, 2), "floor": bound, "binds": planned.binds}
-
-
-def simulated(row: Row) -> Row:
-    """The cycles of one step of a row's B by bench.simulate, in all launches that follow one another, with its time at
-    the clock of kernels/model.py; without figures, why not."""
-    (dtype, ieee), device, name = DTYPES[row["dtype"]], DEVICES[row["device"]], row["kernel"]
-    plan = choose_kernel(dtype, row["B"], row["H"], device, ieee, row["directions"], row["layers"], row["proj"])
-    kernel = compile_kernel(name, plan, row["H"], dtype, device.capability, out=row["proj"], half=row["half"])
-    timing, why = simulate.simulate_plan(kernel, name, plan, row["H"], row["B"], device=device, proj=row["proj"])
-    if timing is None:
-        return {"not_simulated": why}
-    blocks, groups = programs_of(getattr(plan, name), row["H"], row["B"], row["proj"])
-    members, stacked = max(plan.directions, plan.layers), plan.layers > 1
-    launches = 1
-    if plan.mode == "grid":
-        at_once = launch.resident_at_once(device.multiprocessors // blocks, members, groups, stacked)
-        launches = ceil_div(members, at_once[0]) * ceil_div(groups, at_once[1])
-    cycles = launches * timing.cycles
-    us = cycles / model.TERMS[row["device"]].clock
-    return {"launches": launches, "simulated_cycles": round(cycles), "simulated_us": round(us, 2)}
 
 
 def source() -> str:
@@ -445,10 +453,11 @@ def tabulate(results: Path, fresh: bool) -> list[Row]:
     known = {key(row, COMPILE): row for row in old}
     wanted = {key(group, COMPILE): group for group in groups()}
     for at, (name, group) in enumerate(wanted.items(), 1):
-        if name in known:
+        # A simulation is of one B.
+        if name in known and ("cycles" not in known[name].get("simulated", {}) or known[name]["B"] == group["B"]):
             known[name] |= group | predicted(group)
             continue
-        known[name] = compiled(group) | predicted(group) | version
+        known[name] = compiled(group, simulate=True) | predicted(group) | version
         write(path, known.values())  # each at once: a run that is cut short goes on here
         print(f"{at}/{len(wanted)} {name} {known[name].get('resources') or known[name]['error']}", flush=True)
     rows = [known[name] for name in wanted]
@@ -482,14 +491,15 @@ def table(results: Path) -> str:
         "The kernels that project stand for the H and features that are given. In the time loop, for one step of",
         "one program (an inner loop over chunks that are not kept counted once): matrix instructions (HMMA; HGMMA is",
         "wgmma, UTCHMMA tcgen05), barriers, instructions, KiB of global memory that are loaded and stored if no mask",
-        "hides any. Model: the time of a step under these tiles at this H and its smallest B in the group, and its",
-        "floor, by `kernels/model.py` and `bench/model.py`, and the term that sets the first. Layers: the fewest that",
-        "run in one launch under these tiles, a step behind each other; the time is that of a step of all of them. One",
-        "direction of a layer; both have the same tiles, and addresses that take a few registers more",
-        "(`--directions 2`). fp16 has the tiles of bf16.",
+        "hides any. On an H100, of a step at this H and its smallest B in the group: the wavefronts of a program in",
+        "the pipe to memory, and the time of all its launches, by `bench/simulate.py` at 1.83 GHz. Model: the time of",
+        "the same step, and its floor, by `kernels/model.py` and `bench/model.py`, and the term that takes most of the",
+        "first. Layers: the fewest that run in one launch under these tiles, a step behind each other; the time is",
+        "that of a step of all of them. One direction of a layer; both have the same tiles, and addresses that take a",
+        "few registers more (`--directions 2`). fp16 has the tiles of bf16.",
     ]
     head = "dtype | pass | form | tiles | H | of H | of B | registers | spills | shared KiB | matrix | barriers"
-    head += " | instructions | loads KiB | stores KiB | model µs | floor µs | binds"
+    head += " | instructions | loads KiB | stores KiB | wavefronts | simulated µs | model µs | floor µs | binds"
     for device in DEVICES:
         lines += ["", f"## {device}", "", f"| {head} |", "| --- " * (head.count("|") + 1) + "|"]
         lines += [f"| {' | '.join(cells(row))} |" for row in rows.values() if first(row)["device"] == device]
@@ -515,9 +525,18 @@ def cells(versions: dict[str, Row]) -> Iterator[str]:
     yield f"{row['H']}{'' if row['aligned'] else '*'}"
     yield from (f"{low}-{high}" for low, high in (row["H_range"], row["B_range"]))
     for name in ("registers", "spills", "shared", "matrix", "barriers", "instructions", "loaded", "stored"):
-        figures = [figure(name, each[name]) if each else "error" for each in found]
-        yield figures[0] if len(set(figures)) == 1 else " / ".join(figures)
+        yield side_by_side(figure(name, each[name]) if each else "error" for each in found)
+    times = [version.get("simulated", {}) for version in versions.values()]
+    clock = model.TERMS[row["device"]].clock
+    yield side_by_side(str(each.get("wavefronts", "-")) for each in times)
+    yield side_by_side(f"{each['cycles'] / clock:.2f}" if "cycles" in each else "-" for each in times)
     yield from (f"{row['us']:.2f}", "-" if row["floor"] is None else f"{row['floor']:.2f}", row["binds"])
+
+
+def side_by_side(figures: Iterable[str]) -> str:
+    """The figures of several Tritons; one if they are the same."""
+    every = list(figures)
+    return every[0] if len(set(every)) == 1 else " / ".join(every)
 
 
 def forms(row: Row) -> Iterator[str]:
@@ -553,8 +572,9 @@ def main() -> None:
     printed.add_argument("--lengths", action="store_true")
     printed.add_argument("--reset", action="store_true")
     printed.add_argument("--drop", action="store_true", help="dropout between the layers")
+    printed.add_argument("--refused", action="store_true", help="as after a refused cooperative launch: by steps")
     printed.add_argument("--inference", action="store_true", help="save nothing for backward")
-    printed.add_argument("--simulate", action="store_true", help="and the simulated time of a dense step, with --H")
+    printed.add_argument("--simulate", action="store_true", help="and the simulated cycles of a step")
     args = parser.parse_args()
     if args.beside:
         for case in args.beside:
@@ -570,15 +590,16 @@ def main() -> None:
         batches = [(B, B) for B in args.B]
         launches = [(args.directions, args.layers, args.proj)]
         chosen = [group for H in args.H for group in groups(args.device, args.dtype, [H], batches, launches, ())]
+    if args.refused:
+        of_grid = [group for group in chosen if group["mode"] == "grid"]
+        chosen = [group | {"mode": "step", "tiles": asdict(alone(Tiles(**group["tiles"])))} for group in of_grid]
     flags = {name: getattr(args, name) for name in ("reverse", "packed", "lengths", "reset", "drop")}
     flags["save"] = not args.inference
     failed = False
     for group in chosen:
         began = time.perf_counter()
-        row = compiled(group, **flags) | predicted(group) | flags
+        row = compiled(group, args.simulate, **flags) | predicted(group) | flags
         failed |= fails(row)
-        if args.simulate:
-            row |= simulated(group)
         print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}), flush=True)
     sys.exit(failed)
 

@@ -130,7 +130,7 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
         # Four warps take TF32's W_hh into registers, which hold no more of it (Triton 3.9).
         few = wgmma and (size == 2 or H * size <= 2688)
         forward.append(Tiles(32, 16, chunk // 2 if wgmma else min(64, chunk), 4 if few else 8))
-        if few and not in_1k:
+        if few and not in_1k and (size == 2 or in_2k):
             forward.append(Tiles(16, 16, min(64, chunk), 4))
         # The longest rows of TF32 on an A100 spill (Triton 3.9 forward, 3.6 backward).
         longest = size == 4 and not (wgmma or tcgen05) and H >= 512
@@ -146,7 +146,8 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
     elif 8 in fits:
         forward.append(Tiles(16, 8, 128, 8, split=8))
         # Over the longest rows that a B200 spreads, eight warps spill one register (Triton 3.7).
-        forward.append(Tiles(32, 8, chunk // 2 if tcgen05 else min(64, chunk), 4 if tcgen05 else 8))
+        if size == 2 or not tcgen05:  # in TF32 its longest rows spill (Triton 3.9)
+            forward.append(Tiles(32, 8, chunk // 2 if tcgen05 else min(64, chunk), 4 if tcgen05 else 8))
         if not tcgen05:
             backward.append(Tiles(16, 8, 128, 8, split=8))
     if 32 in fits:

@@ -54,6 +54,7 @@ RESET_POLLED = "test_kernels.py::test_layouts[cpu-reset-False-polled]"
 MEMBERS = "test_kernels.py::test_several_members_in_a_launch[layers with dropout-dense]"
 PACKED = "test_kernels.py::test_layouts[cpu-packed-False-local]"
 REVERSE = "test_kernels.py::test_layouts[cpu-packed-True-local]"
+PACKED_STEP = "test_kernels.py::test_layouts[cpu-packed-False-step]"
 REVERSE_STEP = "test_kernels.py::test_layouts[cpu-packed-True-step]"
 PADDED = "test_kernels.py::test_layouts[cpu-lengths-False-local]"
 RESET = "test_kernels.py::test_layouts[cpu-reset-False-local]"
@@ -68,6 +69,7 @@ LENGTHS = "test_sequences.py::test_lengths_equal_packing[cpu-two layers, both di
 LAYERS = "test_parity.py::test_lstm[cpu-batch first-dtype3]"
 PROJECTION = "test_parity.py::test_lstm[cpu-projection-dtype3]"
 WITHIN = "test_projection.py::test_every_state_and_gradient[cpu--rows first]"
+WITHIN_LENGTHS = "test_projection.py::test_every_state_and_gradient[cpu-lengths-steps first]"
 WITHIN_RESET = "test_projection.py::test_every_state_and_gradient[cpu-reset-steps first]"
 UNSORTED = "test_parity.py::test_packed[cpu-packed-dtype3]"
 FLOAT32_CELL = "test_recurrence.py::test_cell_is_float32_across_the_loop[cpu-fp16]"
@@ -93,25 +95,18 @@ FAULTS = {
         "tanh without its series": ("tl.abs(x) < 0.25", "tl.abs(x) < 0.0", SMALL),
     },
     "kernels/forward.py": {
-        "stride of the input gates": ("gate = place[None, :] * (4 * H)", "gate = place[None, :] * (3 * H)", ONE_ROW),
-        "h0 taken as zero": ("h_tile = tl.load(", "h_tile = 0 * tl.load(", ONE_ROW),
-        "cell rounded to 16 bits": ("active, c_next, c_tile", "active, c_next.to(tl.float16).to(ACC), c_tile", ONE_ROW),
-        "cell kept in the dtype of h": (
-            "active, c_next, c_tile",
-            "active, c_next.to(y.dtype.element_ty).to(ACC), c_tile",
-            FLOAT32_CELL,
-        ),
-        "cell of rows that have ended": ("tl.where(active, c_next, c_tile)", "c_next", PACKED),
+        "stride of the input gates": ("gate = place[None, :] * (4 * H)", "gate = place[None, :] * (3 * H)", STEP),
+        "cell rounded to 16 bits": ("active, c_next, c_tile", "active, c_next.to(tl.float16).to(ACC), c_tile", STEP),
+        "cell of rows that have ended": ("tl.where(active, c_next, c_tile)", "c_next", PACKED_STEP),
         "order of the reverse direction": (
             "t = tl.where(backwards, last - step, step)",
             "t = step",
-            REVERSE,
+            REVERSE_STEP,
         ),
         "a reset that keeps h": ("linked_rows = active_rows & ~start", "linked_rows = active_rows", RESET_STEP),
-        "a reset that keeps h on chip": ("tl.where(start[None, :], 0.0, h_tile)", "h_tile", RESET),
-        "a reset that keeps c": ("tl.where(start[None, :], c_reset_tile, c_tile)", "c_tile", RESET),
-        "hn from the wrong end": ("end = tl.where(backwards, 0, steps - 1)", "end = steps - 1", REVERSE),
-        "end of a row without steps": ("tl.where(steps > 0, y +", "tl.where(steps >= 0, y +", LENGTHS),
+        "a reset that keeps c": ("tl.where(start[None, :], c_reset_tile, c_tile)", "c_tile", RESET_STEP),
+        "hn from the wrong end": ("end = tl.where(backwards, 0, steps - 1)", "end = steps - 1", REVERSE_STEP),
+        "end of a row without steps": ("tl.where(steps > 0, y +", "tl.where(steps >= 0, y +", WITHIN_LENGTHS),
         "cell of the launch before": ("mask & (step_begin > 0)", "mask & (step_begin > 1)", STEP),
         "cells of the padding": ("new_zeros if layout.padded else input_gates.new_empty", "new_empty", PADDED),
         "the layer below a step late": (
@@ -121,7 +116,7 @@ FAULTS = {
         ),
         "bias of the layer below": ("bias += below * (4 * H)", "bias += 0 * below", MEMBERS),
         "h without dropout for the layer above": ("(dropped if DROP else y)", "y", MEMBERS),
-        "the order of steps and rows": ("lanes = rows * row_stride", "lanes = rows", LAYERS),
+        "the order of steps and rows": ("lanes = rows * row_stride", "lanes = rows", WITHIN),
         "h of the wrong neighbour": (
             "t_prev = tl.where(backwards, t + 1, t - 1)",
             "t_prev = t",
@@ -129,19 +124,19 @@ FAULTS = {
         ),
     },
     "kernels/backward.py": {
-        "dc of rows that have ended": ("tl.where(active, dc_prev, dc)", "dc_prev", PACKED),
+        "dc of rows that have ended": ("tl.where(active, dc_prev, dc)", "dc_prev", PACKED_STEP),
         "order of the reverse direction": (
             "tl.where(backwards, step, last - step)",
             "last - step",
-            REVERSE,
+            REVERSE_STEP,
         ),
         "the layer above a step late": (
             "(place + total_rows) * (4 * H)",
             "(begin_next + places + total_rows) * (4 * H)",
-            ONE_LAUNCH,
+            MEMBERS,
         ),
-        "dy for every layer": ("active & (depth == 0)", "active", ONE_LAUNCH),
-        "gradient past what was dropped": ("dh_above = drop(dh_above,", "drop(dh_above,", MASKS),
+        "dy for every layer": ("active & (depth == 0)", "active", MEMBERS),
+        "gradient past what was dropped": ("dh_above = drop(dh_above,", "drop(dh_above,", MEMBERS),
         "dgates of the wrong neighbour": (
             "t_next = tl.where(backwards, t - 1, t + 1)",
             "t_next = t",
@@ -150,46 +145,61 @@ FAULTS = {
         "cell of the wrong neighbour": (
             "t_prev = tl.where(backwards, t + 1, t - 1)",
             "t_prev = t",
-            REVERSE,
+            REVERSE_STEP,
         ),
         "c0 taken as zero": (
             "o.to(ACC), c_prev,",
             "o.to(ACC), c_prev * (step < last),",
-            ONE_ROW,
+            STEP,
         ),
-        "c0 taken from c": ("c0 + states * H)", "c + place * H)", ONE_ROW),
+        "c0 taken from c": ("c0 + states * H)", "c + place * H)", STEP),
         "dgates across a reset": ("linked_next = linked_next & (", "linked_next = linked_next | (", RESET_STEP),
-        "dgates across a reset on chip": ("linked = active & ~start[None, :]", "linked = active", RESET),
-        "dc across a reset": ("dc_prev = tl.where(start[None, :], 0.0, dc_prev)", "dc_prev = dc_prev", RESET),
-        "dc_reset dropped": ("dc_reset_tile += tl.where(start[None, :], dc_prev, 0.0)", "dc_reset_tile += 0.0", RESET),
-        "cell from before a reset": ("tl.where(start, c_reset + states * H, c_rows)", "c_rows", RESET),
-        "gradient of the cells dropped": ("dc += tl.load(dc_steps", "dc += 0 * tl.load(dc_steps", ONE_ROW),
-        "two gates in each other's place": (
-            "tl.join(di, dg), tl.join(df, do)",
-            "tl.join(di, df), tl.join(dg, do)",
-            ONE_ROW,
+        "dc across a reset": ("dc_prev = tl.where(start[None, :], 0.0, dc_prev)", "dc_prev = dc_prev", RESET_STEP),
+        "dc_reset dropped": (
+            "dc_reset_tile += tl.where(start[None, :], dc_prev, 0.0)",
+            "dc_reset_tile += 0.0",
+            RESET_STEP,
         ),
-        "dhn dropped": ("active & (~has_next)[None, :]", "active & False", ONE_ROW),
+        "cell from before a reset": ("tl.where(start, c_reset + states * H, c_rows)", "c_rows", RESET_STEP),
+        "gradient of the cells dropped": ("dc += tl.load(dc_steps", "dc += 0 * tl.load(dc_steps", STEP),
+        "dhn dropped": ("active & (~has_next)[None, :]", "active & False", STEP),
         "dhn of the features dropped": ("dh += at_end.to(ACC)", "dh += 0 * at_end.to(ACC)", WITHIN),
         "features across a reset": ("linked_next & projects", "active_rows & has_next & projects", WITHIN_RESET),
-        "dhn of the longest rows only": ("active & (~has_next)[None, :]", "active & (step == 0)", PACKED),
+        "dhn of the longest rows only": ("active & (~has_next)[None, :]", "active & (step == 0)", PACKED_STEP),
     },
     "kernels/latency_forward.py": {
+        "h0 taken as zero": ("h_tile = tl.load(", "h_tile = 0 * tl.load(", ONE_ROW),
+        "cell kept in the dtype of h": (
+            "active, c_next, c_tile",
+            "active, c_next.to(y.dtype.element_ty).to(ACC), c_tile",
+            FLOAT32_CELL,
+        ),
+        "cell of rows that have ended": ("tl.where(active, c_next, c_tile)", "c_next", PACKED),
+        "h of rows that have ended": ("tl.where(active, h, h_tile)", "h", REVERSE),
+        "order of the reverse direction": ("tl.where(backwards, last - step, step)", "step", REVERSE),
+        "end of a row without steps": ("tl.where(steps > 0, y +", "tl.where(steps >= 0, y +", LENGTHS),
+        "the order of the steps and rows": ("lanes = rows * row_stride", "lanes = rows", LAYERS),
         "the layer below a step late": ("below_y + begin * H + below", "below_y + begin_prev * H + below", ONE_LAUNCH),
         "bias of the layer below": ("bias + below * (4 * H)", "bias + 0 * below", ONE_LAUNCH),
         "h without dropout for the layer above": ("below_y = dropped if DROP else y", "below_y = y", MASKS),
         "a reset that keeps h": ("tl.where(start[None, None, :], 0.0, recurrent)", "recurrent", RESET_POLLED),
+        "a reset that keeps h in the program": ("tl.where(start_next[:, None], 0.0, h_tile)", "h_tile", RESET),
+        "a reset that keeps c": ("tl.where(start[:, None], c_reset_tile, c_tile)", "c_tile", RESET),
+        "two gates in each other's place": ("(3, 2, 0, 1)", "(3, 2, 1, 0)", ONE_ROW),
+        "half of the units of a gate": ("places // BLOCK_H * H + places % BLOCK_H", "places // BLOCK_H * H", ONE_ROW),
     },
     "kernels/latency_backward.py": {
-        "dgates across a reset": (
-            "linked_rows = linked_rows & (tl.load(",
-            "linked_rows = linked_rows | (tl.load(",
-            RESET_POLLED,
-        ),
+        "dc of rows that have ended": ("tl.where(active, dc_prev, dc)", "dc_prev", PACKED),
+        "gradient past what was dropped": ("dh = drop(dh,", "drop(dh,", MASKS),
+        "dgates across a reset": ("tl.where(cut_rows[None, None, :], 0.0, recurrent)", "recurrent", RESET_POLLED),
+        "dgates across a reset in the program": ("linked = active & ~start[:, None]", "linked = active", RESET),
+        "dc_reset dropped": ("dc_reset_tile += tl.where(start[:, None], dc_prev, 0.0)", "dc_reset_tile += 0.0", RESET),
+        "two gates in each other's place": ("tl.join(i, g), tl.join(f, o)", "tl.join(i, f), tl.join(g, o)", ONE_ROW),
+        "a quarter of the gates": ("parts % 4 * BLOCK_H +", "parts % 2 * BLOCK_H +", ONE_ROW),
     },
     "kernels/operands.py": {
         "one operand as it lies": ("in_registers(operand(x, PRECISION, True), SPLIT, M, BITS, K_WIDTH)", "x", POLLED),
-        "a part of a sum": ("x = a + b\n    if PARTS > 2", "x = a\n    if PARTS > 2", POLLED),
+        "a part of a sum": ("x = a + b\n    return", "x = a\n    return", POLLED),
     },
     "kernels/dropout.py": {
         "the layers' masks the same": ("zero + layer.to(tl.uint32)", "zero", MASKS),

@@ -42,6 +42,8 @@ VARIANTS = {
     "float16": ("--dtype", "fp16"),
     "both directions": ("--directions", "2"),
     "layers": ("--layers", "2", "--drop"),
+    "refused": ("--refused", "--dtype", "bf16", "tf32", "--H", "136", "--lengths", "--reset"),
+    "refused layers": ("--refused", "--H", "136", "--layers", "2", "--drop"),
     "projection": ("--H", "2048", "4096", "--proj", "256"),
 }
 
@@ -100,13 +102,16 @@ def faults(row):
         packed, in_reset, dropping = (row.get(name, False) for name in ("packed", "reset", "drop"))
         ragged = packed or row.get("lengths", False)
         loads = (4 if forward else 6 + (ragged or in_reset) + ragged) + packed + 2 * in_reset + 2 * dropping
+    # With lengths and resets, the most that a kernel has, a team of few rows keeps some invariants in memory: a few
+    # loads a step, where every other choice of tiles takes far longer.
+    spills = 32 if polled and team and row.get("lengths", False) and row.get("reset", False) else 0
     broken = {
-        f"{found['spills']} spills in the time loop": found["spills"] > 0,
+        f"{found['spills']} spills in the time loop": found["spills"] > spills,
         f"{found['shared']} bytes of shared memory, of {device.shared}": found["shared"] > device.shared,
         f"{found['tensor']} columns of tensor memory, of {TENSOR_MEMORY}": found["tensor"] > TENSOR_MEMORY,
         f"{found['loads']} tiles loaded a step, not {loads}": not (step or tiles["kept"]) and found["loads"] != loads,
         f"{found['resident']} tiles in shared memory, the weights have {held}": not step
-        and (found["resident"] > 0 if polled or local else found["resident"] < held),
+        and (found["resident"] > 2 * local if polled or local else found["resident"] < held),  # the first product's
         f"{found['barriers']} barriers: a product's operands pass through shared memory": polled
         and found["barriers"] > 2 + 2 * row.get("drop", False) + 5 * row.get("bounded", False),
         f"{found['barriers']} barriers: more than parts and h (dgates) pass through shared memory": local
@@ -134,6 +139,9 @@ def losses(row, before):
     ]
     if found["instructions"] > 1.02 * had["instructions"]:
         lost.append(f"{had['instructions']} to {found['instructions']} instructions")
+    cycles, before_cycles = (one.get("simulated", {}).get("cycles", 0) for one in (row, before))
+    if cycles > 1.05 * before_cycles > 0:
+        lost.append(f"{before_cycles} to {cycles} simulated cycles")
     # Another unit counts as worse: which one runs is a choice.
     if found["matrix"].keys() != had["matrix"].keys() or sum(found["matrix"].values()) > sum(had["matrix"].values()):
         lost.append(f"{had['matrix']} to {found['matrix']}")
@@ -201,15 +209,13 @@ def sample():
         dtype = PRODUCTS[(turn + turn // 4) % (2 if stack else 3)]
         kind = {"device": device, "dtype": dtype, "kernel": kernel, "mode": mode, "stack": stack}
         fitting = [place for place, group in enumerate(every) if kind.items() <= group.items()]
-        if stack and not fitting:
-            continue  # a B200 runs layers one by one
         taken = [place for place in fitting if every[place]["aligned"] == (turn % 5 < 3)] or fitting
         places.append(min(taken, key=lambda place: every[place]["H"]))
     return places
 
 
 def test_sample_of_plans():
-    check(offline("--groups", *sample()))
+    check(offline("--groups", *sample(), "--simulate"))
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "dense"])
