@@ -105,8 +105,8 @@ _ORDERED = [
         for H, dtype, mode in product([512, 256], _MAIN, BOTH)
     ),
     *(
-        Case(mode, T=512, B=16, I=512, H=2048, dtype=dtype, proj=proj)
-        for proj, dtype, mode in product([256, 512], _MAIN, BOTH)
+        Case(mode, T=512, B=16, I=512, H=H, dtype=dtype, proj=512)
+        for H, dtype, mode in product([2048, 4096], _MAIN, BOTH)
     ),
     *(_square(64, H, B, dtype, "one step") for H, B, dtype in product([512, 1024], [1, 16], ("bf16", "fp16", "tf32"))),
     *(

@@ -54,7 +54,7 @@ FORMS = {
     "grid streaming W_hh": ("fused_lstm", _form(1024, 16, "fp32")),
     "stack of layers": ("fused_lstm", _form(512, 16, layers=4)),
     "both directions": ("fused_lstm", _form(512, 16, directions=2)),
-    "projection in the loop": ("fused_lstm", _form(2048, 16, I=512, proj=256)),
+    "projection in the loop": ("fused_lstm", _form(4096, 16, I=512, proj=512)),
     "one step": ("fused_lstm", _form(512, 16, mode="one step")),
     "lengths": ("fused_lstm", _form(512, 64, form="lengths")),
     "resets": ("fused_lstm", _form(512, 64, form="reset")),
