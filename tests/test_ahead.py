@@ -64,7 +64,7 @@ def archive(tmp_path_factory):
     """One with the kernels of a small size."""
     folder = tmp_path_factory.mktemp("archive")
     (compiled,) = filled(store.ROOT, folder / "cache", folder / "small.tar.xz", "pack")
-    assert {"forward_kernel", "backward_kernel", "one_step_kernel"} <= set(compiled.split())
+    assert {"latency_forward_kernel", "latency_backward_kernel", "one_step_kernel"} <= set(compiled.split())
     shutil.rmtree(folder / "cache")
     return folder / "small.tar.xz"
 
