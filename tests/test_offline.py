@@ -97,11 +97,11 @@ def faults(row):
     loads += row.get("packed", False) * (offsets + grid) + row.get("reset", False) * (resets + grid)
     if polled or local:
         # Of its own alone, because what is polled no tile loads: backward has c once, as long as the next step's
-        # c_prev is this one's c, and dhn before the loop, as long as all rows end together. Resets are loaded in two
-        # layouts, of the cell and of the addresses that wait.
+        # c_prev is this one's c, and dhn before the loop, as long as all rows end together. Where it polls, it loads
+        # resets in two layouts, of the cell and of the addresses that wait.
         packed, in_reset, dropping = (row.get(name, False) for name in ("packed", "reset", "drop"))
         ragged = packed or row.get("lengths", False)
-        loads = (4 if forward else 6 + (ragged or in_reset) + ragged) + packed + 2 * in_reset + 2 * dropping
+        loads = (4 if forward else 6 + (ragged or in_reset) + ragged) + packed + (1 + polled) * in_reset + 2 * dropping
     # With lengths and resets, the most that a kernel has, a team of few rows keeps some invariants in memory: a few
     # loads a step, where every other choice of tiles takes far longer.
     spills = 32 if polled and team and row.get("lengths", False) and row.get("reset", False) else 0
@@ -117,7 +117,7 @@ def faults(row):
         f"{found['barriers']} barriers: more than parts and h (dgates) pass through shared memory": local
         and found["barriers"] > (6 if row["aligned"] else 18),
         f"{found['early']} looks for what others write before the own is written": polled and found["early"] > 0,
-        "no matrix instruction": not found["matrix"],
+        "no matrix instruction": not found["matrix"] and not (step and tiles["poll"]),  # of one turn there is no loop
         "more programs than multiprocessors": grid and programs > device.multiprocessors,
         "not cooperative": grid and not options["cooperative"],
         f"{options['stages']} stages: h may be loaded before its flag": options["stages"] != 1,
