@@ -59,14 +59,10 @@ def predicted(row: Row, B: int) -> float:
 
 def terms(row: Row) -> dict[str, float]:
     """The model's cycles of a row, by term."""
-    tiles = Tiles(**row["tiles"])
-    if row["mode"] == "local":
-        return model.few_units(row["dtype"], tiles)
-    blocks, groups = programs_of(tiles, row["H"], row["B"])
-    layers, mode = row["layers"], () if tiles.poll else ("grid",)
-    of = model.few_rows if tiles.poll else model.behind_flags
-    shape = tiles, row["H"], row["B"], layers * blocks * groups, layers, row["kernel"] == "backward"
-    return of(TERMS, row["dtype"], *mode, *shape)
+    tiles, layers, proj = Tiles(**row["tiles"]), row["layers"], row["proj"]
+    blocks, groups = programs_of(tiles, row["H"], row["B"], proj)
+    shape = tiles, row["H"], row["B"], layers * blocks * groups, layers, proj, row["kernel"] == "backward"
+    return model.of_launch(TERMS, row["dtype"], row["mode"], *shape)
 
 
 def function(row: Row) -> str:

@@ -49,7 +49,7 @@ from fused_lstm.kernels import (
     sync,
 )
 from fused_lstm.kernels.plan import Plan, choose_kernel, choose_one_step, projects
-from fused_lstm.kernels.tiles import A100, B200, H100, Tiles, alone, ceil_div, programs_of
+from fused_lstm.kernels.tiles import A100, B200, H100, Tiles, alone
 
 from . import model, simulate
 from .sass import disassemble, parse, time_loop, tool, width
@@ -141,7 +141,7 @@ def compile_kernel(
 ) -> CompiledKernel:
     """Compiles a kernel of KERNELS as its launcher would, for a capability such as (9, 0), without a GPU."""
     tiles = getattr(plan, name)
-    held = launch.in_registers(plan, tiles)
+    held = launch.weight_in_registers(plan, tiles)
     kernel: Any = KERNELS[name][held]
     stack = plan.layers > 1
     flags = {"CELL": half != "PROJECT", "PROJECT": bool(out) and half != "CELL"}
@@ -391,12 +391,7 @@ def simulated(group: Row, kernel: CompiledKernel, plan: Plan) -> Row:
     timing, why = simulate.simulate_plan(kernel, name, plan, group["H"], group["B"], device=device, proj=group["proj"])
     if timing is None:
         return {"why": why}
-    launches = 1
-    if plan.mode == "grid":
-        blocks, groups = programs_of(getattr(plan, name), group["H"], group["B"], group["proj"])
-        members, stacked = max(plan.directions, plan.layers), plan.layers > 1
-        at_once = launch.resident_at_once(device.multiprocessors // blocks, members, groups, stacked)
-        launches = ceil_div(members, at_once[0]) * ceil_div(groups, at_once[1])
+    _, launches = simulate.launches_of(plan, name, group["H"], group["B"], device, group["proj"])
     return {"cycles": round(launches * timing.cycles), "launches": launches, "wavefronts": round(timing.wavefronts)}
 
 

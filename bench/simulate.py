@@ -21,7 +21,7 @@ from triton.compiler import CompiledKernel
 
 from fused_lstm.kernels.launch import SIZES, resident_at_once
 from fused_lstm.kernels.plan import Plan
-from fused_lstm.kernels.tiles import H100, Device, programs_of
+from fused_lstm.kernels.tiles import H100, Device, ceil_div, programs_of
 
 from . import emulate, sass
 from .emulate import Access, Row
@@ -662,6 +662,16 @@ def simulate_code(
     )
 
 
+def launches_of(plan: Plan, name: str, H: int, B: int, device: Device, proj: int) -> tuple[tuple[int, int, int], int]:
+    """The programs of the first launch of a plan in mode "grid", or of the only one in mode "local", and how many
+    follow one another. Args as simulate_plan()."""
+    members, stacked = max(plan.directions, plan.layers), plan.layers > 1
+    blocks, groups = programs_of(getattr(plan, name), H, B, proj)
+    at_once = resident_at_once(device.multiprocessors // blocks, members, groups, stacked)
+    count = ceil_div(members, at_once[0]) * ceil_div(groups, at_once[1]) if plan.mode == "grid" else 1
+    return (blocks, at_once[1], at_once[0]), count
+
+
 def simulate_plan(
     kernel: CompiledKernel,
     name: str,
@@ -687,13 +697,10 @@ def simulate_plan(
     """
     if plan.mode == "step":
         return None, "a step is a launch of its own, which takes longer than its program"
-    stack = plan.layers > 1
-    members = plan.layers if stack else plan.directions
-    blocks, groups = programs_of(getattr(plan, name), H, B, proj)
-    members_at_once, groups_at_once = resident_at_once(device.multiprocessors // blocks, members, groups, stack)
+    (blocks, groups_at_once, members_at_once), _ = launches_of(plan, name, H, B, device, proj)
     T = 64  # more than are simulated
     sizes = dict(zip(SIZES, (T, B, T * B, B, 1, 0, 0, 0, T), strict=True))
-    program = min(1, blocks - 1), 0, int(stack)
+    program = min(1, blocks - 1), 0, int(plan.layers > 1)
     try:
         return simulate(kernel, sizes, (blocks, groups_at_once, members_at_once), program=program, **options), ""
     except NotSimulated as why:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .cell import cell_backward
 from .dropout import drop
 from .latency_backward import latency_backward_kernel
-from .launch import ALONE, DENSE, SIZES, Layout, Stack, exchanged, in_registers, launch
+from .launch import ALONE, DENSE, SIZES, Layout, Stack, exchanged, launch, weight_in_registers
 from .plan import Plan
 from .product import load_weight, product
 from .sync import publish, wait
@@ -338,7 +338,7 @@ def backward(
     if B > 0:
         weight_ih, _, *dropout = stack
         given = dy, dhn, weight_hh, c0, c, gates, dc_steps, dcn, c_reset, dc_reset, *layout.tensors
-        if in_registers(plan, plan.backward):
+        if weight_in_registers(plan, plan.backward):
             kernel, tensors = latency_backward_kernel, (*given, weight_ih, *dropout, dgates, dc0, products)
         else:
             kernel, tensors = backward_kernel, (*given, weight_hr, weight_ih, *dropout, dgates, dc0, products, dh_steps)

@@ -63,7 +63,12 @@ def cell_backward(i, f, g, o, c_prev, c, dh, dc):
 @triton.jit
 def split_gates(x, UNITS: tl.constexpr, ROWS: tl.constexpr):
     """(4 * UNITS, ROWS) with the four gates of a unit side by side, to four tiles (UNITS, ROWS): i, f, g, o."""
-    x = tl.permute(tl.reshape(x, (UNITS, 2, 2, ROWS)), (0, 3, 1, 2))
+    return four(tl.permute(tl.reshape(x, (UNITS, 2, 2, ROWS)), (0, 3, 1, 2)))
+
+
+@triton.jit
+def four(x):
+    """The gates of x, whose last two dimensions are 2 and 2: i, f, g, o."""
     ig, fo = tl.split(x)
     i, g = tl.split(ig)
     f, o = tl.split(fo)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .cell import cell_forward, split_gates
 from .dropout import drop
 from .latency_forward import latency_forward_kernel
-from .launch import ALONE, DENSE, SIZES, Layout, Stack, accumulator, exchanged, in_registers, launch
+from .launch import ALONE, DENSE, SIZES, Layout, Stack, accumulator, exchanged, launch, weight_in_registers
 from .plan import Plan
 from .product import load_weight, product
 from .sync import publish, wait
@@ -334,7 +334,7 @@ def forward(
         if plan.forward.poll and h0.data_ptr() % 16 > 0:
             h0 = h0.clone()  # which a polling kernel loads 16 bytes at a time
         given = input_gates, weight_hh, h0, c0, c_reset, *layout.tensors
-        if in_registers(plan, plan.forward):
+        if weight_in_registers(plan, plan.forward):
             kernel, tensors = latency_forward_kernel, (*given, *stack, y, dropped, c, gates, hn, cn)
         else:
             kernel, tensors = forward_kernel, (*given, weight_hr, *stack, y, dropped, c, gates, hn, cn, unprojected)

@@ -16,7 +16,7 @@ from .product import operand
 
 
 @triton.jit
-def load_columns(
+def load_gate_columns(
     weight,
     columns,
     gate,
@@ -161,11 +161,13 @@ def latency_backward_kernel(
     if LOCAL:
         weights = (load_gates(of_weight, H, BLOCK_H, SPLIT, PRECISION),)
     else:
-        weights = load_columns(of_weight, team_units, gate_of_team, H, CHUNKS, GATES, SPLIT, K_WIDTH, PRECISION)
+        weights = load_gate_columns(of_weight, team_units, gate_of_team, H, CHUNKS, GATES, SPLIT, K_WIDTH, PRECISION)
     if STACK:
         above_places = places + total_rows
         of_weight = weight_ih + tl.minimum(member, tl.num_programs(2) - 2) * (4 * H * H)
-        weights_above = load_columns(of_weight, team_units, gate_of_team, H, CHUNKS, GATES, SPLIT, K_WIDTH, PRECISION)
+        weights_above = load_gate_columns(
+            of_weight, team_units, gate_of_team, H, CHUNKS, GATES, SPLIT, K_WIDTH, PRECISION
+        )
         step_begin = tl.maximum(step_begin - depth, 0)
         step_end = tl.minimum(step_end - depth, T)
     if TEAM > 1:

@@ -8,7 +8,7 @@ last: the compiler leaves a weight in registers across a loop only if a product 
 import triton
 import triton.language as tl
 
-from .cell import cell_forward
+from .cell import cell_forward, four
 from .dropout import drop
 from .launch import SIZES
 from .operands import behind_stores, fetch, load_operand, multiply, sum_gates, write_zeros
@@ -57,13 +57,9 @@ def for_all_parts(h, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def part_gates(x, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
+def part_gates(x, UNITS: tl.constexpr, ROWS: tl.constexpr):
     """The product with load_whole() to the four gates (ROWS, UNITS): i, f, g, o."""
-    x = tl.permute(tl.reshape(x, (2, 2, UNITS, ROWS)), (3, 2, 0, 1))
-    ig, fo = tl.split(x)
-    i, g = tl.split(ig)
-    f, o = tl.split(fo)
-    return i, f, g, o
+    return four(tl.permute(tl.reshape(x, (2, 2, UNITS, ROWS)), (3, 2, 0, 1)))
 
 
 @triton.jit
@@ -247,7 +243,7 @@ def latency_forward_kernel(
 
     for step in range(step_begin, step_end):
         if LOCAL:
-            rec_i, rec_f, rec_g, rec_o = part_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)
+            rec_i, rec_f, rec_g, rec_o = part_gates(recurrent, BLOCK_H, BLOCK_B)
         else:
             rec_i, rec_f, rec_g, rec_o = sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)
         if STACK:

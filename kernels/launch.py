@@ -137,7 +137,7 @@ def exchanged(like: Tensor, shape: tuple[int, ...], tiles: Tiles, layout: Layout
     return buffer.masked_fill_(layout.past(buffer.shape), 0) if layout.padded else buffer
 
 
-def in_registers(plan: Plan, tiles: Tiles) -> bool:
+def weight_in_registers(plan: Plan, tiles: Tiles) -> bool:
     """Whether a pass runs in a kernel of latency_forward.py or latency_backward.py, which has W_hh in registers."""
     return tiles.poll or plan.mode == "local"
 
@@ -266,7 +266,7 @@ def launch(
     T = layout.steps(tensors[0].shape)
     unit_blocks, batch_groups = programs_of(tiles, H, B, out)
     inner_flags = step_flags = report = None
-    held = in_registers(plan, tiles)
+    held = weight_in_registers(plan, tiles)
     zeros = tensors[0].new_empty(4 * H) if held and some_wait_for_nobody(plan, flags | layout.flags) else None
     at_once = members, batch_groups
     if plan.mode == "grid":

@@ -107,23 +107,39 @@ def step(
         return Time(math.inf, "multiprocessors")
     groups = max(1, groups) * directions
     at_once = min(groups, max(1, terms.multiprocessors // (layers * blocks)))
-    B, programs = B * directions, layers * blocks * at_once
-    if mode == "local":
-        cycles = few_units(kind, tiles)
-    elif proj:
-        cycles = projecting(terms, kind, mode, tiles, H, proj, B, backward)
-    elif tiles.poll and mode == "grid":
-        cycles = few_rows(terms, kind, tiles, H, B, programs, layers, backward)
-    else:
-        cycles = behind_flags(terms, kind, mode, tiles, H, B, programs, layers, backward)
+    programs = layers * blocks * at_once
+    cycles = of_launch(terms, kind, mode, tiles, H, B * directions, programs, layers, proj, backward)
     return Time(ceil_div(groups, at_once) * sum(cycles.values()) / terms.clock, max(cycles, key=cycles.__getitem__))
+
+
+def of_launch(
+    terms: Terms,
+    kind: str,
+    mode: str,
+    tiles: Tiles,
+    H: int,
+    B: int,
+    programs: int,
+    layers: int,
+    proj: int,
+    backward: bool,
+) -> dict[str, float]:
+    """Cycles of one step of a launch of so many programs at once, by term."""
+    if mode == "local":
+        return few_units(kind, tiles)
+    if proj:
+        return projecting(terms, kind, mode, tiles, H, proj, B, backward)
+    if tiles.poll and mode == "grid":
+        return few_rows(terms, kind, tiles, H, B, programs, layers, backward)
+    return behind_flags(terms, kind, mode, tiles, H, B, programs, layers, backward)
 
 
 def few_units(kind: str, tiles: Tiles) -> dict[str, float]:
     """Cycles of one step of the local form, either pass.
 
-    Fitted as few_rows(), to H 8 to 128 (80 kernels, Triton 3.6): it is off by 8% in the median, 23% at nine of ten, and
-    55% at most; the rank correlation is 0.90. What it leaves out is how narrow the rows are.
+    Fitted as few_rows(), to H 8 to 128. By `python -m bench.fit --H 8 15 16 24 31 32 48 63 64 --B 16 4096` (Triton 3.6)
+    it is off by 7% in the median, 23% at nine of ten, and 55% at most; the rank correlation is 0.92. What it leaves out
+    is how narrow the rows are.
     """
     instructions = 4 * tiles.units * tiles.units * tiles.batch // 8 * BYTES[kind] // 512
     return {

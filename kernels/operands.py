@@ -11,6 +11,7 @@ A part is what one warp sums of a chunk: 64 bytes of a row, 32 columns of 16 bit
 import triton
 import triton.language as tl
 
+from .cell import four
 from .plan import interpreted
 from .product import operand
 from .sync import complain
@@ -170,10 +171,7 @@ def sum_gates(x, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
     """(SPLIT, 4 * UNITS, ROWS), gate by gate, each part in another warp, to the four gates of their sum: (ROWS, UNITS),
     i, f, g, o."""
     x = tl.permute(tl.reshape(x, (SPLIT, 4, UNITS, ROWS)), (3, 2, 1, 0))
-    ig, fo = tl.split(tl.reshape(sum_last(x, (ROWS, UNITS, 4), SPLIT), (ROWS, UNITS, 2, 2)))
-    i, g = tl.split(ig)
-    f, o = tl.split(fo)
-    return i, f, g, o
+    return four(tl.reshape(sum_last(x, (ROWS, UNITS, 4), SPLIT), (ROWS, UNITS, 2, 2)))
 
 
 @triton.jit
