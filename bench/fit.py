@@ -26,42 +26,42 @@ from .simulate import simulate_plan
 TERMS = model.terms_for(H100)
 
 
-def simulated(dtypes: Iterable[str], sizes: Iterable[int], batches: list[int], layers: int, proj: int) -> Iterator[Row]:
+def simulated(dtypes: Iterable[str], sizes: Iterable[int], batches: list[int], layers: int) -> Iterator[Row]:
     """A row for each tile and each number of rows that its first launch has of these batches."""
     for dtype, H in product(dtypes, sizes):
         torch_dtype, ieee = DTYPES[dtype]
-        every = candidates(H, 8 if ieee else torch_dtype.itemsize, H100, layers, proj)
-        few, many = (choose_kernel(torch_dtype, B, H, H100, ieee, 1, layers, proj) for B in (1, 4096))
+        every = candidates(H, 8 if ieee else torch_dtype.itemsize, H100, layers)
+        few, many = (choose_kernel(torch_dtype, B, H, H100, ieee, 1, layers) for B in (1, 4096))
         if few.mode == "local":
             every = [[few.forward, many.forward], [few.backward, many.backward]]
         for name, found in zip(KERNELS, every, strict=True):
             for tiles in dict.fromkeys(found):
                 plan = replace(few, forward=tiles, backward=tiles)
-                kernel = compile_kernel(name, plan, H, torch_dtype, H100.capability, out=proj)
-                row = {"dtype": dtype, "kernel": name, "mode": plan.mode, "H": H, "layers": layers, "proj": proj}
+                kernel = compile_kernel(name, plan, H, torch_dtype, H100.capability)
+                row = {"dtype": dtype, "kernel": name, "mode": plan.mode, "H": H, "layers": layers}
                 row["tiles"] = vars(tiles)
                 for B in sorted({min(B, at_once(row) * tiles.batch) for B in batches}):
-                    timing, why = simulate_plan(kernel, name, plan, H, B, proj=proj)
+                    timing, why = simulate_plan(kernel, name, plan, H, B)
                     yield row | {"B": B} | ({"cycles": timing.cycles} if timing else {"not_simulated": why})
 
 
 def at_once(row: Row) -> int:
     """The batch groups of a launch."""
-    blocks, _ = programs_of(Tiles(**row["tiles"]), row["H"], 1, row["proj"])
+    blocks, _ = programs_of(Tiles(**row["tiles"]), row["H"], 1)
     return max(1, H100.multiprocessors // (row["layers"] * blocks))
 
 
 def predicted(row: Row, B: int) -> float:
     """The model's cycles of B rows, of all launches."""
-    shape = Tiles(**row["tiles"]), row["H"], B, row["kernel"] == "backward", 1, row["layers"], row["proj"]
+    shape = Tiles(**row["tiles"]), row["H"], B, row["kernel"] == "backward", 1, row["layers"]
     return model.step(TERMS, row["dtype"], row["mode"], *shape).us * TERMS.clock
 
 
 def terms(row: Row) -> dict[str, float]:
     """The model's cycles of a row, by term."""
-    tiles, layers, proj = Tiles(**row["tiles"]), row["layers"], row["proj"]
-    blocks, groups = programs_of(tiles, row["H"], row["B"], proj)
-    shape = tiles, row["H"], row["B"], layers * blocks * groups, layers, proj, row["kernel"] == "backward"
+    tiles, layers = Tiles(**row["tiles"]), row["layers"]
+    blocks, groups = programs_of(tiles, row["H"], row["B"])
+    shape = tiles, row["H"], row["B"], layers * blocks * groups, layers, 0, row["kernel"] == "backward"
     return model.of_launch(TERMS, row["dtype"], row["mode"], *shape)
 
 
@@ -69,7 +69,7 @@ def function(row: Row) -> str:
     """The name of the function of the model that a row is for."""
     if row["mode"] == "local":
         return "few_units"
-    return "projecting" if row["proj"] else "few_rows" if row["tiles"]["poll"] else "behind_flags"
+    return "few_rows" if row["tiles"]["poll"] else "behind_flags"
 
 
 def ranks(values: list[float]) -> list[int]:
@@ -89,14 +89,13 @@ def errors(name: str, rows: list[Row], worst: int) -> None:
     rank = correlation(ranks([predicted(row, row["B"]) for row in rows]), ranks([row["cycles"] for row in rows]))
     print(f"{name}: {len(rows)} rows, off by {median:.0%} in the median, {most:.0%} at nine of ten,", end=" ")
     print(f"{off[-1][0]:.0%} at most; rank correlation {rank:.2f}")
-    if name != "projecting":
-        found = [terms(row) for row in rows]
-        names = list(dict.fromkeys(name for each in found for name in each))
-        shares = torch.tensor(
-            [[each.get(name, 0) / row["cycles"] for name in names] for each, row in zip(found, rows, strict=True)]
-        )
-        factors = torch.linalg.lstsq(shares, torch.ones(len(rows), 1), driver="gelsd").solution[:, 0]
-        print("  best times", ", ".join(f"{name} {factor:.2f}" for name, factor in zip(names, factors, strict=True)))
+    found = [terms(row) for row in rows]
+    names = list(dict.fromkeys(name for each in found for name in each))
+    shares = torch.tensor(
+        [[each.get(name, 0) / row["cycles"] for name in names] for each, row in zip(found, rows, strict=True)]
+    )
+    factors = torch.linalg.lstsq(shares, torch.ones(len(rows), 1), driver="gelsd").solution[:, 0]
+    print("  best times", ", ".join(f"{name} {factor:.2f}" for name, factor in zip(names, factors, strict=True)))
     for _, at in off[: -worst - 1 : -1]:
         print(f"  {predicted(rows[at], rows[at]['B']):.0f} cycles for {rows[at]['cycles']:.0f}: {described(rows[at])}")
 
@@ -108,7 +107,7 @@ def regrets(rows: list[Row], batches: list[int], worst: int) -> None:
         of_launch = at_once(row) * row["tiles"]["batch"]
         if row["B"] == min(B, of_launch):
             all_launches = ceil_div(B, of_launch) * row["cycles"]
-            shape = row["dtype"], row["kernel"], row["H"], row["layers"], row["proj"], B
+            shape = row["dtype"], row["kernel"], row["H"], row["layers"], B
             shapes[shape].append((predicted(row, B), all_launches, described(row | {"B": B})))
     found = []
     for each in shapes.values():
@@ -125,7 +124,6 @@ def main() -> None:
     parser.add_argument("--H", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--B", type=int, nargs="+", default=[1, 16, 64, 256, 1024])
     parser.add_argument("--layers", type=int, default=1, help="in one launch")
-    parser.add_argument("--proj", type=int, default=0, help="features of a projection in the kernel")
     parser.add_argument("--save", type=Path, help="add the rows to this file")
     parser.add_argument("--load", type=Path, help="take the rows of this file instead of simulating")
     parser.add_argument("--worst", type=int, default=5, help="rows to print of each")
@@ -134,7 +132,7 @@ def main() -> None:
     if args.load:
         rows = [json.loads(line) for line in args.load.read_text(encoding="utf-8").splitlines()]
     else:
-        for row in simulated(args.dtype, args.H, args.B, args.layers, args.proj):
+        for row in simulated(args.dtype, args.H, args.B, args.layers):
             rows.append(row)
             if args.save:
                 with args.save.open("a", encoding="utf-8") as file:

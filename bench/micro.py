@@ -103,7 +103,7 @@ def broadcast_kernel(
         wait(flags + step, tl.num_programs(0), step, report, TURNS)
         if READ:
             for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
-                sum += load_columns(slot + rows * H, rows < B, k, H, 1, BLOCK_K)
+                sum += load_columns(slot + rows * H, rows < B, k, H, BLOCK_K)
     tl.store(total + tl.program_id(0), tl.sum(sum))
 
 

@@ -78,12 +78,12 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp
 PRODUCTS = ("bf16", "tf32", "fp32")
 LAUNCHES = ((1, 1, 0), (1, 2, 0), (1, 4, 0))
 # Of projections in the kernel: H, and P.
-PROJECTIONS = tuple(pairs((1016, 1400, 2048, 2104, 4096), (136, 512, 1024)))
+PROJECTIONS = tuple(pairs((1800, 2560, 4096), (136, 512, 1024)))
 TENSOR_MEMORY = 512  # columns that a multiprocessor with tcgen05 has
 IN_ACCUMULATOR = {"cn", "c", "c0", "dc0", "c_reset", "dc_reset", "products", "keep"}
 INTEGER_POINTERS = {
     "flags": "*i32",
-    "inner_flags": "*i32",
+    "team_flags": "*i32",
     "report": "*i32",
     "lengths": "*i64",
     "offsets": "*i64",
@@ -163,7 +163,7 @@ def compile_kernel(
         ("flags",): plan.mode == "grid" and not tiles.poll,
         ("products",): tiles.team > 1,
         ("weight_hr", "unprojected", "dh_steps"): bool(out),
-        ("inner_flags",): (tiles.team > 1 and not tiles.poll) or (bool(out) and plan.mode == "grid"),
+        ("team_flags",): tiles.team > 1 and not tiles.poll,
         ("report",): made.constants["TURNS"] > 0,
         ("zeros",): launch.some_wait_for_nobody(plan, flags),
     }
@@ -388,10 +388,10 @@ def simulated(group: Row, kernel: CompiledKernel, plan: Plan) -> Row:
     name, device = group["kernel"], DEVICES[group["device"]]
     if device != H100:
         return {"why": "the simulation has an H100's clocks"}
-    timing, why = simulate.simulate_plan(kernel, name, plan, group["H"], group["B"], device=device, proj=group["proj"])
+    timing, why = simulate.simulate_plan(kernel, name, plan, group["H"], group["B"], device=device)
     if timing is None:
         return {"why": why}
-    _, launches = simulate.launches_of(plan, name, group["H"], group["B"], device, group["proj"])
+    _, launches = simulate.launches_of(plan, name, group["H"], group["B"], device)
     return {"cycles": round(launches * timing.cycles), "launches": launches, "wavefronts": round(timing.wavefronts)}
 
 

@@ -662,11 +662,11 @@ def simulate_code(
     )
 
 
-def launches_of(plan: Plan, name: str, H: int, B: int, device: Device, proj: int) -> tuple[tuple[int, int, int], int]:
+def launches_of(plan: Plan, name: str, H: int, B: int, device: Device) -> tuple[tuple[int, int, int], int]:
     """The programs of the first launch of a plan in mode "grid", or of the only one in mode "local", and how many
     follow one another. Args as simulate_plan()."""
     members, stacked = max(plan.directions, plan.layers), plan.layers > 1
-    blocks, groups = programs_of(getattr(plan, name), H, B, proj)
+    blocks, groups = programs_of(getattr(plan, name), H, B)
     at_once = resident_at_once(device.multiprocessors // blocks, members, groups, stacked)
     count = ceil_div(members, at_once[0]) * ceil_div(groups, at_once[1]) if plan.mode == "grid" else 1
     return (blocks, at_once[1], at_once[0]), count
@@ -680,7 +680,6 @@ def simulate_plan(
     B: int,
     *,
     device: Device = H100,
-    proj: int = 0,
     **options: Any,
 ) -> tuple[Timing | None, str]:
     """Simulates a kernel of a plan in its launch, where there are several in the first; of a stack, the second layer.
@@ -688,7 +687,7 @@ def simulate_plan(
     Args:
         kernel: compiled for the plan.
         name: "forward" or "backward".
-        H, B, proj: hidden units, batch rows, features of a projection in the kernel.
+        H, B: hidden units, batch rows.
         device: of as many multiprocessors.
         options: of simulate().
 
@@ -697,7 +696,7 @@ def simulate_plan(
     """
     if plan.mode == "step":
         return None, "a step is a launch of its own, which takes longer than its program"
-    (blocks, groups_at_once, members_at_once), _ = launches_of(plan, name, H, B, device, proj)
+    (blocks, groups_at_once, members_at_once), _ = launches_of(plan, name, H, B, device)
     T = 64  # more than are simulated
     sizes = dict(zip(SIZES, (T, B, T * B, B, 1, 0, 0, 0, T), strict=True))
     program = min(1, blocks - 1), 0, int(plan.layers > 1)

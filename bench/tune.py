@@ -77,7 +77,8 @@ def candidates(plan: Plan, own: Tiles, dtype: str, H: int, B: int, hardware: Dev
             return tiles.batch <= 16 and tiles.split == tiles.warps and 4 * tiles.units >= 16 * tiles.split
         return (
             tiles.batch <= max(own.batch, 16, triton.next_power_of_2(B))
-            and (tiles.split == 1 or (tiles.split == tiles.warps and tiles.chunk >= 16 * tiles.split))
+            and tiles.split == (tiles.warps if tiles.poll else 1)
+            and tiles.chunk >= 16 * tiles.split
             and not (tiles.poll and tiles.kept)
             and tiles.chunk <= max(own.chunk, triton.next_power_of_2(H))
             and (plan.mode != "grid" or programs_of(tiles, H, B)[0] <= hardware.multiprocessors)

@@ -12,6 +12,7 @@ from .launch import ALONE, DENSE, SIZES, Layout, Stack, exchanged, launch, weigh
 from .plan import Plan
 from .product import load_weight, product
 from .sync import publish, wait
+from .tiles import programs_of
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -37,8 +38,8 @@ def backward_kernel(
     dgates,  # as gates, out: w.r.t. the pre-activations; also the buffer through which programs exchange it
     dc0,  # (M, B, H) out: gradient of c0; in between, where every step is a launch, of the cell before step_end
     products,  # (M, TEAM, B, H) between the programs of a team: each one's part of dh; only if TEAM > 1
-    dh_steps,  # (rows, D, OUT) out: the whole gradient of h, also the buffer by which programs exchange it; if OUT < H
-    inner_flags,  # (M, batch groups, teams or 1) in/out: who has written one of these; zero at launch; only in GRID
+    team_flags,  # (M, batch groups, teams) in/out: who has written its part, zero at launch; only if TEAM > 1
+    dh_steps,  # (rows, D, OUT) out: the whole gradient of h, which the cells take; only if OUT < H
     flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
@@ -51,7 +52,7 @@ def backward_kernel(
     step_begin,  # steps [step_begin, step_end) in the order of this pass, from the direction's last to its first; a
     step_end,  # layer of a stack is as many steps behind as layers are above it
     H: tl.constexpr,
-    OUT: tl.constexpr,  # features of h: H, or fewer behind a projection
+    OUT: tl.constexpr,  # features of h: H, or fewer behind a projection, which GRID has not
     GRID: tl.constexpr,  # programs hand dgates to each other; otherwise one launch a step
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second ran from the last step to the first
@@ -63,15 +64,14 @@ def backward_kernel(
     DROP: tl.constexpr,  # dropout between the layers
     DC_STEPS: tl.constexpr,  # the cells of all steps have a gradient of their own; not if STACK
     PROJECT: tl.constexpr,  # this launch makes dh_steps, if OUT < H
-    CELL: tl.constexpr,  # ... and goes through the projection and the cells; in GRID both
+    CELL: tl.constexpr,  # ... or goes through the projection and the cells
     DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
     BLOCK_B: tl.constexpr,  # batch rows of a program
     BLOCK_H: tl.constexpr,  # hidden units of a program
-    BLOCK_P: tl.constexpr,  # features of dh_steps of a program, as long as there are some
+    BLOCK_P: tl.constexpr,  # features of dh_steps of a program, if PROJECT
     TEAM: tl.constexpr,  # programs that share the products of all their units, a gate for each: 4; otherwise 1
     KEPT: tl.constexpr,  # chunks of W_hh that stay on chip; the others are loaded at every step; 0: all stay
-    SPLIT: tl.constexpr,  # parts of a chunk that warps sum apart from each other
     BLOCK_K: tl.constexpr,  # units of one gate that one product reduces over
 ):
     ACC: tl.constexpr = dc0.dtype.element_ty
@@ -115,30 +115,19 @@ def backward_kernel(
     OWN: tl.constexpr = 4 // TEAM * CHUNKS
     HELD: tl.constexpr = (KEPT if KEPT > 0 else OWN) if GRID else 0
     weights = ()
-    if OUT == H:
-        for k in tl.static_range(HELD):
-            chunk = load_weight(weight_hh, team_units, chunk_begin + k, H, H, True, SPLIT, BLOCK_K, PRECISION)
-            weights = weights + (chunk,)
-    else:
-        # Behind a projection the first programs multiply W_hh^T for features of dh_steps, all W_hr^T for their units.
-        writers = (OUT + BLOCK_P - 1) // BLOCK_P
-        projects = tl.program_id(0) < writers
+    for k in tl.static_range(HELD):
+        chunk = load_weight(weight_hh, team_units, chunk_begin + k, H, H, True, BLOCK_K, PRECISION)
+        weights = weights + (chunk,)
+    if PROJECT:
         features = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-        feature_mask = (features < OUT)[:, None] & (real_rows & projects)[None, :]
+    elif OUT < H:
         PROJ_CHUNKS: tl.constexpr = (OUT + BLOCK_K - 1) // BLOCK_K
         weight_hr += member * (OUT * H)
-        weights_proj = ()
-        for k in tl.static_range(HELD):
-            weights = weights + (load_weight(weight_hh, features, k, H, OUT, True, SPLIT, BLOCK_K, PRECISION),)
-        for k in tl.static_range(PROJ_CHUNKS if GRID else 0):
-            weights_proj = weights_proj + (load_weight(weight_hr, units, k, OUT, H, True, SPLIT, BLOCK_K, PRECISION),)
-        if GRID:
-            inner_flag = inner_flags + group
     if STACK:
         weight_ih += tl.minimum(member, tl.num_programs(2) - 2) * (4 * H * H)
         weights_above = ()
         for k in tl.static_range(HELD):
-            chunk = load_weight(weight_ih, team_units, chunk_begin + k, H, H, True, SPLIT, BLOCK_K, PRECISION)
+            chunk = load_weight(weight_ih, team_units, chunk_begin + k, H, H, True, BLOCK_K, PRECISION)
             weights_above = weights_above + (chunk,)
         step_begin = tl.maximum(step_begin - depth, 0)
         step_end = tl.minimum(step_end - depth, T)
@@ -186,24 +175,16 @@ def backward_kernel(
 
         dgates_rows = dgates + (begin_next * DIRECTIONS + places) * (4 * H)
         if PROJECT:
-            # The others do the same product with zeros, and wait for the first programs' features.
             feature = place[None, :] * OUT + features[:, None]
-            features_of = feature_mask & active_rows[None, :]
+            features_of = (features < OUT)[:, None] & active_rows[None, :]
             dh = tl.load(dy + feature, mask=features_of, other=0.0).to(ACC)
             at_end = tl.load(
                 dhn + states[None, :] * OUT + features[:, None], mask=features_of & (~has_next)[None, :], other=0.0
             )
-            if GRID:
-                if (step > 0) & projects:
-                    wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
-            taken_rows = linked_next & projects
-            taken = weights, weight_hh, features, dgates_rows, taken_rows, 0
-            dh += product(*taken, H, OUT, True, ACC, OWN, SPLIT, BLOCK_K, DOT, PRECISION)
+            taken = weights, weight_hh, features, dgates_rows, linked_next, 0
+            dh += product(*taken, H, OUT, True, ACC, OWN, BLOCK_K, DOT, PRECISION)
             dh += at_end.to(ACC)
             tl.store(dh_steps + feature, dh.to(dh_steps.dtype.element_ty), mask=features_of)
-            if GRID:
-                if projects:
-                    publish(inner_flag)
 
         if CELL:
             # All that does not wait for dgates of t_next is loaded before the flag is awaited.
@@ -225,11 +206,8 @@ def backward_kernel(
                 dc += tl.load(dc_steps + hidden, mask=active, other=0.0).to(ACC)
 
             if OUT < H:
-                if GRID:
-                    wait(inner_flag, writers * (step + 1), step + 1, report, TURNS)
-                dh_rows = dh_steps + place * OUT
-                taken = weights_proj, weight_hr, units, dh_rows, active_rows, 0
-                dh = product(*taken, OUT, H, True, ACC, PROJ_CHUNKS, SPLIT, BLOCK_K, DOT, PRECISION)
+                taken = (), weight_hr, units, dh_steps + place * OUT, active_rows, 0
+                dh = product(*taken, OUT, H, True, ACC, PROJ_CHUNKS, BLOCK_K, DOT, PRECISION)
             else:
                 if STACK:
                     # The layer above is ahead: its part of the sum is made while the own dgates are on the way.
@@ -239,14 +217,14 @@ def backward_kernel(
                     above = dgates + (place + total_rows) * (4 * H)
                     fed = active_rows & (depth > 0)
                     taken = weights_above, weight_ih, team_units, above, fed, chunk_begin
-                    dh_above = product(*taken, H, H, True, ACC, OWN, SPLIT, BLOCK_K, DOT, PRECISION)
+                    dh_above = product(*taken, H, H, True, ACC, OWN, BLOCK_K, DOT, PRECISION)
                     if DROP:
                         dh_above = drop(dh_above, seed, keep, member, t, rows[None, :] * H + team_units[:, None])
                 if GRID:
                     if step > 0:
                         wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
                 taken = weights, weight_hh, team_units, dgates_rows, linked_next, chunk_begin
-                dh = product(*taken, H, H, True, ACC, OWN, SPLIT, BLOCK_K, DOT, PRECISION)
+                dh = product(*taken, H, H, True, ACC, OWN, BLOCK_K, DOT, PRECISION)
                 if STACK:
                     dh += dh_above
             if TEAM > 1:
@@ -258,7 +236,7 @@ def backward_kernel(
                     dh,
                     mask=team_mask,
                 )
-                team_flag = inner_flags + group * (tl.num_programs(0) // TEAM) + team
+                team_flag = team_flags + group * (tl.num_programs(0) // TEAM) + team
                 publish(team_flag)
                 wait(team_flag, TEAM * (step + 1), step + 1, report, TURNS)
                 dh = tl.zeros((BLOCK_H, BLOCK_B), ACC)
@@ -329,11 +307,13 @@ def backward(
     dc0 = c0.new_empty(c0.shape)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
     team, poll = plan.backward.team, plan.backward.poll
-    products = None
+    products = team_flags = None
     if team > 1 and poll:
         products = c0.new_zeros((*c0.shape[:-2], team, 2, B, H), dtype=torch.int64)
     elif team > 1:
         products = c0.new_empty((*c0.shape[:-2], team, B, H))
+        programs, groups = programs_of(plan.backward, H, B)
+        team_flags = c0.new_zeros((*c0.shape[:-2], groups, programs // team), dtype=torch.int32)
     dh_steps = None if weight_hr is None else exchanged(dy, dy.shape, plan.backward, layout)
     if B > 0:
         weight_ih, _, *dropout = stack
@@ -341,7 +321,8 @@ def backward(
         if weight_in_registers(plan, plan.backward):
             kernel, tensors = latency_backward_kernel, (*given, weight_ih, *dropout, dgates, dc0, products)
         else:
-            kernel, tensors = backward_kernel, (*given, weight_hr, weight_ih, *dropout, dgates, dc0, products, dh_steps)
+            of_team = products, team_flags
+            kernel, tensors = backward_kernel, (*given, weight_hr, weight_ih, *dropout, dgates, dc0, *of_team, dh_steps)
         launch(
             kernel,
             tensors,

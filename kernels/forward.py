@@ -48,8 +48,7 @@ def forward_kernel(
     gates,  # (rows, D, 4H), of a stack (M, rows, 4H) out: activated gates; only if SAVE
     hn,  # (M, B, OUT) out: each row's last h
     cn,  # (M, B, H) out: each row's last cell; in between, where every step is a launch, the one after step_end
-    unprojected,  # (M, B, H) between programs: o tanh c of the step; only if OUT < H
-    inner_flags,  # (M, batch groups) in/out: who has written it, zero at launch; only if OUT < H in GRID
+    unprojected,  # (M, B, H) between the halves of a step: its o tanh c; only if OUT < H
     flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID
     report,  # (4,) out: who waited in vain; only if TURNS
     T,
@@ -62,7 +61,7 @@ def forward_kernel(
     step_begin,  # steps [step_begin, step_end) in the direction's own order; layer m of a stack is m steps behind
     step_end,
     H: tl.constexpr,
-    OUT: tl.constexpr,  # features of h: H, or fewer behind a projection
+    OUT: tl.constexpr,  # features of h: H, or fewer behind a projection, which GRID has not
     GRID: tl.constexpr,  # programs hand h to each other; otherwise one launch a step
     TURNS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second runs from the last step to the first
@@ -74,14 +73,13 @@ def forward_kernel(
     DROP: tl.constexpr,  # dropout between the layers
     SAVE: tl.constexpr,  # keep c and gates for backward
     CELL: tl.constexpr,  # this launch has the cells
-    PROJECT: tl.constexpr,  # ... the projection of what they give, if OUT < H; in GRID both
+    PROJECT: tl.constexpr,  # ... or the projection of what they gave, if OUT < H
     DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
     BLOCK_B: tl.constexpr,  # batch rows of a program
     BLOCK_H: tl.constexpr,  # hidden units of a program
-    BLOCK_P: tl.constexpr,  # features that a program projects to, as long as there are some
+    BLOCK_P: tl.constexpr,  # features that a program projects to, if PROJECT
     KEPT: tl.constexpr,  # chunks of W_hh that stay on chip; the others are loaded at every step; 0: all stay
-    SPLIT: tl.constexpr,  # parts of a chunk that warps sum apart from each other
     BLOCK_K: tl.constexpr,  # units of h that one product reduces over
 ):
     ACC: tl.constexpr = cn.dtype.element_ty
@@ -121,13 +119,13 @@ def forward_kernel(
     weight_rows = gate_rows(H, BLOCK_H)
     weights = ()
     for k in tl.static_range(HELD):
-        weights = weights + (load_weight(weight_hh, weight_rows, k, OUT, 4 * H, False, SPLIT, BLOCK_K, PRECISION),)
+        weights = weights + (load_weight(weight_hh, weight_rows, k, OUT, 4 * H, False, BLOCK_K, PRECISION),)
     if STACK:
         weight_ih += below * (4 * H * H)
         bias += below * (4 * H)
         weights_below = ()
         for k in tl.static_range(HELD):
-            chunk = load_weight(weight_ih, weight_rows, k, H, 4 * H, False, SPLIT, BLOCK_K, PRECISION)
+            chunk = load_weight(weight_ih, weight_rows, k, H, 4 * H, False, BLOCK_K, PRECISION)
             weights_below = weights_below + (chunk,)
         of_unit = (units < H) & above
         bias_i = tl.load(bias + units, mask=of_unit, other=0.0).to(ACC)[:, None]
@@ -137,21 +135,10 @@ def forward_kernel(
         step_begin = tl.maximum(step_begin - member.to(tl.int32), 0)
         step_end = tl.minimum(step_end - member.to(tl.int32), T)
 
-    writers = tl.num_programs(0)  # who write h of a step
     if PROJECT:
-        # The first programs have a part of the projection beside their cells.
         PROJ_CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-        writers = (OUT + BLOCK_P - 1) // BLOCK_P
-        projects = tl.program_id(0) < writers
         features = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
         weight_hr += member * (OUT * H)
-        weights_proj = ()
-        for k in tl.static_range(PROJ_CHUNKS if GRID else 0):
-            weights_proj = weights_proj + (
-                load_weight(weight_hr, features, k, H, OUT, False, SPLIT, BLOCK_K, PRECISION),
-            )
-        if GRID:
-            inner_flag = inner_flags + (member * tl.cdiv(B, BLOCK_B) + batch_group)
 
     if LENGTHS:
         length = tl.load(lengths + rows, mask=real_rows, other=0)
@@ -208,12 +195,12 @@ def forward_kernel(
                 taken_rows = active_rows & above
                 x_rows = (dropped if DROP else y) + (place - total_rows) * H
                 taken = weights_below, weight_ih, weight_rows, x_rows, taken_rows, 0
-                of_below = product(*taken, H, 4 * H, False, ACC, CHUNKS, SPLIT, BLOCK_K, DOT, PRECISION)
+                of_below = product(*taken, H, 4 * H, False, ACC, CHUNKS, BLOCK_K, DOT, PRECISION)
             if GRID:
                 if step > 0:
-                    wait(step_flags + step - 1, writers, step, report, TURNS)
+                    wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
             taken = weights, weight_hh, weight_rows, h_rows, linked_rows, 0
-            recurrent = product(*taken, OUT, 4 * H, False, ACC, CHUNKS, SPLIT, BLOCK_K, DOT, PRECISION)
+            recurrent = product(*taken, OUT, 4 * H, False, ACC, CHUNKS, BLOCK_K, DOT, PRECISION)
             if STACK:
                 recurrent += of_below
             rec_i, rec_f, rec_g, rec_o = split_gates(recurrent, BLOCK_H, BLOCK_B)
@@ -240,7 +227,7 @@ def forward_kernel(
                 x = drop(h, seed, keep, member, t, rows[None, :] * H + units[:, None])
                 tl.store(dropped + hidden, x, mask=active & (member < tl.num_programs(2) - 1))
             if GRID:
-                publish(inner_flag if OUT < H else step_flags + step)
+                publish(step_flags + step)
             if SAVE:
                 tl.store(c + hidden, c_next, mask=active)
                 tl.store(gates + gate, i, mask=active)
@@ -249,34 +236,24 @@ def forward_kernel(
                 tl.store(gates + gate + 3 * H, o, mask=active)
 
         if PROJECT:
-            # The first programs wait for everyone's cells; the others do the same product with zeros, and go on.
-            if GRID:
-                if projects:
-                    wait(inner_flag, tl.num_programs(0) * (step + 1), step + 1, report, TURNS)
-            taken_rows = active_rows & projects
-            taken = weights_proj, weight_hr, features, unprojected + states * H, taken_rows, 0
-            h = product(*taken, H, OUT, False, ACC, PROJ_CHUNKS, SPLIT, BLOCK_K, DOT, PRECISION)
+            taken = (), weight_hr, features, unprojected + states * H, active_rows, 0
+            h = product(*taken, H, OUT, False, ACC, PROJ_CHUNKS, BLOCK_K, DOT, PRECISION)
             feature = place[None, :] * OUT + features[:, None]
-            tl.store(y + feature, h.to(y.dtype.element_ty), mask=(features < OUT)[:, None] & taken_rows[None, :])
-            if GRID:
-                if projects:
-                    publish(step_flags + step)
+            tl.store(y + feature, h.to(y.dtype.element_ty), mask=(features < OUT)[:, None] & active_rows[None, :])
 
     if CELL:
         tl.store(cn + state, c_tile, mask=mask)
     if OUT == H or PROJECT:
         # From this program's part of y, which may be of other threads than these.
         tl.debug_barrier()
-        own_rows, own = real_rows, units
-        if PROJECT:
-            own_rows, own = real_rows & projects, features
+        own = features if PROJECT else units
         steps = T
         if LENGTHS:
             steps = length
         end = tl.where(backwards, 0, steps - 1)
         begin = tl.load(offsets + end, mask=real_rows, other=0) if PACKED else end.to(tl.int64) * step_stride
         h_rows = tl.where(steps > 0, y + (begin * DIRECTIONS + places) * OUT, h0 + states * OUT)
-        own_mask = (own < OUT)[:, None] & own_rows[None, :]
+        own_mask = (own < OUT)[:, None] & real_rows[None, :]
         h = tl.load(h_rows[None, :] + own[:, None], mask=own_mask, other=0.0)
         tl.store(hn + states[None, :] * OUT + own[:, None], h, mask=own_mask)
 

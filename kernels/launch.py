@@ -264,17 +264,14 @@ def launch(
     B, H = states.shape[-2:]
     members = states.shape[0] if states.dim() == 3 else 1
     T = layout.steps(tensors[0].shape)
-    unit_blocks, batch_groups = programs_of(tiles, H, B, out)
-    inner_flags = step_flags = report = None
+    unit_blocks, batch_groups = programs_of(tiles, H, B)
+    step_flags = report = None
     held = weight_in_registers(plan, tiles)
     zeros = tensors[0].new_empty(4 * H) if held and some_wait_for_nobody(plan, flags | layout.flags) else None
     at_once = members, batch_groups
     if plan.mode == "grid":
         if not tiles.poll:
             step_flags = torch.zeros((members, batch_groups, T), dtype=torch.int32, device=device)
-        if (tiles.team > 1 and not tiles.poll) or out < H:
-            teams = unit_blocks // tiles.team if tiles.team > 1 else 1
-            inner_flags = torch.zeros((members, batch_groups, teams), dtype=torch.int32, device=device)
         report = torch.zeros(4, dtype=torch.int32, device=device) if TURNS else None
         at_once = resident_at_once(plan.resident // unit_blocks, members, batch_groups, stacked)
     last = T + members - 1 if stacked else T  # each layer is a step behind the one that it takes from
@@ -283,18 +280,19 @@ def launch(
     if held:
         flags["PAIRS"] = device.type == "cuda" and compares_pairs(cuda_device(device).capability)
     flags |= {"DIRECTIONS": directions, "REVERSE": reverse, "CELL": True, "PROJECT": out < H, **layout.flags}
-    parts = [flags]  # of a step
-    if plan.mode == "step" and out < H:
-        parts = [flags | dict.fromkeys(halves, False) | {half: True} for half in halves]
-    kernels = [specialized(kernel, plan, tiles, H, tensors[0].dtype, out, **part) for part in parts]
+    parts = [(unit_blocks, flags)]  # of a step
+    if out < H:
+        blocks = {"CELL": unit_blocks, "PROJECT": ceil_div(out, tiles.features)}
+        parts = [(blocks[half], flags | dict.fromkeys(halves, False) | {half: True}) for half in halves]
+    kernels = [(blocks, specialized(kernel, plan, tiles, H, tensors[0].dtype, out, **part)) for blocks, part in parts]
     sizes = T, B, tensors[0].shape[:-1].numel(), *layout.strides(T, B)
-    given = *tensors, *((zeros,) if held else (inner_flags, step_flags)), report
+    given = *tensors, zeros if held else step_flags, report
     with on_device(device):
         for member, group in product(range(0, members, at_once[0]), range(0, batch_groups, at_once[1])):
-            programs = (unit_blocks, min(at_once[1], batch_groups - group), min(at_once[0], members - member))
-            for turn, part in product(steps, kernels):
+            programs = min(at_once[1], batch_groups - group), min(at_once[0], members - member)
+            for turn, (blocks, part) in product(steps, kernels):
                 try:
-                    part.launch(programs, device, given, (*sizes, member, group * tiles.batch, *turn))
+                    part.launch((blocks, *programs), device, given, (*sizes, member, group * tiles.batch, *turn))
                 except RuntimeError as error:
                     if plan.mode != "grid" or (member, group) != (0, 0) or "cooperative" not in str(error):
                         raise

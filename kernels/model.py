@@ -102,7 +102,7 @@ def step(
         H, B: hidden units, batch rows. backward: it gathers dgates (4H) instead of h (H).
         directions, layers: in one launch. proj: features of a projection in the kernel.
     """
-    blocks, groups = programs_of(tiles, H, B, proj)
+    blocks, groups = programs_of(tiles, H, B)
     if mode == "grid" and layers * blocks > terms.multiprocessors:
         return Time(math.inf, "multiprocessors")
     groups = max(1, groups) * directions
@@ -128,7 +128,7 @@ def of_launch(
     if mode == "local":
         return few_units(kind, tiles)
     if proj:
-        return projecting(terms, kind, mode, tiles, H, proj, B, backward)
+        return projecting(terms, kind, tiles, H, proj, B, programs, backward)
     if tiles.poll and mode == "grid":
         return few_rows(terms, kind, tiles, H, B, programs, layers, backward)
     return behind_flags(terms, kind, mode, tiles, H, B, programs, layers, backward)
@@ -155,8 +155,9 @@ def few_rows(
     """Cycles of one step of the kernels for few rows, with so many programs at once.
 
     Fitted to bench.simulate's cycles of every tile that an H100 can have, forward and backward, in all kinds, at H 136
-    to 1024 and B 1 to 64, one layer (297 kernels, Triton 3.6): it is off by 6% in the median, 16% at nine of ten, and
-    37% at most; the rank correlation is 0.96. What it leaves out is whether a look in vain comes just before the data.
+    to 1024 and B 1 to 64, one layer (297 kernels, Triton 3.6; rank correlation 0.96). Over the 99 of the table in
+    bench/results/offline it is off by 7% in the median, 20% at nine of ten, and 35% at most. What it leaves out is
+    whether a look in vain comes just before the data.
     """
     width = (1 if layers == 1 else 2) * BYTES[kind] * H * (4 // tiles.team if backward else 1)  # bytes that a row has
     # Matrix instructions of 16 x 8 sums over 32 bytes of a row.
@@ -176,71 +177,63 @@ def behind_flags(
 ) -> dict[str, float]:
     """Cycles of one step of the grid form behind step flags, or of the step form, with so many programs at once.
 
-    Fitted as few_rows(), to the grid form at H 256 to 2048, B 1 to 256, one layer or two (203 kernels and numbers of
-    rows, Triton 3.7): it is off by 8% in the median, 20% at nine of ten, and 34% at most; the rank correlation is 0.98.
-    The step form has the same products, between launches, which are not simulated.
+    Fitted as few_rows(), to the grid form at H 256 to 2048, B 1 to 256, one layer or two (Triton 3.7). Over the 85
+    kernels of the table it is off by 13% in the median, 29% at nine of ten, and 53% at most (Triton 3.9: 22%, 38%,
+    62%); the rank correlation is 0.96. The step form has the same products, between launches, which are not simulated.
     """
     products, gates, size = 1 if layers == 1 else 2, 4 // tiles.team if backward else 1, BYTES[kind]
     chunks = products * gates * ceil_div(H, tiles.chunk)
     gathered = min(tiles.batch, B) * products * gates * H * size
-    rows, columns = (tiles.team if backward else 4) * tiles.units, chunks * tiles.chunk  # of the weights
     streamed = 1 if mode == "step" else 1 - tiles.kept * products / chunks if tiles.kept else 0
-    if tiles.split > 1:
-        cycles = split_product(kind, tiles.batch, rows, columns, gathered, streamed, backward)
-    else:
-        cycles = {
-            "gather": 0.64 * gathered / share_of_l2(terms, programs),
-            # Of other products the matrix instructions take no time beside the rest.
-            "products": 2.1 * 3 * ceil_div(rows, 16) * tiles.batch // 8 * columns * size // 32 if kind == "fp32" else 0,
-            "rows": 4.1 * tiles.batch * columns * size / 128,  # through shared memory
-            "chunks": 330 * chunks,  # one after another
-            "streaming": 330 * streamed * chunks,
-            "team": 2000 if tiles.team > 1 else 0,
-        }
+    rows = (tiles.team if backward else 4) * tiles.units  # of the weights
+    cycles = product_in_chunks(terms, kind, tiles, rows, chunks, gathered, streamed, programs)
     if 4 * H * H * size > terms.l2_size:
         cycles["streaming"] = max(cycles["streaming"], streamed * 4 * H * H * size / terms.memory * terms.clock)
-    return handover(terms, mode) | cycles
+    return handover(terms, mode) | cycles | {"team": 2000 if tiles.team > 1 else 0}
 
 
 def projecting(
-    terms: Terms, kind: str, mode: str, tiles: Tiles, H: int, P: int, B: int, backward: bool
+    terms: Terms, kind: str, tiles: Tiles, H: int, P: int, B: int, programs: int, backward: bool
 ) -> dict[str, float]:
-    """As behind_flags(), of a step that projects: it has two exchanges, or launches, and two split products, over P
+    """As behind_flags(), of a step of the step form that projects: it has two launches and two products, over P
     features for a program's units and over all units (backward: all gates) for its features.
 
-    Not fitted: against bench.simulate at H 2048, P 512 in bf16 and at H 1016, P 136 in TF32, B 1 to 64 (nine kernels
-    and numbers of rows), it is off by 14% in the median and 57% at most.
+    Not fitted: of what bench.simulate makes of both kernels at H 2560 and 4096, P 512, B 16, with the launches beside
+    it, it is off by 13% at most (Triton 3.6).
     """
-    size, real, streamed = BYTES[kind], min(tiles.batch, B), float(mode == "step")
+    size = BYTES[kind]
     found: dict[str, float] = {}
-    for rows, width in ((tiles.units * (1 if backward else 4), P), (tiles.features, H * (4 if backward else 1))):
-        columns = ceil_div(width, tiles.chunk) * tiles.chunk
-        cycles = split_product(kind, tiles.batch, rows, columns, real * width * size, streamed, backward)
-        for name, each in (handover(terms, mode) | cycles).items():
+    for rows, gates, width in ((tiles.units * (1 if backward else 4), 1, P), (tiles.features, 4 if backward else 1, H)):
+        chunks, gathered = gates * ceil_div(width, tiles.chunk), min(tiles.batch, B) * gates * width * size
+        cycles = product_in_chunks(terms, kind, tiles, rows, chunks, gathered, 1, programs)
+        for name, each in (handover(terms, "step") | cycles).items():
             found[name] = found.get(name, 0.0) + each
     if 5 * H * P * size > terms.l2_size:
-        found["streaming"] = max(found["streaming"], streamed * 5 * H * P * size / terms.memory * terms.clock)
+        found["streaming"] = max(found["streaming"], 5 * H * P * size / terms.memory * terms.clock)
     return found
+
+
+def product_in_chunks(
+    terms: Terms, kind: str, tiles: Tiles, rows: int, chunks: int, gathered: float, streamed: float, programs: int
+) -> dict[str, float]:
+    """Cycles of a product of so many rows of weights and chunks of columns, of which each program gathers so many
+    bytes."""
+    columns = chunks * tiles.chunk
+    instructions = ceil_div(rows, 16) * tiles.batch // 8 * columns * BYTES[kind] // 32
+    return {
+        "gather": 0.64 * gathered / share_of_l2(terms, programs),
+        # Of other products the matrix instructions take no time beside the rest.
+        "products": 2.1 * 3 * instructions if kind == "fp32" else 0,
+        "rows": 4.1 * tiles.batch * columns * BYTES[kind] / 128,  # through shared memory
+        "chunks": 330 * chunks,  # one after another
+        "streaming": 330 * streamed * chunks,
+    }
 
 
 def handover(terms: Terms, mode: str) -> dict[str, float]:
     """Cycles between the products of two steps."""
     name, us = {"grid": ("exchange", terms.exchange), "step": ("launch", terms.launch)}[mode]
     return {name: us * terms.clock + 1100}
-
-
-def split_product(
-    kind: str, batch: int, rows: int, columns: int, gathered: float, streamed: float, backward: bool
-) -> dict[str, float]:
-    """Cycles of a product whose parts are split among warps, of so many rows and columns of weights."""
-    size = BYTES[kind]
-    return {
-        "gather": 0.92 * gathered / 16,  # 16 bytes a thread, far from those of the next
-        "products": 3.1 * (ceil_div(rows, 16) * batch // 8 * columns * size // 32) * (3 if kind == "fp32" else 1),
-        "weights": 1.6 * rows * columns / 32,  # in shared memory 32 elements lie in fewer banks than there are
-        "rows": 6.5 * batch * columns / 32 if backward else 0,
-        "streaming": 5.3 * streamed * rows * columns * size / 128,
-    }
 
 
 def share_of_l2(terms: Terms, programs: int) -> float:

@@ -44,11 +44,11 @@ def one_step_kernel(
     weight_rows = gate_rows(H, BLOCK_H)
     gates = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)  # (1)
     for k in tl.range((I + BLOCK_K - 1) // BLOCK_K, num_stages=3):
-        weight = load_weight(weight_ih, weight_rows, k, I, 4 * H, False, 1, BLOCK_K, PRECISION, True)
-        gates = dot(weight, load_columns(x + rows * I, real_rows, k, I, 1, BLOCK_K), gates, DOT, PRECISION, True)
+        weight = load_weight(weight_ih, weight_rows, k, I, 4 * H, False, BLOCK_K, PRECISION, True)
+        gates = dot(weight, load_columns(x + rows * I, real_rows, k, I, BLOCK_K), gates, DOT, PRECISION, True)
     for k in tl.range((H + BLOCK_K - 1) // BLOCK_K, num_stages=3):
-        weight = load_weight(weight_hh, weight_rows, k, H, 4 * H, False, 1, BLOCK_K, PRECISION, True)
-        gates = dot(weight, load_columns(h0 + rows * H, real_rows, k, H, 1, BLOCK_K), gates, DOT, PRECISION, True)
+        weight = load_weight(weight_hh, weight_rows, k, H, 4 * H, False, BLOCK_K, PRECISION, True)
+        gates = dot(weight, load_columns(h0 + rows * H, real_rows, k, H, BLOCK_K), gates, DOT, PRECISION, True)
     pre_i, pre_f, pre_g, pre_o = split_gates(gates, BLOCK_H, BLOCK_B)
     if BIAS:
         pre_i += load_bias(bias_ih, bias_hh, units, H, ACC)

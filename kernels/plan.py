@@ -17,7 +17,6 @@ from .tiles import (
     grid_tiles,
     latency_tiles,
     projectable,
-    projection_tiles,
 )
 
 
@@ -116,7 +115,7 @@ def choose_interpreted(dtype: torch.dtype, B: int, H: int, ieee: bool, direction
     if plan.mode == "grid":
         # Programs run one after another in the interpreter: one that waits for another would wait for ever, and a few
         # take less time than many.
-        many = Tiles(batch=32, units=32, chunk=128, warps=4, features=32 if proj else 0)
+        many = Tiles(batch=32, units=32, chunk=128, warps=4)
         few = replace(many, chunk=4 * 64 // dtype.itemsize, split=4, poll=True)
         steps = by_steps(plan, "the interpreter runs programs one after another")
         forward, backward = (few if tiles.poll else many for tiles in (plan.forward, plan.backward))
@@ -267,7 +266,7 @@ def choose_kernel(
 
     ieee: float32 products in full precision, which take three TF32 products and so hold the weights twice.
     directions, layers: in one launch; layers that do not fit together have a plan in mode "step".
-    proj: features of a projection in the kernel, which has no local form.
+    proj: features of a projection in the kernel, which then runs in the step form.
     """
     kind = kind_of(dtype, ieee)
     size = 8 if kind == "fp32" else dtype.itemsize  # of a weight on chip: in full precision it is two TF32 numbers
@@ -288,18 +287,16 @@ def choose_kernel(
         return Plan("local", forward, backward, 0, precision, why, directions)
 
     # Grid: a slice of W_hh on each of the multiprocessors.
-    forward, backward = candidates(H, size, device, layers, proj)
-    if forward and backward:
+    forward, backward = candidates(H, size, device, layers)
+    if forward and backward and not proj:
         best, back = (
-            cheapest(tiles, kind, B, H, device, is_backward, directions, layers, proj)
+            cheapest(tiles, kind, B, H, device, is_backward, directions, layers)
             for tiles, is_backward in ((forward, False), (backward, True))
         )
         why = (
             f"W_hh of H {H} in {name(dtype)} is spread over {ceil_div(H, best.units)} multiprocessors, "
             f"{best.units} units on each{'; what does not fit is loaded at every step' if best.kept else ''}"
         )
-        if proj:
-            why += f"; the first of them project to {proj} features, which takes less than W_hh W_hr on chip"
         if layers > 1:
             why += f"; so are W_hh and W_ih of all {layers} layers, each a step behind the one that it takes from"
         return Plan("grid", best, back, device.multiprocessors, precision, why, directions, layers)
@@ -307,17 +304,15 @@ def choose_kernel(
     rows = 16 if size == 8 and not aligned(H, size) else 32  # more spill
     forward = backward = Tiles(rows, units=16, chunk=128 // size, warps=4 if aligned(H, size) else 8)
     if proj:
-        forward, backward = (Tiles(16, 16, chunk, 8, split=8, features=16) for chunk in (128, 256))
+        forward, backward = (Tiles(16, 16, chunk, 4, features=16) for chunk in (128, 256))
     why = f"W_hh of H {H} in {name(dtype)} does not fit on {device.multiprocessors} multiprocessors: one launch a step"
     if proj:
         why = f"{why}, and one for its projection to {proj} features, whose weights are less than W_hh W_hr"
     return Plan("step", forward, backward, 0, precision, why, directions, layers)
 
 
-def candidates(H: int, size: int, device: Device, layers: int = 1, proj: int = 0) -> tuple[list[Tiles], list[Tiles]]:
+def candidates(H: int, size: int, device: Device, layers: int = 1) -> tuple[list[Tiles], list[Tiles]]:
     """The tiles among which the grid form chooses, forward and backward. Args: as choose_kernel() has them."""
-    if proj:
-        return projection_tiles(H, proj, size, device)
     few, many = latency_tiles(H, size, device, layers), grid_tiles(H, size, device, layers)
     return few[0] + many[0], few[1] + many[1]
 

@@ -36,13 +36,10 @@ def dot(weight, x, sum, DOT: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: t
 
 
 @triton.jit
-def columns_of(k, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The columns of chunk k among the K of its gate: (BLOCK_K,), or in parts (SPLIT, BLOCK_K // SPLIT)."""
+def columns_of(k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The columns of chunk k among the K of its gate: (BLOCK_K,)."""
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    columns = tl.arange(0, BLOCK_K)
-    if SPLIT > 1:
-        columns = tl.reshape(columns, (SPLIT, BLOCK_K // SPLIT))
-    return k % CHUNKS * BLOCK_K + columns
+    return k % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
 
 
 @triton.jit
@@ -53,15 +50,14 @@ def load_weight(
     K: tl.constexpr,
     UNITS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     PIPELINED: tl.constexpr = False,
 ):
     """Chunk k of a weight (UNITS, K), or TRANSPOSED of one (K of each gate, UNITS), for the units given, of which those
-    past the last have zeros, as an operand(): (units, BLOCK_K), or in parts (SPLIT, units, BLOCK_K // SPLIT)."""
+    past the last have zeros, as an operand(): (units, BLOCK_K)."""
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    columns = columns_of(k, K, SPLIT, BLOCK_K).expand_dims(-2)
+    columns = columns_of(k, K, BLOCK_K)[None, :]
     mask = (units < UNITS)[:, None] & (columns < K)
     if TRANSPOSED:
         at = (k // CHUNKS * K + columns).to(tl.int64) * UNITS + units[:, None]
@@ -71,11 +67,11 @@ def load_weight(
 
 
 @triton.jit
-def load_columns(rows, active_rows, k, K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_columns(rows, active_rows, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """Chunk k of rows whose pointers are given, of h_{t-1} (K columns) or dgates_{t+1} (K of each gate; a chunk lies in
-    one): (BLOCK_K, batch rows), or (SPLIT, BLOCK_K // SPLIT, batch rows)."""
+    one): (BLOCK_K, batch rows)."""
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    columns = columns_of(k, K, SPLIT, BLOCK_K).expand_dims(-1)
+    columns = columns_of(k, K, BLOCK_K)[:, None]
     mask = (columns < K) & active_rows
     return tl.load(rows + (k // CHUNKS * K + columns), mask=mask, other=0.0)
 
@@ -93,41 +89,19 @@ def product(
     TRANSPOSED: tl.constexpr,
     ACC: tl.constexpr,
     CHUNKS: tl.constexpr,  # that are summed over
-    SPLIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The weight's part of this program times the rows' columns: (units, batch rows)."""
-    # Small tiles leave most warps without one of their own: they would repeat the product of another. With SPLIT each
-    # sums a part of every chunk, and the parts meet in the end.
-    M: tl.constexpr = units.shape[0]
-    ROWS: tl.constexpr = active_rows.shape[0]
     HELD: tl.constexpr = len(held)
-    sum = tl.zeros((M, ROWS) if SPLIT == 1 else (SPLIT, M, ROWS), ACC)
+    sum = tl.zeros((units.shape[0], active_rows.shape[0]), ACC)
     for k in tl.static_range(HELD):
-        tile = load_columns(rows, active_rows, first + k, K, SPLIT, BLOCK_K)
+        tile = load_columns(rows, active_rows, first + k, K, BLOCK_K)
         sum = dot(held[k], tile, sum, DOT, PRECISION)
     if HELD < CHUNKS:
         for k in tl.range(HELD, CHUNKS, num_stages=3):
-            chunk = load_weight(weight, units, first + k, K, UNITS, TRANSPOSED, SPLIT, BLOCK_K, PRECISION, True)
-            tile = load_columns(rows, active_rows, first + k, K, SPLIT, BLOCK_K)
+            chunk = load_weight(weight, units, first + k, K, UNITS, TRANSPOSED, BLOCK_K, PRECISION, True)
+            tile = load_columns(rows, active_rows, first + k, K, BLOCK_K)
             sum = dot(chunk, tile, sum, DOT, PRECISION, True)
-    if SPLIT > 1:
-        sum = sum_parts(sum, SPLIT, M, ROWS)
     return sum
-
-
-@triton.jit
-def sum_parts(x, PARTS: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr):
-    """(PARTS, M, ROWS), each part of it in other warps, to their sum (M, ROWS); PARTS is 4 or 8."""
-    # tl.sum would leave the product's layout, to which every other operand of the cell would then be converted, one by
-    # one. Here each thread takes the parts of its own elements, once.
-    x = tl.reshape(tl.permute(x, (1, 2, 0)), (M, ROWS, PARTS // 2, 2))
-    a, b = tl.split(x)
-    a, b = tl.split(tl.reshape(a + b, (M, ROWS, PARTS // 4, 2)))
-    x = a + b
-    if PARTS == 8:
-        a, b = tl.split(tl.reshape(x, (M, ROWS, 1, 2)))
-        x = a + b
-    return tl.reshape(x, (M, ROWS))

@@ -13,11 +13,11 @@ class Tiles:
     warps: of a program.
     kept: chunks of W_hh that stay on chip where not all do (0: all); the others are loaded at every step.
     team: programs that share the products of all their units in backward, a gate for each (4), or do not (1).
-    split: parts of a chunk, each of which a warp sums for itself (1: none); in the local form of all of W_hh.
+    split: with W_hh in registers, parts of a chunk, each of which a warp sums for itself; in the local form of all of
+        W_hh. Otherwise 1.
     poll: the kernels for few rows: W_hh stays in registers, and a program looks whether h (dgates) is there, element by
         element, instead of at a step flag. Each warp then has a part of every chunk, of 64 bytes.
-    features: of a projection that a program computes beside its units, as long as there are some; 0: the projection is
-        not in the kernel.
+    features: of a projection that a program computes in the launch that has it; 0: the projection is not in the kernel.
     """
 
     batch: int
@@ -50,11 +50,9 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def programs_of(tiles: Tiles, H: int, B: int, out: int = 0) -> tuple[int, int]:
-    """How many programs hold H units, in whole teams, and `out` features of a projection; and how many batch groups B
-    rows are."""
-    blocks = tiles.team * ceil_div(H, tiles.team * tiles.units)
-    return max(blocks, ceil_div(out, tiles.features) if tiles.features else 0), ceil_div(B, tiles.batch)
+def programs_of(tiles: Tiles, H: int, B: int) -> tuple[int, int]:
+    """How many programs hold H units, in whole teams, and how many batch groups B rows are."""
+    return tiles.team * ceil_div(H, tiles.team * tiles.units), ceil_div(B, tiles.batch)
 
 
 def alone(tiles: Tiles) -> Tiles:
@@ -119,14 +117,11 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
     wgmma, tcgen05 = device.capability[0] == 9, device.capability[0] == 10
     in_1k, in_2k = (H * size <= limit for limit in (1024, 2048))
 
-    # The loads of a step are all in flight together and keep registers. A split product is for few rows: one whose tile
-    # leaves most warps without a part of their own is eight times as long otherwise.
+    # The loads of a step are all in flight together and keep registers.
     # wgmma's 64 rows are the work of four warps, each with twice the loads, so that a larger batch tile takes shorter
     # chunks there. A B200's tensor memory takes no shorter chunks of 64 rows, elsewhere longer ones spill (Triton 3.9).
     tall = chunk // 2 if tcgen05 else chunk // 4
     if 16 in fits:
-        if H * size <= 2688:
-            forward.append(Tiles(16, 16, 128, 8, split=8))
         # Four warps take TF32's W_hh into registers, which hold no more of it (Triton 3.9).
         few = wgmma and (size == 2 or H * size <= 2688)
         forward.append(Tiles(32, 16, chunk // 2 if wgmma else min(64, chunk), 4 if few else 8))
@@ -137,19 +132,16 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
         if in_2k and not (tcgen05 or longest):
             forward.append(Tiles(64, 16, tall, 8))
         if size == 4 and in_1k and not wgmma:
-            backward += [Tiles(16, 16, 128, 8, split=8), Tiles(64, 16, chunk, 8)]
+            backward.append(Tiles(64, 16, chunk, 8))
         if size == 2 and in_2k:
             backward.append(Tiles(64, 16, chunk // 2, 8, team=4))
         backward.append(Tiles(16, 16, chunk // 2, 4, team=4))
         if in_2k or size == 4:  # in 16 bit others spill
             backward.append(Tiles(32, 16, chunk // 2, 8, team=4))
     elif 8 in fits:
-        forward.append(Tiles(16, 8, 128, 8, split=8))
         # Over the longest rows that a B200 spreads, eight warps spill one register (Triton 3.7).
         if size == 2 or not tcgen05:  # in TF32 its longest rows spill (Triton 3.9)
             forward.append(Tiles(32, 8, chunk // 2 if tcgen05 else min(64, chunk), 4 if tcgen05 else 8))
-        if not tcgen05:
-            backward.append(Tiles(16, 8, 128, 8, split=8))
     if 32 in fits:
         forward.append(Tiles(16, 32, chunk // 2, 8))
         if not tcgen05 or (in_1k and size == 2):
@@ -198,18 +190,28 @@ def narrow_tiles(H: int, size: int, device: Device) -> tuple[list[Tiles], list[T
     backward: list[Tiles] = []
     units = next((units for units in ((16,) if size == 8 else (16, 8)) if fit(units, H, size, device)), 0)
     if units and size < 8:
-        forward.append(Tiles(16, units, 128, 8, split=8))
-        # In TF32 16 units spill (Triton 3.9), and on an A100 the larger batch (Triton 3.6).
-        batch = 16 if size == 4 and capability == 8 else 32
-        backward.append(Tiles(batch, 8 if size == 4 else units, 128, 8, split=8))
+        # The addresses of longer rows spill in four warps and beside a team's second exchange: an odd H has two for one
+        # of another. TF32 leaves less room.
+        most = 1280 if H % 2 == 0 else 1024
+        longest = size == 2 and most < H
+        in_pairs = size == 2 and H % 2 == 0 and not longest and capability != 10
+        length = chunk if in_pairs else chunk // 2
+        forward.append(Tiles(16, units, length, 8 if longest or units == 8 else 4))
+        if longest:
+            backward.append(Tiles(16, units, chunk, 8))
+        elif units == 8 or (size == 4 and H > 512 and capability == 10):
+            backward.append(Tiles(16, 8, chunk // 2, 4, kept=6 if capability == 10 else 12, team=4))
+        else:
+            backward.append(Tiles(16, units, length, 4, team=4))
+        if H * size <= 1344 and capability != 8:
+            forward.append(Tiles(32, units, chunk // 2, 8))
+            backward.append(Tiles(32, units, chunk // 2, 8, team=4))
     elif units:
         warps = 16 if mma_only(size, device) else 4 if wide and capability == 9 else 8
         forward.append(Tiles(16, units, min(64, chunk) if wide and capability != 10 else chunk // 2, warps))
         # Four warps repeat nothing of a product, but hold only the shorter rows that fit an A100 without spills.
         rows = 64 if wide and capability != 8 else 32
         backward.append(Tiles(rows, units, chunk, 4 if not wide and capability == 8 else 8))
-        if wide and not mma_only(size, device):
-            split_tiles(forward, backward, H, size, device)
     if wide and not units and not mma_only(size, device):
         streaming_tiles(forward, backward, H, size, device)
     return forward, backward
@@ -225,59 +227,24 @@ def streaming_tiles(forward: list[Tiles], backward: list[Tiles], H: int, size: i
         return
     room = int(0.6 * device.shared)
     kept = room // (4 * units * (chunk // 2) * size)
-    if size == 8:
-        forward.append(Tiles(16, units, chunk // 2, 4, kept))
-    else:
-        most = 12 if device.capability[0] != 10 else 10 if size == 2 else 8
-        kept = min(kept, most)  # the loads of more chunks spill
+    if size < 8:
+        kept = min(kept, 12 if device.capability[0] != 10 else 10 if size == 2 else 8)  # the loads of more chunks spill
         forward.append(Tiles(32 if units == 16 else 16, units, chunk // 2, 8, kept))
         if units == 16:
-            backward.append(Tiles(16, 16, chunk // 2, 4, kept, team=4))
             backward.append(Tiles(32, 16, chunk // 2, 8, kept, team=4))
+    if units == 16:
+        if size > 2 and device.capability[0] == 8:
+            kept = min(kept, 8)
+        forward.append(Tiles(16, 16, chunk // 2, 4, kept))
+        backward.append(Tiles(16, 16, chunk // 2, 4, kept, team=4))
     if units == 32 or size > 2:
         backward.append(Tiles(64 if units == 16 else 32, units, chunk, 8, room // (units * chunk * size)))
-    # Longer rows spill where they have masks, of TF32 all that have some.
-    if units == 16 and (size == 2 or (H <= 1536 and (size == 8 or H % 128 == 0))):
-        split_tiles(forward, backward, H, size, device)
-
-
-def split_tiles(forward: list[Tiles], backward: list[Tiles], H: int, size: int, device: Device) -> None:
-    """Adds the tiles that split a product of few rows among warps, with as much of W_hh on chip as leaves registers."""
-    room, chunks = int((0.6 if size == 2 else 0.4) * device.shared), ceil_div(H, 128)
-    passes = [(forward, 4, chunks)]
-    if size == 8:  # of the others teams are faster
-        passes.append((backward, 1, 4 * chunks))
-    for tiles, of_units, all_chunks in passes:
-        kept = min(room // (of_units * 16 * 128 * size), 4 if size == 8 else all_chunks)
-        tiles.append(Tiles(16, 16, 128, 8, 0 if kept >= all_chunks else kept, split=8))
-
-
-def projection_tiles(H: int, P: int, size: int, device: Device) -> tuple[list[Tiles], list[Tiles]]:
-    """grid_tiles() of kernels that project to P features: all of both weights on chip, in wide rows. Of a program's
-    units forward has four rows of P columns, and of its features one of H; backward one of P, and one of 4H."""
-    if not projectable(H, P, size, device) or P * size > 1024:
-        return [], []
-
-    def fits(features: int, chunk: int, backward: bool) -> bool:
-        of_units, of_features = (1, 4) if backward else (4, 1)
-        over_features, over_units = (ceil_div(K, chunk) * chunk for K in (P, H))
-        held = of_units * 16 * over_features + of_features * features * over_units
-        programs = max(ceil_div(H, 16), ceil_div(P, features))
-        return programs <= device.multiprocessors and held * size <= 0.75 * device.shared
-
-    forward = [Tiles(16, 16, 256, 8, split=8, features=16)] if fits(16, 256, False) and H * size <= 4096 else []
-    backward = []
-    for features in (16, 8):
-        chunk = next((chunk for chunk in (512, 256) if fits(features, chunk, True)), 0)
-        if chunk:
-            backward += [Tiles(batch, 16, chunk, 8, split=8, features=features) for batch in (16, 32)]
-    return forward, backward
 
 
 def projectable(H: int, P: int, size: int, device: Device) -> bool:
-    """Whether kernels may project to P features: the addresses of narrow rows, the two numbers of full precision and a
-    B200's registers leave no room for a second product."""
-    return aligned(H, size) and aligned(P, size) and size < 8 and device.capability[0] != 10
+    """Whether kernels may project to P features: narrow rows and a B200's registers leave no room for a second product,
+    and in TF32 a product of few rows takes three times as long."""
+    return aligned(H, size) and aligned(P, size) and size == 2 and device.capability[0] != 10
 
 
 def stack_tiles(H: int, size: int, device: Device, layers: int) -> tuple[list[Tiles], list[Tiles]]:
@@ -290,18 +257,13 @@ def stack_tiles(H: int, size: int, device: Device, layers: int) -> tuple[list[Ti
         if not wgmma:
             return [], []
         return [Tiles(16, 16, min(64, chunk), 4)], [Tiles(16, 16, chunk, 8)]
-    forward = [Tiles(16, 16, 128, 8, split=8)]
     # On an A100 longer chunks in 16 bit spill.
-    forward.append(Tiles(32, 16, chunk // 2, 4) if wgmma else Tiles(32, 16, chunk // 4 if size == 2 else chunk, 8))
-    backward = [Tiles(16, 16, 128, 8, split=8)]
-    if H * size <= 2048:
-        backward.append(Tiles(16, 16, chunk // 2, 8, team=4))
+    forward = [Tiles(32, 16, chunk // 2, 4) if wgmma else Tiles(32, 16, chunk // 4 if size == 2 else chunk, 8)]
+    backward = [Tiles(16, 16, chunk // 2, 8, team=4)]
     if wgmma:
         forward.append(Tiles(16, 16, min(64, chunk), 4))
         if in_1k:
             forward.append(Tiles(64, 16, chunk // 4, 8))
     if fit(32, H, size, device, layers):
         forward += [Tiles(batch, 32, chunk // 2, 8) for batch in (16, 32)]
-        if size == 2:
-            backward.append(Tiles(16, 32, chunk, 8, split=8))
     return forward, backward

@@ -260,11 +260,11 @@ class Explorer:
         if not options.get("GRID"):
             return original(executor, *tensors, **options)
         self.bounded = options["TURNS"] > 0
-        names = "y", "dropped", "unprojected", "dgates", "products", "dh_steps"
+        names = "y", "dropped", "dgates", "products"
         exchanged = [named[name] for name in names if named.get(name) is not None]
         member, group = named["member_begin"], named["row_begin"] // options["BLOCK_B"]
         _, groups, members = executor.grid
-        for flags in (named.get("flags"), named.get("inner_flags")):
+        for flags in (named.get("flags"), named.get("team_flags")):
             own = () if flags is None else flags.view(-1, *flags.shape[-2:])[member : member + members]
             if len(own) and own[:, group : group + groups].any():
                 raise self._named(Broken("the flags are not zero at launch"))

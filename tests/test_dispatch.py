@@ -57,10 +57,10 @@ def test_modes_follow_the_size_of_the_weights(device, dtype, ieee):
     order = ["local", "grid", "step"]
     modes = [choose_kernel(dtype, 16, H, device, ieee).mode for H in range(8, 4800, 8)]
     assert modes == sorted(modes, key=order.index) and set(modes) == set(order)
-    # Rows that no wide load divides are not streamed.
+    # Rows that no wide load divides are not streamed, but by backward in TF32.
     odd = [choose_kernel(dtype, 16, H, device, ieee) for H in range(1, 2049, 2)]
     assert [plan.mode for plan in odd] == sorted((plan.mode for plan in odd), key=order.index)
-    assert all(plan.forward.kept == plan.backward.kept == 0 for plan in odd)
+    assert all(plan.forward.kept == 0 and (plan.precision == "tf32" or plan.backward.kept == 0) for plan in odd)
 
 
 @pytest.mark.parametrize("dtype,ieee", KERNEL_DTYPES)
@@ -135,15 +135,14 @@ def test_a_replaced_weight_of_another_size_is_not_read_out_of_bounds(name, shape
 
 
 @pytest.mark.parametrize(
-    "kernel, tiles, out",
+    "kernel, tiles",
     [
-        ("forward_kernel", Tiles(2, 2, 4, 4), 6),
-        ("latency_forward_kernel", Tiles(2, 2, 32, 2, split=2, poll=True), 6),
-        ("forward_kernel", Tiles(2, 2, 4, 4, features=1), 4),
+        ("forward_kernel", Tiles(2, 2, 4, 4)),
+        ("latency_forward_kernel", Tiles(2, 2, 32, 2, split=2, poll=True)),
     ],
-    ids=["flags", "polled", "projecting"],
+    ids=["flags", "polled"],
 )
-def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(kernel, tiles, out, monkeypatch):
+def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(kernel, tiles, monkeypatch):
     text = "Triton Error [CUDA]: too many blocks in cooperative launch"
     real, refused = getattr(forward, kernel), []
 
@@ -164,11 +163,10 @@ def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(kernel, tiles
     monkeypatch.setattr(forward, kernel, Kernel())
     monkeypatch.setattr(plan, "_refused", {})
     grid = plan.Plan("grid", tiles, tiles, 8, "ieee", "")
-    *tensors, weight_hr = [torch.randn(size) for size in [(3, 2, 24), (24, out), (2, out), (2, 6), (out, 6)]]
-    weight_hr = weight_hr if out < 6 else None
-    y, *_ = forward.forward(*tensors, plan=grid, weight_hr=weight_hr)
-    assert refused == [(max(3, out if out < 6 else 0), 1, 1)]
-    torch.testing.assert_close(y, reference.forward(*tensors, weight_hr=weight_hr)[0])
+    tensors = [torch.randn(size) for size in [(3, 2, 24), (24, 6), (2, 6), (2, 6)]]
+    y, *_ = forward.forward(*tensors, plan=grid)
+    assert refused == [(3, 1, 1)]
+    torch.testing.assert_close(y, reference.forward(*tensors)[0])
 
     cuda = torch.device("cuda", 0)
     plan.refuse(cuda, text)

@@ -203,7 +203,7 @@ def plan_of(provider, case):
 
 TAKES = {
     "local": lambda plan, one: plan.mode == "local",
-    "grid behind a flag": lambda plan, one: not one.poll and one.team == 1 and not one.kept,
+    "grid behind a flag": lambda plan, one: not one.poll and not one.kept,
     "grid polled": lambda plan, one: one.poll,
     "grid in teams": lambda plan, one: one is plan.forward or one.team == 4,
     "grid streaming W_hh": lambda plan, one: one.kept,

@@ -26,7 +26,7 @@ def local(H):
 
 
 # Tiles that divide neither B nor H of the cases below, and several programs in each direction.
-STEP = Plan("step", Tiles(16, 16, 32, 4), Tiles(16, 16, 64, 4, split=4), 0, "ieee", "")
+STEP = Plan("step", Tiles(16, 16, 32, 4), Tiles(16, 16, 64, 4), 0, "ieee", "")
 
 
 # Those of few rows, whose weight is in parts of 64 bytes; a launch of its own for each step.
@@ -123,11 +123,6 @@ def test_projection_of_every_layout(form, device):
     check(PROJECTING, torch.float32, 5, 5, 20, device, form=form, out=18)
 
 
-def test_step_with_products_in_eight_parts(device):
-    tiles = Tiles(8, 16, 128, 8, split=8)
-    check(Plan("step", tiles, tiles, 0, "ieee", ""), torch.float32, 3, 17, 36, device)
-
-
 @pytest.mark.parametrize("plan", [local(16), STEP, LATENCY], ids=["local", "step", "polled"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("form", NAMES[1:])
@@ -182,8 +177,8 @@ def test_grid(dtype, H, form):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["dense", "lengths and reset"])
-def test_projection_in_the_grid(form):
-    """Its CPU twins: test_projection, and test_schedules.PROJECTING."""
+def test_projection_of_many_units(form):
+    """Its CPU twin: test_projection."""
     plan = choose(torch.bfloat16, 33, 2048, torch.device("cuda"), ieee=False, proj=256)
     assert plan.forward.features and plan.backward.features
     check(plan, torch.bfloat16, 20, 33, 2048, "cuda", form=form, out=256)

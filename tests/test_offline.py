@@ -79,19 +79,14 @@ def faults(row):
     polled, local = grid and tiles["poll"], row["mode"] == "local"
     flags = grid and not polled
     programs = row["layers"] * tiles["team"] * triton.cdiv(row["H"], tiles["team"] * tiles["units"])
-    over_units, over_features = (triton.cdiv(K, tiles["chunk"]) for K in (row["H"], row["proj"]))
-    weights = tiles["kept"] or over_units * (1 if forward else 4 // tiles["team"])
-    if row["proj"]:  # all of W_hh and W_hr, of which one reduces over units, the other over features
-        programs = max(programs, triton.cdiv(row["proj"], tiles["features"]))
-        weights = over_features + (1 if forward else 4) * over_units
+    weights = tiles["kept"] or triton.cdiv(row["H"], tiles["chunk"]) * (1 if forward else 4 // tiles["team"])
     held = 0 if polled or local else weights * (1 + stack)  # in registers
     # A step's own: the input gates; in backward the gates, c, c_prev, dy and dhn. From the other programs: the flag, if
     # there is one, and h or dgates, as many tiles as W_hh has; in a team another flag and a product of each. With
     # offsets, one for each step that these belong to; with resets, one for the step, and one where others are waited
-    # for. In a stack as much of the other layer; with dropout, seed and share. Of a projection a second flag. Not the
-    # weights'.
+    # for. In a stack as much of the other layer; with dropout, seed and share. Not the weights'.
     own, offsets, resets = (4, 1, 1) if forward else (8, 2, 1)
-    inner = flags * (team + (row["proj"] > 0))  # exchanges within a step
+    inner = flags * team  # exchanges within a step
     loads = own + grid * weights + flags + inner + team * tiles["team"]
     loads += stack * (flags + weights) + row.get("drop", False) * 2
     loads += row.get("packed", False) * (offsets + grid) + row.get("reset", False) * (resets + grid)

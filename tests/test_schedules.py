@@ -34,10 +34,7 @@ TEAMS = replace(PLAN, backward=Tiles(2, 1, 2, 4, kept=1, team=4))
 # h and dgates are polled; in the second the parts of a team are, too, which are float32.
 POLLING = replace(PLAN, forward=Tiles(2, 2, 16, 2, split=2, poll=True), backward=Tiles(2, 2, 16, 2, split=2, poll=True))
 POLLING_TEAM = replace(POLLING, backward=Tiles(2, 1, 64, 4, team=4, split=4, poll=True))
-# To about half as many features as units. Forward four programs have some, of which three have units, or three and two;
-# backward two of three or both have some, and its products are in parts.
-PROJECTING = replace(PLAN, forward=Tiles(2, 2, 8, 4, features=1), backward=Tiles(2, 2, 4, 4, split=4, features=2))
-PLANS = [PLAN, STREAMING, TEAM, TEAMS, POLLING, PROJECTING, POLLING_TEAM]
+PLANS = [PLAN, STREAMING, TEAM, TEAMS, POLLING, POLLING_TEAM]
 
 
 def run(
@@ -56,14 +53,12 @@ def run(
     """Both passes under a schedule, against the reference, in float64 and exact to rounding."""
     B, H = sizes
     dtype, tolerance = (torch.float32, 1e-5) if plan == POLLING_TEAM else (torch.float64, 1e-13)
-    out = H // 2 + 1 if plan.forward.features else H
     layout, lead = layout_of(form, T, B)
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(*lead, 4 * H), (4 * H, out), (out, H), (B, out), *[(B, H)] * 2, (*lead, out), (B, out), (B, H)]
+    shapes = [(*lead, 4 * H), (4 * H, H), *[(B, H)] * 3, (*lead, H), *[(B, H)] * 2]
     tensors = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
-    input_gates, weight_hh, weight_hr, h0, c0, c_reset, *cotangents = tensors
+    input_gates, weight_hh, h0, c0, c_reset, *cotangents = tensors
     options = {"reverse": reverse, "layout": layout, "c_reset": None if layout.starts is None else c_reset}
-    options["weight_hr"] = weight_hr if out < H else None
     with explore(schedule, seed, strict, memory) as explorer:
         ours = forward.forward(input_gates, weight_hh, h0, c0, plan=plan, **options)
         saved = (weight_hh, c0, *ours[3:])
@@ -94,7 +89,7 @@ def sweep(first, count):
     for seed in range(first, first + count):
         form = seed // len(names)
         if seed % 8 == 7:
-            of, plan = members.FORMS[seed // 8 % len(members.FORMS)], PLANS[seed // 24 % len(PLANS[:-2])]
+            of, plan = members.FORMS[seed // 8 % len(members.FORMS)], PLANS[seed // 24 % len(PLANS[:-1])]
             run_members(names[seed % len(names)], seed, form % 6 == 0, of, plan=plan, form=NAMES[form % len(NAMES)])
             continue
         sizes = TWO_GROUPS if form % 2 else ONE_GROUP
@@ -156,18 +151,14 @@ def plant(tmp_path, monkeypatch):
     return load
 
 
-PUBLISH = {
-    "forward": "publish(inner_flag if OUT < H else step_flags + step)",
-    "backward": "publish(step_flags + step)",
-}
-# The wait without a projection, and of whom.
+PUBLISH = "publish(step_flags + step)"
 WAIT = "if step > 0:\n                    wait(step_flags + step - 1, "
-WRITERS = {"forward": "writers", "backward": "tl.num_programs(0)"}
-# What stands there by the pass, and what is put in its place.
+WRITERS = f"{WAIT}tl.num_programs(0)"
+# What stands there, and what is put in its place.
 FAULTS = {
-    "a publish is missing": (PUBLISH, f"if step < {T - 2}:\n                    {{}}", "deadlock"),
-    "the target is off by one": (WRITERS, "{} - 1", "nobody has written|race"),
-    "the target is out of reach": (WRITERS, "{} + 1", "deadlock"),
+    "a publish is missing": (PUBLISH, f"if step < {T - 2}:\n                    {PUBLISH}", "deadlock"),
+    "the target is off by one": (WRITERS, f"{WRITERS} - 1", "nobody has written|race"),
+    "the target is out of reach": (WRITERS, f"{WRITERS} + 1", "deadlock"),
     "the flag of the step before": (WAIT, WAIT.replace("- 1", "- 2 * (step > 1)"), "deadlock|written|race"),
     "another group's flag": (
         WAIT,
@@ -180,18 +171,11 @@ FAULTS = {
 }
 
 
-def planted(which, fault):
-    """The module of a pass, and one of FAULTS in its words: what stands there, and what is put in its place."""
-    old, new, _ = FAULTS[fault]
-    old = old if isinstance(old, str) else old[which]
-    before = WAIT if old in WRITERS.values() else ""
-    return forward_module if which == "forward" else backward_module, before + old, before + new.format(old)
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_planted_fault_is_found(plant, which, fault):
-    module, found = plant(*planted(which, fault)), FAULTS[fault][2]
+    *texts, found = FAULTS[fault]
+    module = plant(forward_module if which == "forward" else backward_module, *texts)
     with pytest.raises(Broken, match=found):
         for seed, schedule in enumerate(SCHEDULES):
             run(schedule, seed, **{which: module})
@@ -203,7 +187,7 @@ FAULTS_OF_A_TEAM = {
     "another team's flag": ("wait(team_flag, TEAM", "wait(team_flag + 1 - 2 * team, TEAM"),
     "the step's dgates counted in before the products are read": (
         "publish(team_flag)\n",
-        f"{PUBLISH['backward']}\n                publish(team_flag)\n",
+        f"{PUBLISH}\n                publish(team_flag)\n",
     ),
 }
 
@@ -214,48 +198,6 @@ def test_planted_fault_in_a_team_is_found(plant, fault):
     with pytest.raises(Broken, match=r"nobody has written|race|overwrote|deadlock"):
         for seed, schedule in enumerate(SCHEDULES):
             run(schedule, seed, plan=TEAMS, sizes=ONE_GROUP, backward=module)
-
-
-# The projection's: a step's second exchange, and its first between other programs than without one.
-FAULTS_OF_A_PROJECTION = {
-    "features before the cells": (
-        "forward",
-        "tl.num_programs(0) * (step + 1), step",
-        "tl.num_programs(0) * step, step",
-    ),
-    "features that one has not counted in": (
-        "forward",
-        "wait(step_flags + step - 1, writers,",
-        "wait(step_flags + step - 1, 1,",
-    ),
-    "only the first has features": ("forward", "< writers\n", "< 1\n"),
-    "cells before their gradient": (
-        "backward",
-        "wait(inner_flag, writers * (step + 1)",
-        "wait(inner_flag, writers * step",
-    ),
-    "cells before one's features": ("backward", "writers * (step + 1)", "writers * (step + 1) - 1"),
-    "no wait for dgates": ("backward", "if (step > 0) & projects:", "if (step < 0) & projects:"),
-    "all count features in": (
-        "backward",
-        "                if projects:\n                    publish",
-        "                if step >= 0:\n                    publish",
-    ),
-    "cells that are not read yet are written over": (
-        "forward",
-        "tl.store(unprojected + state, h, mask=active)\n",
-        "tl.store(unprojected + state, h, mask=active)\n                publish(step_flags + step)\n",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS_OF_A_PROJECTION)
-def test_planted_fault_in_the_projection_is_found(plant, fault):
-    which, *texts = FAULTS_OF_A_PROJECTION[fault]
-    module = plant(forward_module if which == "forward" else backward_module, *texts)
-    with pytest.raises(Broken, match=r"nobody has written|race|overwrote|deadlock"):
-        for seed, schedule in enumerate(SCHEDULES):
-            run(schedule, seed, plan=PROJECTING, sizes=ONE_GROUP, **{which: module})
 
 
 LOOKED_AT = "(x.to(WORD, bitcast=True) == -1)"
@@ -368,7 +310,7 @@ def test_directions_that_do_not_fit_together_follow_in_further_launches(schedule
 
 def test_flag_published_before_the_data(plant):
     source = Path(forward_module.__file__).read_text()
-    store, publish = "tl.store(y + hidden, h, mask=active)\n", f"{PUBLISH['forward']}\n"
+    store, publish = "tl.store(y + hidden, h, mask=active)\n", f"{PUBLISH}\n"
     both = source[source.index(store) : source.index(publish) + len(publish)]
     module = plant(forward_module, both, f"pass\n{both.removeprefix(store)}            {store}")
     with pytest.raises(Broken, match=r"nobody has written|race"):
@@ -393,14 +335,14 @@ def test_flags_left_from_an_earlier_launch(monkeypatch):
 
 
 def test_a_failure_names_the_seed_that_repeats_it(plant):
-    module = plant(*planted("forward", "no wait at all"))
+    module = plant(forward_module, *FAULTS["no wait at all"][:2])
     with pytest.raises(Broken, match=r"schedule='uniform', seed=3, strict=False"):
         run("uniform", 3, forward=module)
 
 
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_debug_mode_reports_who_waits_in_vain(plant, which, monkeypatch):
-    module = plant(*planted(which, "a publish is missing"))
+    module = plant(forward_module if which == "forward" else backward_module, *FAULTS["a publish is missing"][:2])
     monkeypatch.setattr(launch, "TURNS", 50)
     with pytest.raises(RuntimeError, match=r"program \d of batch group [01] waited in vain for step 1 of the others"):
         run("uniform", 0, memory=False, **{which: module})

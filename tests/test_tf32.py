@@ -13,7 +13,7 @@ from triton.runtime.interpreter import interpreter_builder
 from bench.measure import precision
 from fused_lstm import LSTM, LSTMCell, operators
 from fused_lstm.kernels.one_step import one_step
-from fused_lstm.kernels.plan import Plan, choose_one_step
+from fused_lstm.kernels.plan import choose_one_step
 from fused_lstm.kernels.product import operand
 
 from . import parity, test_kernels
@@ -62,11 +62,9 @@ def cut(monkeypatch):
     return products
 
 
-STREAMING = replace(test_kernels.STEP.forward, split=1)
 PLANS = {
     "local": (test_kernels.local(32), 20, None),
-    "split": (test_kernels.STEP, 36, None),
-    "streaming": (Plan("step", STREAMING, STREAMING, 0, "ieee", ""), 36, None),
+    "step": (test_kernels.STEP, 36, None),
     "projection": (test_kernels.PROJECTING, 36, 20),
 }
 
