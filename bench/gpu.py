@@ -176,6 +176,9 @@ class Running:
         self.lines: list[str] = []
         self.asked = self.killed = False
         self.began = time.time()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            # So a shell starts what is to run in the background, and the command would ignore it, too.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         options: Any = {"env": variables, "text": True, "errors": "replace", "start_new_session": True}
         self.process = subprocess.Popen(command, cwd=store.ROOT, **pipes, **options)

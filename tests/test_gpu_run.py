@@ -1,6 +1,7 @@
 """`make gpu`: one part that hangs, crashes or is wrong costs no other, and the page says so."""
 
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -79,7 +80,15 @@ def test_a_hang_a_crash_and_a_wrong_result_leave_the_others(tmp_path):
     assert "\nsweep.jsonl: 12 of 12" in log and str(store.ROOT) not in page + log
 
 
-def test_what_ends_at_its_limit_has_its_summary(tmp_path, monkeypatch):
+@pytest.fixture
+def in_background():
+    """As a shell starts what is to run there."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_ends_at_its_limit_has_its_summary(tmp_path, monkeypatch, in_background):
     monkeypatch.setattr(gpu, "GRACE", 20.0)  # a busy machine takes its time
     code = f"import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: {SUMMARY.partition('; ')[2]}"
     outcomes, page, _ = drive(tmp_path, part("long", "import sys\n" + code, 4.0))
