@@ -151,6 +151,7 @@ def plant(tmp_path, monkeypatch):
     return load
 
 
+MODULES = {"forward": forward_module, "backward": backward_module}
 PUBLISH = "publish(step_flags + step)"
 WAIT = "if step > 0:\n                    wait(step_flags + step - 1, "
 WRITERS = f"{WAIT}tl.num_programs(0)"
@@ -175,7 +176,7 @@ FAULTS = {
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_planted_fault_is_found(plant, which, fault):
     *texts, found = FAULTS[fault]
-    module = plant(forward_module if which == "forward" else backward_module, *texts)
+    module = plant(MODULES[which], *texts)
     with pytest.raises(Broken, match=found):
         for seed, schedule in enumerate(SCHEDULES):
             run(schedule, seed, **{which: module})
@@ -293,7 +294,7 @@ FAULTS_OF_MEMBERS = {
 @pytest.mark.parametrize("fault", FAULTS_OF_MEMBERS)
 def test_planted_fault_between_members_is_found(plant, fault):
     which, of, old, new = FAULTS_OF_MEMBERS[fault]
-    module = plant(forward_module if which == "forward" else backward_module, old, new)
+    module = plant(MODULES[which], old, new)
     with pytest.raises(Broken, match=r"nobody has written|race|deadlock"):
         for seed, schedule in enumerate(SCHEDULES):
             run_members(schedule, seed, of=of, **{which: module})
@@ -342,7 +343,7 @@ def test_a_failure_names_the_seed_that_repeats_it(plant):
 
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_debug_mode_reports_who_waits_in_vain(plant, which, monkeypatch):
-    module = plant(forward_module if which == "forward" else backward_module, *FAULTS["a publish is missing"][:2])
+    module = plant(MODULES[which], *FAULTS["a publish is missing"][:2])
     monkeypatch.setattr(launch, "TURNS", 50)
     with pytest.raises(RuntimeError, match=r"program \d of batch group [01] waited in vain for step 1 of the others"):
         run("uniform", 0, memory=False, **{which: module})
