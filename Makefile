@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 
+# What runs on torch's path, too.
+ON_TORCH := tests/test_contract_*.py tests/test_swap.py tests/test_sequences.py tests/test_one_step.py tests/test_trace.py
+
 .PHONY: demo long-memory test test-slow bench gpu gpu-ahead lint clean
 
 demo: $(VENV)/ready
@@ -13,7 +16,7 @@ long-memory: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(RUN) -m pytest -n 2 -q
-	TRITON_INTERPRET=0 $(RUN) -m pytest -n 2 -q tests/test_contract_*.py tests/test_swap.py tests/test_sequences.py tests/test_one_step.py tests/test_trace.py  # torch's path
+	$(RUN) -m pytest -p tests.without_triton -n 2 -q $(ON_TORCH)
 
 test-slow: $(VENV)/ready
 	$(RUN) -m pytest -n 2 -q -m "slow and not gpu"

@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+TRITON = "triton>=3.6; platform_system == 'Linux'"
+
 setup(
     name="fused-lstm",
     version="0.1.0",
@@ -11,9 +13,12 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    install_requires=["torch>=2.11", "triton>=3.6"],
+    # No Triton: torch for CUDA brings the one that it was built with, torch for ROCm a Triton of its own, which PyPI's
+    # would overwrite, and macOS and Windows have none. Without Triton torch's own LSTM runs.
+    install_requires=["torch>=2.11"],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy", "expecttest"],
+        "triton": [TRITON],
+        "test": [TRITON, "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy", "expecttest"],
         # Programs that use nn.LSTM, and ONNX: what the tests swap and export.
         "libraries": ["transformers", "sb3-contrib", "stanza", "onnx", "onnxscript", "onnxruntime"],
         "examples": ["matplotlib", "tqdm"],

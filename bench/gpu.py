@@ -416,16 +416,6 @@ def link() -> None:
         kernels.symlink_to("../kernels")
 
 
-def interpretable() -> None:
-    """Raises SystemExit where Triton's interpreter does not run."""
-    numpy, triton = (tuple(map(int, version(name).split(".")[:2])) for name in ("numpy", "triton"))
-    if triton < (3, 7) and numpy >= (2, 4):
-        raise SystemExit(
-            f"a dry run needs numpy below 2.4: the interpreter of Triton {version('triton')} fails under "
-            f"numpy {version('numpy')}; on a GPU it makes no difference"
-        )
-
-
 def environment(dry: bool, variables: dict[str, str]) -> dict[str, Any]:
     """store.environment() and what else a reader wants to know, from a process of its own, which may hang."""
     command = [sys.executable, "-m", "bench.gpu", "--about", *["--dry"] * dry]
@@ -480,7 +470,6 @@ def main() -> int:
     variables |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "COLUMNS": "240"}
     variables |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     if args.dry:
-        interpretable()
         variables["TRITON_INTERPRET"] = "1"
     from . import ahead
 

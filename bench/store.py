@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+
+from fused_lstm.kernels.environment import TRITON
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -62,7 +63,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": TRITON,
         "python": platform.python_version(),
         "commit": _output("git", "rev-parse", "--short=12", "HEAD"),
         "source": _source(),

@@ -24,7 +24,7 @@ from triton.runtime import driver
 from fused_lstm import reference
 from fused_lstm.kernels.backward import backward
 from fused_lstm.kernels.forward import forward
-from fused_lstm.kernels.launch import accumulator
+from fused_lstm.kernels.layout import accumulator
 from fused_lstm.kernels.plan import Plan, by_steps, choose, choose_kernel
 from fused_lstm.kernels.tiles import Device, Tiles, programs_of
 

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from . import layer
-from .kernels.launch import accumulator
-from .kernels.scan import scan
+from .kernels.environment import WHY_NO_TRITON
+from .kernels.layout import accumulator
 from .layer import Members, Weights, matmul_precision
 from .operators import one_by_one
 from .sequence import Sequence
+
+if WHY_NO_TRITON is None:
+    from .kernels.scan import scan
 
 
 @torch.library.custom_op("fused_lstm::forward_in_chunks", mutates_args=())

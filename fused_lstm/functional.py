@@ -10,7 +10,8 @@ from torch.autograd import forward_ad
 
 from . import composed, operators, segments
 from .autograd import LSTMFunction
-from .kernels.launch import DEBUG, DENSE, Layout, accumulator
+from .kernels.environment import DEBUG
+from .kernels.layout import DENSE, Layout, accumulator
 from .kernels.plan import why_torch
 from .layer import Members, together
 from .planning import (

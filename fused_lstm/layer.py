@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .kernels.launch import Layout, accumulator
+from .kernels.layout import Layout, accumulator
 from .sequence import Sequence
 
 # weight_ih (4H, I), weight_hh (4H, Hout), bias_ih and bias_hh (4H) or None, weight_hr (P, H) or None.

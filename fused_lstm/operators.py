@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import backward as backward_kernel
-from .kernels import dropout as dropout_kernel
-from .kernels import forward as forward_kernel
-from .kernels import one_step as one_step_kernel
-from .kernels.launch import Layout, Stack, accumulator
+from .kernels.environment import WHY_NO_TRITON
+from .kernels.layout import Layout, Stack, accumulator
 from .kernels.plan import choose, choose_one_step
+
+if WHY_NO_TRITON is None:
+    from .kernels import backward as backward_kernel
+    from .kernels import dropout as dropout_kernel
+    from .kernels import forward as forward_kernel
+    from .kernels import one_step as one_step_kernel
 
 _functions: dict[Any, Callable[..., Any]] = {}
 

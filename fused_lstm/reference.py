@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .kernels.launch import DENSE, Layout
+from .kernels.layout import DENSE, Layout
 
 
 def steps(input: Tensor, B: int, reverse: bool, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:

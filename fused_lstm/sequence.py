@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.launch import Layout
+from .kernels.layout import Layout
 
 Rows = slice | Tensor
 

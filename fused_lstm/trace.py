@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .kernels.launch import accumulator
+from .kernels.layout import accumulator
 from .lstm import LSTM
 
 

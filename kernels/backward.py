@@ -8,7 +8,8 @@ from torch import Tensor
 from .cell import cell_backward
 from .dropout import drop
 from .latency_backward import latency_backward_kernel
-from .launch import ALONE, DENSE, SIZES, Layout, Stack, exchanged, launch, weight_in_registers
+from .launch import SIZES, exchanged, launch, weight_in_registers
+from .layout import ALONE, DENSE, Layout, Stack
 from .plan import Plan
 from .product import load_weight, product
 from .sync import publish, wait

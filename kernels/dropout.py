@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DENSE, OPTIONS, Layout, on_device
+from .launch import OPTIONS, on_device
+from .layout import DENSE, Layout
 from .tiles import ceil_div
 
 BLOCK = 512  # places in (B, H) of a program, four a thread

@@ -11,7 +11,8 @@ from torch import Tensor
 from .cell import cell_forward, split_gates
 from .dropout import drop
 from .latency_forward import latency_forward_kernel
-from .launch import ALONE, DENSE, SIZES, Layout, Stack, accumulator, exchanged, launch, weight_in_registers
+from .launch import SIZES, exchanged, launch, weight_in_registers
+from .layout import ALONE, DENSE, Layout, Stack, accumulator
 from .plan import Plan
 from .product import load_weight, product
 from .sync import publish, wait

@@ -1,20 +1,20 @@
 """What both launchers share: the flags, the launch shape of each mode, and the tensor's device."""
 
-import os
 import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from .plan import Plan, by_steps, cuda_device, interpreted, refuse
+from .environment import DEBUG, VERSION, interpreted
+from .layout import Layout
+from .plan import Plan, by_steps, cuda_device, refuse
 from .tiles import Tiles, alone, ceil_div, programs_of
 
 # The interpreter multiplies bfloat16 bit patterns as integers: there the operands are widened, which is exact.
@@ -25,13 +25,10 @@ DOT = {
     torch.float64: tl.float64,
 }
 
-TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-
 # Of every kernel: later Tritons have another default, and other sums.
 OPTIONS = {"enable_fp_fusion": True}
 
 # Turns that a wait for a step flag may take under FUSED_LSTM_DEBUG=1, some seconds; without it a wait has no bound.
-DEBUG = os.environ.get("FUSED_LSTM_DEBUG") == "1"
 TURNS = 10_000_000 if DEBUG else 0
 
 
@@ -42,89 +39,9 @@ SIZES = ["T", "B", "total_rows", "step_stride", "row_stride", "member_begin", "r
 _INTERPRETER = threading.RLock()
 
 
-class Layout(NamedTuple):
-    """Where sequences lie among the rows of a tensor and where they begin, in the order of their direction.
-
-    lengths: (B,) int64, steps of each batch row; None: every row has all T.
-    offsets: (T,) int64, first row of each step of a packed sequence, whose rows are sorted as torch packs them; None: B
-        rows a step.
-    starts: (rows,) bool, the steps before which the state is set to the reset state, of two directions (2, rows); None:
-        none.
-    batch_first: the steps of a batch row lie together, (B, T, ...), not packed; otherwise (T, B, ...).
-    """
-
-    lengths: Tensor | None = None
-    offsets: Tensor | None = None
-    starts: Tensor | None = None
-    batch_first: bool = False
-
-    def strides(self, T: int, B: int) -> tuple[int, int]:
-        """How many rows on the next step of the same batch row lies, if not packed, and the next batch row."""
-        return (1, T) if self.batch_first else (B, 1)
-
-    def steps(self, shape: torch.Size) -> int:
-        """T of a tensor of so many steps and features."""
-        return shape[1 if self.batch_first else 0] if self.offsets is None else self.offsets.shape[0]
-
-    @property
-    def padded(self) -> bool:
-        """Rows of several lengths in a tensor that has all T steps of each."""
-        return self.lengths is not None and self.offsets is None
-
-    def past(self, shape: torch.Size) -> Tensor:
-        """(T, B, 1) bool, or (B, T, 1), the steps past each row's length, of padded rows and so many features."""
-        time = torch.arange(shape[-2 if self.batch_first else -3], device=self.lengths.device)
-        past = time[:, None] >= self.lengths
-        return (past.T if self.batch_first else past)[..., None]
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """lengths, offsets, starts, and the order (B,), int64, in which batch rows are dealt to programs, the longest
-        first: a program ends with the longest of its rows, so those of like lengths go together. None where that is
-        their own order."""
-        order = self.lengths.argsort(descending=True) if self.lengths is not None and self.padded else None
-        return self.lengths, self.offsets, self.starts, order
-
-    @property
-    def flags(self) -> dict[str, bool]:
-        """The constexpr arguments by which a layout enters a kernel."""
-        lengths, offsets, starts, _ = self
-        return {"LENGTHS": lengths is not None, "PACKED": offsets is not None, "RESET": starts is not None}
-
-
-DENSE = Layout()  # T steps of B rows
-
-
-class Stack(NamedTuple):
-    """What leads from a layer to the next where several run in one launch.
-
-    weight_ih: (L - 1, 4H, H), of the layers above the first. bias: (L - 1, 4H), the sum of both, of the same.
-    seed: (1,) int64, of the dropout between the layers; None: no dropout. keep: (1,) in the accumulator's dtype, the
-        share of units that it keeps.
-    """
-
-    weight_ih: Tensor | None = None
-    bias: Tensor | None = None
-    seed: Tensor | None = None
-    keep: Tensor | None = None
-
-    @property
-    def flags(self) -> dict[str, bool]:
-        """The constexpr arguments by which a stack enters a kernel."""
-        return {"STACK": self.weight_ih is not None, "DROP": self.seed is not None}
-
-
-ALONE = Stack()  # one layer
-
-
 def on_device(device: torch.device) -> AbstractContextManager:
     """Within it kernels are launched on a device, or one thread at a time has the interpreter."""
     return torch.cuda.device(device) if device.type == "cuda" else _INTERPRETER
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type of the cell state and of sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def exchanged(like: Tensor, shape: tuple[int, ...], tiles: Tiles, layout: Layout) -> Tensor:
@@ -145,7 +62,7 @@ def weight_in_registers(plan: Plan, tiles: Tiles) -> bool:
 def operand_width(rows: int, size: int) -> int:
     """Elements of the reduction that Triton lays side by side in a register operand of so many rows and bytes an
     element; in another order the kernels move it through shared memory, right but slow."""
-    wide = TRITON < (3, 8) or (size == 2 and rows == 8)
+    wide = VERSION < (3, 8) or (size == 2 and rows == 8)
     return (8 if wide else 4) // size
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .cell import four
-from .plan import interpreted
+from .environment import interpreted
 from .product import operand
 from .sync import complain
 

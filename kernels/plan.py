@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-import triton
 
 from . import model
+from .environment import WHY_NO_TRITON, interpreted
 from .tiles import (
     H100,
     Device,
@@ -16,6 +16,7 @@ from .tiles import (
     ceil_div,
     grid_tiles,
     latency_tiles,
+    next_power_of_2,
     projectable,
 )
 
@@ -61,20 +62,14 @@ class Plan:
         return "composed of torch operations, step by step: slow beside the kernels"
 
 
-def interpreted() -> bool:
-    """True where TRITON_INTERPRET=1 was set before triton was imported: the kernels then run on CPU tensors."""
-    return not isinstance(_probe, triton.JITFunction)
-
-
-@triton.jit
-def _probe():
-    pass
-
-
 def why_torch(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why torch's own LSTM serves tensors of `dtype` on `device`; None where the kernels do."""
+    if WHY_NO_TRITON is not None:
+        return f"{WHY_NO_TRITON}: torch's own LSTM"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"{device.type} tensors: torch's own LSTM; the kernels run on CUDA"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "ROCm: torch's own LSTM; the kernels have instructions of NVIDIA's alone"
     if dtype == torch.float64 and device.type == "cuda":
         return "float64 on CUDA: torch's own LSTM"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -273,7 +268,7 @@ def choose_kernel(
     precision = "ieee" if dtype != torch.float32 else "tf32x3" if ieee else "tf32"
     # Local: all of W_hh in the registers of one program, beside the addresses of its rows, which narrow ones have more
     # of: more units spill.
-    padded, wide = max(16, triton.next_power_of_2(H)), aligned(H, size)
+    padded, wide = max(16, next_power_of_2(H)), aligned(H, size)
     most = 128 if size == 2 and wide else 64 if size < 8 or wide else 32
     if padded <= most and layers == 1 and not proj:
         # Eight rows a program, as long as all run at once, and where more would spill.

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .plan import interpreted
+from .environment import interpreted
 
 INTERPRETED = tl.constexpr(interpreted())
 

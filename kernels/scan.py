@@ -5,7 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .cell import cell_forward
-from .launch import DENSE, OPTIONS, Layout, on_device
+from .launch import OPTIONS, on_device
+from .layout import DENSE, Layout
 from .tiles import ceil_div
 
 BLOCK = 64  # units of a program, two a thread of its one warp: element by element, so more programs serve better

@@ -50,6 +50,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n; as triton.next_power_of_2, where there is no Triton too."""
+    return 1 << (n - 1).bit_length()
+
+
 def programs_of(tiles: Tiles, H: int, B: int) -> tuple[int, int]:
     """How many programs hold H units, in whole teams, and how many batch groups B rows are."""
     return tiles.team * ceil_div(H, tiles.team * tiles.units), ceil_div(B, tiles.batch)

@@ -3,7 +3,7 @@ steps of a row beside each other."""
 
 import torch
 
-from fused_lstm.kernels.launch import DENSE, Layout
+from fused_lstm.kernels.layout import DENSE, Layout
 from fused_lstm.sequence import Sequence
 
 NAMES = ("dense", "packed", "lengths", "reset", "lengths and reset", "rows first, lengths and reset")

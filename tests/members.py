@@ -6,7 +6,7 @@ from fused_lstm import reference
 from fused_lstm.kernels import backward as backward_module
 from fused_lstm.kernels import forward as forward_module
 from fused_lstm.kernels.dropout import dropout
-from fused_lstm.kernels.launch import ALONE, Stack
+from fused_lstm.kernels.layout import ALONE, Stack
 from fused_lstm.sequence import Sequence
 
 from .layouts import layout_of

@@ -227,8 +227,10 @@ FAULTS = {
     },
     "kernels/launch.py": {
         "padding left as it was": ("like.new_zeros(shape) if layout.padded else", "", PADDED),
-        "rows dealt as they come": ("argsort(descending=True)", "new_ones(0).argsort().new_tensor(range(4))", DEALT),
         "loads of the next step before its flag": ('"num_stages": 1', '"num_stages": 3', COMPILED),
+    },
+    "kernels/layout.py": {
+        "rows dealt as they come": ("argsort(descending=True)", "new_ones(0).argsort().new_tensor(range(4))", DEALT),
     },
     "fused_lstm/layer.py": {
         "input of an upper layer without dropout": ("below = members.drop(", "below, _ = all_y[m - 1], (", MASKS),

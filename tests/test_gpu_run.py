@@ -262,18 +262,6 @@ def test_the_link_is_made_where_the_kernels_cannot_be_imported(tmp_path, monkeyp
     assert os.readlink(tmp_path / "fused_lstm/kernels") == "../kernels"
 
 
-@pytest.mark.parametrize(
-    "numpy, triton, runs", [("2.3.5", "3.6.0", True), ("2.5.2", "3.6.0", False), ("2.5", "3.7.1", True)]
-)
-def test_a_dry_run_names_the_numpy_that_it_needs(numpy, triton, runs, monkeypatch):
-    monkeypatch.setattr(gpu, "version", {"numpy": numpy, "triton": triton}.get)
-    if runs:
-        gpu.interpretable()
-    else:
-        with pytest.raises(SystemExit, match=r"needs numpy below 2\.4"):
-            gpu.interpretable()
-
-
 def test_every_part_asks_for_what_is_there():
     for dry in (False, True):
         for part in gpu.parts(dry, store.ROOT):

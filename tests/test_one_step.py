@@ -6,7 +6,7 @@ from torch import nn
 
 import fused_lstm
 from fused_lstm import LSTM, LSTMCell
-from fused_lstm.kernels.plan import interpreted
+from fused_lstm.kernels.environment import interpreted
 
 from .parity import assert_close, assert_parity
 

@@ -28,6 +28,18 @@ assert spec is None or unpacked not in Path(spec.origin).parents, spec
 assert "torch._dynamo" not in sys.modules
 """
 
+WITHOUT_TRITON = """
+import runpy, sys
+
+runpy.run_path(sys.argv[2])
+import torch, fused_lstm
+
+lstm, x = fused_lstm.LSTM(4, 8, 2), torch.randn(5, 3, 4)
+assert lstm.plan(x).why == fused_lstm.LSTMCell(4, 8).plan(x[0]).why == "Triton is not installed: torch's own LSTM"
+lstm(x, lengths=[5, 0, 2])[0].sum().backward()
+assert fused_lstm.trace(lstm, x).i.shape == (5, 3, 2, 1, 8)
+"""
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
@@ -60,12 +72,13 @@ def test_metadata(wheel):
     required = {text for text in metadata.get_all("Requires-Dist") if "extra" not in text}
     assert metadata["Name"] == "fused-lstm"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert required == {"torch>=2.11", "triton>=3.6"}
+    assert required == {"torch>=2.11"}  # Triton comes with torch
 
 
-def test_imports_without_the_tree(wheel, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", [IMPORT, WITHOUT_TRITON], ids=["with Triton", "without Triton"])
+def test_runs_without_the_tree(script, wheel, tmp_path, monkeypatch):
     wheel.extractall(tmp_path / "unpacked")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "unpacked"))
-    command = [sys.executable, "-c", IMPORT, str(tmp_path / "unpacked")]
+    command = [sys.executable, "-c", script, str(tmp_path / "unpacked"), str(ROOT / "tests/without_triton.py")]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

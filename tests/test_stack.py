@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from fused_lstm import LSTM, functional, planning
 from fused_lstm.kernels import forward, launch
 from fused_lstm.kernels.dropout import dropout
+from fused_lstm.kernels.layout import Layout
 from fused_lstm.kernels.model import step, terms_for
 from fused_lstm.kernels.plan import Plan, choose_kernel, grouped
 from fused_lstm.kernels.tiles import A100, H100, Tiles, programs_of
@@ -307,5 +308,5 @@ def test_rows_are_dealt_by_their_lengths(monkeypatch):
         return cell(*tiles)
 
     monkeypatch.setattr(forward, "cell_forward", counted)
-    forward.forward(*tensors, plan=plan, layout=launch.Layout(lengths))
+    forward.forward(*tensors, plan=plan, layout=Layout(lengths))
     assert len(ran) == 9 + 1  # and not 9 + 9

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_lstm
 from fused_lstm import LSTM, operators, reference, trace
-from fused_lstm.kernels.launch import Layout
+from fused_lstm.kernels.layout import Layout
 
 from .parity import WIDEST
 

@@ -1,0 +1,86 @@
+"""Where a sequence lies among the rows of a tensor, and what leads from layer to layer: what every launcher takes."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type of the cell state and of sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Layout(NamedTuple):
+    """Where sequences lie among the rows of a tensor and where they begin, in the order of their direction.
+
+    lengths: (B,) int64, steps of each batch row; None: every row has all T.
+    offsets: (T,) int64, first row of each step of a packed sequence, whose rows are sorted as torch packs them; None: B
+        rows a step.
+    starts: (rows,) bool, the steps before which the state is set to the reset state, of two directions (2, rows); None:
+        none.
+    batch_first: the steps of a batch row lie together, (B, T, ...), not packed; otherwise (T, B, ...).
+    """
+
+    lengths: Tensor | None = None
+    offsets: Tensor | None = None
+    starts: Tensor | None = None
+    batch_first: bool = False
+
+    def strides(self, T: int, B: int) -> tuple[int, int]:
+        """How many rows on the next step of the same batch row lies, if not packed, and the next batch row."""
+        return (1, T) if self.batch_first else (B, 1)
+
+    def steps(self, shape: torch.Size) -> int:
+        """T of a tensor of so many steps and features."""
+        return shape[1 if self.batch_first else 0] if self.offsets is None else self.offsets.shape[0]
+
+    @property
+    def padded(self) -> bool:
+        """Rows of several lengths in a tensor that has all T steps of each."""
+        return self.lengths is not None and self.offsets is None
+
+    def past(self, shape: torch.Size) -> Tensor:
+        """(T, B, 1) bool, or (B, T, 1), the steps past each row's length, of padded rows and so many features."""
+        time = torch.arange(shape[-2 if self.batch_first else -3], device=self.lengths.device)
+        past = time[:, None] >= self.lengths
+        return (past.T if self.batch_first else past)[..., None]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """lengths, offsets, starts, and the order (B,), int64, in which batch rows are dealt to programs, the longest
+        first: a program ends with the longest of its rows, so those of like lengths go together. None where that is
+        their own order."""
+        order = self.lengths.argsort(descending=True) if self.lengths is not None and self.padded else None
+        return self.lengths, self.offsets, self.starts, order
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """The constexpr arguments by which a layout enters a kernel."""
+        lengths, offsets, starts, _ = self
+        return {"LENGTHS": lengths is not None, "PACKED": offsets is not None, "RESET": starts is not None}
+
+
+DENSE = Layout()  # T steps of B rows
+
+
+class Stack(NamedTuple):
+    """What leads from a layer to the next where several run in one launch.
+
+    weight_ih: (L - 1, 4H, H), of the layers above the first. bias: (L - 1, 4H), the sum of both, of the same.
+    seed: (1,) int64, of the dropout between the layers; None: no dropout. keep: (1,) in the accumulator's dtype, the
+        share of units that it keeps.
+    """
+
+    weight_ih: Tensor | None = None
+    bias: Tensor | None = None
+    seed: Tensor | None = None
+    keep: Tensor | None = None
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """The constexpr arguments by which a stack enters a kernel."""
+        return {"STACK": self.weight_ih is not None, "DROP": self.seed is not None}
+
+
+ALONE = Stack()  # one layer
