@@ -1,19 +1,20 @@
 """lstm(): layers x directions x dropout around the recurrence of one layer and direction, and its input checks."""
 
+import operator
 from collections.abc import Callable
 from collections.abc import Sequence as Iterable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
-from torch import _VF, Tensor
-from torch.autograd import forward_ad
+from torch import Tensor
 
-from . import composed, operators, segments
+from . import composed, on_torch, operators
 from .autograd import LSTMFunction
+from .context import Context
 from .kernels.environment import DEBUG
 from .kernels.layout import DENSE, Layout, accumulator
-from .kernels.plan import why_torch
-from .layer import Members, together
+from .layer import Members, named, together
 from .planning import (
     autocast_dtype,
     check_recompute,
@@ -23,6 +24,7 @@ from .planning import (
     groups_of,
     projects_in_kernel,
     takes_one_step,
+    why_torch,
 )
 from .sequence import Sequence
 
@@ -94,24 +96,34 @@ def lstm(
     layout, to_hx = layout_of(input, batch_first, batch_sizes, lengths, reset, reset_to), reset_to == "hx"
     directions = 2 if bidirectional else 1
     check_recompute(recompute)
-    on_torch = why_torch(autocast_dtype(input), input.device) is not None
-    if on_torch and not return_states and record is None:
-        options = {"weights": weights, "bias": bias, "num_layers": num_layers, "dropout": dropout}
-        options |= {"training": training, "bidirectional": bidirectional}
-        return *by_torch(input, hx, batch_first, batch_sizes, layout, to_hx, options), None
+    context = Context.of(input, *hx, *weights)
+    by_torch = why_torch(input, context) is not None
+    in_graph = context.compiled and not context.recorded
+    # What torch's own LSTM cannot give, and in forward mode the kernels neither.
+    apart = record is not None or context.batched or (return_states and not in_graph)
+    # It reads the lengths of rows, which a transform has wrapped.
+    apart = apart or (context.transformed and (batch_sizes is not None or layout is not DENSE))
+    composes = context.forward_mode or (by_torch and apart)
+    stack = on_torch.Stack(bias, num_layers, bidirectional, dropout, training)
+    if by_torch and not (composes or in_graph):
+        if layout is not DENSE:
+            check(input, hx, weights, 1 if batch_first else 0)
+        stretches = on_torch.stretches_of(input, batch_first, layout.lengths, layout.starts)
+        return *on_torch.run(input, batch_sizes, stretches, hx, weights, stack, batch_first, to_hx), None
     input, hx, weights = autocast(input, hx, weights)
     check(input, hx, weights, 1 if batch_first else 0)
+    if by_torch and not composes:
+        given = input, batch_sizes, layout, hx, weights, stack, batch_first, to_hx
+        y, hn, cn, *of_layers = on_torch.in_graph(*given, return_states)
+        return y, hn, cn, States(*of_layers) if return_states else None
 
-    # Forward mode has no kernels: its derivatives are those of the layer composed of torch operations.
-    dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-    forward_mode = dual and any(forward_ad.unpack_dual(t).tangent is not None for t in (input, *hx, *weights))
     # T in front of B, in any memory.
     x = input.transpose(0, 1) if batch_first else input
-    save = record is not None or (torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)))
+    save = record is not None or context.saves
     per_cell = len(weights) // (num_layers * directions)
     drops = bool(training and dropout > 0 and num_layers > 1)
     ieee = full_precision() if ieee is None else ieee
-    plain = batch_sizes is None and layout is DENSE and not (return_states or forward_mode)
+    plain = batch_sizes is None and layout is DENSE and not (return_states or composes)
     if plain and takes_one_step(x.shape[0], bidirectional, per_cell % 2 == 1, save, drops):
         hn, cn = operators.run(operators.one_step, x[0], *hx, weights, bias, ieee)
         y = hn[-1:].clone()
@@ -120,7 +132,7 @@ def lstm(
     # Without save nothing is kept, with record all is asked for.
     chunk = chunk_of(recompute, x, B, H) if save and record is None else 0
     # The kernels take both orders; of chunks, cut in time, each is copied.
-    by_rows = batch_first and not (on_torch or forward_mode or chunk or x.is_contiguous())
+    by_rows = batch_first and not (composes or chunk or x.is_contiguous())
     if batch_sizes is not None:
         sequence = Sequence.packed(batch_sizes, x.device)
     elif by_rows:
@@ -130,7 +142,7 @@ def lstm(
     else:
         sequence = Sequence.padded(layout, to_hx, x.shape[0])
 
-    alone = bidirectional or return_states or record is not None or on_torch or forward_mode or to_hx
+    alone = bidirectional or return_states or record is not None or composes or to_hx
     projection = hx[0].shape[2] if per_cell % 2 else 0
     groups = groups_of(input, (B, H), num_layers, bool(alone or projection or chunk))
     projects = bool(projection) and projects_in_kernel(input, (B, H, projection), directions)
@@ -140,14 +152,14 @@ def lstm(
     begin = 0
     for layers in groups:
         end = begin + layers * directions
-        parameters = [named(weights[k * per_cell : (k + 1) * per_cell], bias) for k in range(begin, end)]
+        parameters = named(weights[begin * per_cell : end * per_cell], bias, end - begin)
         members = Members(layers > 1, projects)
         if drops and layers > 1:
             seed = torch.randint(2**62, (1,), device=x.device)
             members = Members(True, projects, seed, x.new_full((1,), 1 - dropout, dtype=accumulator(x.dtype)))
         h0, c0 = hx if len(groups) == 1 else (hx[0][begin:end], hx[1][begin:end])
         tensors = x, h0, c0
-        if on_torch or forward_mode:
+        if composes:
             x, hn, cn, cells, gates = composed.members(*tensors, parameters, sequence, members)
             c_saved = cells
         else:
@@ -188,7 +200,8 @@ def lstm_cell(
     Raises:
         RuntimeError: as lstm().
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (input, *hx, *weights)):
+    context = Context.of(input, *hx, *weights)
+    if context.saves or context.forward_mode or why_torch(input, context) is not None:
         _, hn, cn, _ = lstm(input[None], (hx[0][None], hx[1][None]), weights, bias=bias, ieee=full_precision_of_cell())
     else:
         input, hx, weights = autocast(input, hx, weights)
@@ -219,12 +232,7 @@ def layout_of(
         raise ValueError("lengths and reset take padded input: a PackedSequence has its lengths in itself")
     B, T = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
     if lengths is not None:
-        if not isinstance(lengths, Tensor):
-            if not all(isinstance(length, int) for length in lengths):
-                raise ValueError(f"lengths must be integers, got {lengths}")
-            lengths = torch.tensor(lengths, dtype=torch.int64)
-        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-            raise ValueError(f"lengths must be integers, got {lengths.dtype}")
+        lengths = integers(lengths)
         if lengths.shape != (B,):
             raise ValueError(f"lengths must have shape ({B},), one for each row, got {tuple(lengths.shape)}")
         if lengths.device not in (input.device, torch.device("cpu")):
@@ -236,8 +244,10 @@ def layout_of(
         lengths = lengths.to(input.device, torch.int64, non_blocking=True).clamp(0, T)
     if reset is not None:
         shape = (B, T) if batch_first else (T, B)
-        if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
-            raise ValueError(f"reset must be a bool tensor, got {getattr(reset, 'dtype', type(reset).__name__)}")
+        if not isinstance(reset, Tensor):  # a NumPy array or a list
+            reset = torch.as_tensor(reset).to(input.device)
+        if reset.dtype != torch.bool:
+            raise ValueError(f"reset must be a bool tensor, got {reset.dtype}")
         if reset.shape != shape:
             raise ValueError(f"reset must have shape {shape}, one for each step and row, got {tuple(reset.shape)}")
         if reset.device != input.device:
@@ -246,64 +256,35 @@ def layout_of(
     return Layout(lengths, None, reset)
 
 
+def integers(lengths: Any) -> Tensor:
+    """lengths as a tensor: of a tensor, a NumPy array, or a sequence of integers of Python, NumPy or torch.
+
+    Raises:
+        ValueError: they are not integers.
+    """
+    if not isinstance(lengths, Tensor) and hasattr(lengths, "dtype"):
+        lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):
+        whole = [operator.index(length) for length in lengths if is_integer(length)]
+        if len(whole) != len(lengths):
+            raise ValueError(f"lengths must be integers, got {lengths}")
+        return torch.tensor(whole, dtype=torch.int64)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be integers, got {lengths.dtype}")
+    return lengths
+
+
+def is_integer(value: Any) -> bool:
+    """Of Python, of NumPy, or a tensor of one; bools are none."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def may_look(tensor: Tensor) -> bool:
     """Whether a check may read a tensor's elements: they are at hand, or nobody minds to wait for the device."""
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor)
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return (tensor.device.type == "cpu" or DEBUG) and not traced
-
-
-def named(weights: list[Tensor], bias: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The weights of one layer and direction as weight_ih, weight_hh, bias_ih, bias_hh, weight_hr."""
-    weight_ih, weight_hh, *rest = weights
-    bias_ih, bias_hh = rest[:2] if bias else (None, None)
-    weight_hr = rest[-1] if len(rest) % 2 else None
-    return weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
-
-
-def by_torch(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor],
-    batch_first: bool,
-    batch_sizes: Tensor | None,
-    layout: Layout,
-    to_hx: bool,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The stack on torch's own LSTM; options: what torch_lstm() takes after hx."""
-    if layout is DENSE:
-        return torch_lstm(input, batch_sizes, hx, **options, batch_first=batch_first)
-    x = input.transpose(0, 1) if batch_first else input
-    check(x, hx, options["weights"], 0)
-    sequence = Sequence.padded(layout, to_hx, x.shape[0])
-    directions = 2 if options["bidirectional"] else 1
-
-    def packed(data: Tensor, sizes: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        return torch_lstm(data, sizes, hx, **options)
-
-    y, hn, cn = segments.run(packed, x, hx, sequence, directions)
-    return y.transpose(0, 1) if batch_first else y, hn, cn
-
-
-def torch_lstm(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    hx: tuple[Tensor, Tensor],
-    weights: list[Tensor],
-    bias: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's own LSTM."""
-    if input.is_cuda and not training and torch.is_grad_enabled():
-        # cuDNN differentiates in training mode only; without dropout that mode computes the same.
-        training, dropout = True, 0.0
-    bidirectional = bool(bidirectional)  # nn.LSTM's constructor takes 1, torch's operator does not
-    if batch_sizes is None:
-        return _VF.lstm(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first)
-    return _VF.lstm(input, batch_sizes, hx, weights, bias, num_layers, dropout, training, bidirectional)
 
 
 def autocast(

@@ -16,6 +16,16 @@ from .sequence import Sequence
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
+def named(weights: list[Tensor], bias: bool, members: int) -> list[Weights]:
+    """The Weights of each of so many members, which nn.LSTM has in a row without the absent ones."""
+    each, found = len(weights) // members, []
+    for k in range(0, len(weights), each):
+        weight_ih, weight_hh, *rest = weights[k : k + each]
+        bias_ih, bias_hh = rest[:2] if bias else (None, None)
+        found.append((weight_ih, weight_hh, bias_ih, bias_hh, rest[-1] if len(rest) % 2 else None))
+    return found
+
+
 @contextmanager
 def matmul_precision(like: Tensor, ieee: bool) -> Iterator[None]:
     """Holds torch's float32 matrix products on CUDA to the precision that cuDNN's own switch asks of nn.LSTM.

@@ -2,13 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.fx import Proxy
+from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
+from .context import Context
 from .functional import States, lstm, lstm_cell
 from .kernels.plan import Plan
 from .planning import (
@@ -18,11 +20,28 @@ from .planning import (
     plan_for,
     plan_for_one_step,
     takes_one_step,
+    why_torch,
 )
 
 
-class _Unquantized:
-    """Refuses torch.ao.quantization, which knows torch's classes alone and would leave ours as they are, in silence."""
+def as_leaf(module: nn.Module, input: Proxy, *args: Any, **keywords: Any) -> Any:
+    """Answers torch.fx, which looks into all modules but torch's own, as a leaf does: with a call of the module.
+
+    Raises:
+        TraceError: the module is not within the model that is traced.
+    """
+    try:
+        target = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
+    except NameError:
+        target = ""
+    if not target:
+        raise TraceError(f"{type(module).__name__} is a leaf of torch.fx: trace a model that has it as a submodule")
+    return input.tracer.create_proxy("call_module", target, (input, *args), keywords)
+
+
+class _Foreign:
+    """Refuses what knows torch's classes alone: torch.ao.quantization, which would leave ours as they are, in silence,
+    and torch.jit.script."""
 
     @property
     def qconfig(self) -> Any:
@@ -39,8 +58,14 @@ class _Unquantized:
                 f"torch quantizes nn.{own}, not fused_lstm.{own}: call fused_lstm.swap(model, back=True) before"
             )
 
+    def __prepare_scriptable__(self) -> Any:
+        own = type(self).__name__
+        raise RuntimeError(
+            f"torch.jit.script compiles nn.{own}, not fused_lstm.{own}: call fused_lstm.swap(model, back=True) before"
+        )
 
-class LSTM(_Unquantized, nn.RNNBase):
+
+class LSTM(_Foreign, nn.RNNBase):
     """A drop-in for torch.nn.LSTM whose recurrence runs in fused Triton kernels on CUDA.
 
     Arguments, parameters, state_dict, input forms, results and errors are those of torch.nn.LSTM
@@ -145,6 +170,8 @@ class LSTM(_Unquantized, nn.RNNBase):
                 found under FUSED_LSTM_DEBUG=1, because a look at them would wait for the device; otherwise clamped.
         """
         options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "return_states": return_states}
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx, **options)
         return self._forward(input, hx, options)
 
     def _forward(
@@ -188,6 +215,8 @@ class LSTM(_Unquantized, nn.RNNBase):
         return y.squeeze(batch_dim), (hn.squeeze(1), cn.squeeze(1)), *states
 
     def _states(self, data: Tensor, hx: tuple[Tensor | None, Tensor | None] | None, B: int) -> tuple[Tensor, Tensor]:
+        if isinstance(hx, Tensor):
+            raise TypeError(f"lstm() takes hx as a tuple of two Tensors, (h0, c0), got one Tensor of {tuple(hx.shape)}")
         if hx is not None and len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states")
         count = self.num_layers * (2 if self.bidirectional else 1)
@@ -231,22 +260,22 @@ class LSTM(_Unquantized, nn.RNNBase):
         Whether gradients are wanted counts, as within torch.no_grad(): one step without them has a kernel of its own.
         """
         if isinstance(input, PackedSequence):
-            return self._plan(input.data, int(input.batch_sizes[0]))
+            return self._plan(input.data, int(input.batch_sizes[0]), Context.of(input.data))
         T, B = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
         if self.batch_first and input.dim() == 3:
             T, B = B, T
-        saves = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *self.parameters()))
+        context = Context.of(input, *self.parameters())
         drops = self.training and self.dropout > 0 and self.num_layers > 1
-        if takes_one_step(T, self.bidirectional, self.proj_size > 0, saves, drops):
-            return plan_for_one_step(input, full_precision())
-        return self._plan(input, B)
+        if takes_one_step(T, self.bidirectional, self.proj_size > 0, context.saves, drops):
+            return plan_for_one_step(input, full_precision(), context)
+        return self._plan(input, B, context)
 
-    def _plan(self, input: Tensor, B: int) -> Plan:
+    def _plan(self, input: Tensor, B: int, context: Context) -> Plan:
         sizes = B, self.hidden_size, self.proj_size
-        return plan_for(input, *sizes, self.recompute, self.num_layers, self.bidirectional)
+        return plan_for(input, *sizes, self.recompute, self.num_layers, self.bidirectional, context)
 
 
-class LSTMCell(_Unquantized, nn.LSTMCell):
+class LSTMCell(_Foreign, nn.LSTMCell):
     """A drop-in for torch.nn.LSTMCell on the same kernels; without gradients one launch, which writes h and c alone.
 
     Arguments, parameters, state_dict and errors are those of torch.nn.LSTMCell
@@ -266,7 +295,10 @@ class LSTMCell(_Unquantized, nn.LSTMCell):
         Raises:
             ValueError, RuntimeError: as torch.nn.LSTMCell, with its texts.
         """
-        if self.plan(input).mode == "torch":
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx)
+        context = Context.of(input, *(hx or ()), *self.parameters())
+        if why_torch(input, context) is not None and not context.batched:
             return super().forward(input, hx)
         for name, tensor in (("input", input), *((f"hx[{k}]", state) for k, state in enumerate(hx or ()))):
             if tensor.dim() not in (1, 2):
@@ -297,15 +329,15 @@ class LSTMCell(_Unquantized, nn.LSTMCell):
 
     def plan(self, input: Tensor) -> Plan:
         """Returns the Plan that forward(input) takes without gradients."""
-        return plan_for_one_step(input, full_precision_of_cell())
+        return plan_for_one_step(input, full_precision_of_cell(), Context.of(input))
 
 
 def swap(model: nn.Module, back: bool = False) -> int:
     """Turns every nn.LSTM and nn.LSTMCell inside `model` (and `model` itself) into fused_lstm's, in place.
 
     The module objects stay the same and only change their class, so parameters, hooks, training mode, device,
-    parametrizations and every reference to them (optimizers, tied modules) are kept. A user's own subclass of
-    nn.LSTM is left alone: its forward is not ours to replace.
+    parametrizations, FSDP2's sharding and every reference to them (optimizers, tied modules) are kept. A user's own
+    subclass of nn.LSTM is left alone: its forward is not ours to replace.
 
     Args:
         model: any module.
@@ -313,18 +345,48 @@ def swap(model: nn.Module, back: bool = False) -> int:
 
     Returns:
         How many modules were turned.
+
+    Raises:
+        RuntimeError: a module whose forward has been replaced by a function that holds the old one, so that it would
+            still run; the error names it, and nothing is turned.
     """
     pairs = [(LSTM, nn.LSTM), (LSTMCell, nn.LSTMCell)] if back else [(nn.LSTM, LSTM), (nn.LSTMCell, LSTMCell)]
-    count = 0
-    for module in model.modules():
-        cls = type(module)
+    turned = []
+    for name, module in model.named_modules():
         for old, new in pairs:
-            if cls is old:
-                module.__class__ = new
-            elif parametrize.is_parametrized(module) and cls.__bases__ == (old,):
-                # torch gives a parametrized module a class of its own: rebuild it over the new base.
-                module.__class__ = type(cls.__name__.replace(old.__name__, new.__name__), (new,), dict(cls.__dict__))
-            else:
-                continue
-            count += 1
-    return count
+            if (cls := turned_class(type(module), old, new)) is not None:
+                turned.append((module, cls, rebound(name, module, old, new)))
+    for module, cls, methods in turned:
+        module.__class__ = cls
+        vars(module).update(methods)
+    return len(turned)
+
+
+def turned_class(cls: type, old: type, new: type) -> type | None:
+    """`cls` with `new` in the place of `old`; None if it is not `old`, nor made of it by torch as it runs."""
+    if cls is old:
+        return new
+    # parametrize and fully_shard give a module a class of its own.
+    if old in cls.__bases__ and cls.__module__.startswith("torch."):
+        bases = tuple(new if base is old else base for base in cls.__bases__)
+        return type(cls.__name__.replace(old.__name__, new.__name__), bases, dict(cls.__dict__))
+    return None
+
+
+def rebound(name: str, module: nn.Module, old: type, new: type) -> dict[str, Any]:
+    """The module's own attributes that are methods of `old`, as methods of `new`.
+
+    A library that puts a forward of its own on the instance, as accelerate does, keeps the old one beside it.
+    """
+    methods = {
+        key: MethodType(getattr(new, value.__name__), module)
+        for key, value in vars(module).items()
+        if isinstance(value, MethodType) and value.__self__ is module and value.__func__ in vars(old).values()
+    }
+    if "forward" in vars(module) and not methods:
+        where = name or type(module).__name__
+        raise RuntimeError(
+            f"the forward of {where} has been replaced by {vars(module)['forward']!r}, which may hold that of "
+            f"{old.__name__}: call fused_lstm.swap() before that, or take it away first"
+        )
+    return methods

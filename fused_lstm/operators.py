@@ -17,6 +17,7 @@ if WHY_NO_TRITON is None:
     from .kernels import forward as forward_kernel
     from .kernels import one_step as one_step_kernel
 
+_KEY = torch._C.DispatchKey
 _functions: dict[Any, Callable[..., Any]] = {}
 
 
@@ -44,9 +45,10 @@ def _are_plain(args: Iterable[Any]) -> bool:
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is torch.nn.Parameter:
-            # A transform's tensor says that it is a Tensor, but it has no backend of its own.
+            # A transform's tensor says that it is a Tensor, but has no backend of its own; after the transform it has a
+            # wrapper, which the dispatcher takes off.
             keys = torch._C._dispatch_keys(arg)
-            if not (keys.has(torch._C.DispatchKey.CUDA) or keys.has(torch._C.DispatchKey.CPU)):
+            if not (keys.has(_KEY.CUDA) or keys.has(_KEY.CPU)) or keys.has(_KEY.FuncTorchGradWrapper):
                 return False
         elif not (_are_plain(arg) if kind is list else arg is None or kind is bool or kind is int):
             return False

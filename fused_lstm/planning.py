@@ -1,12 +1,13 @@
 """Which plan a call takes: what kernels/plan.py is asked about its tensors, under autocast and in a graph."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .context import PLAIN, Context, constant
+from .kernels import plan as kernels_plan
 from .kernels.plan import (
     CHUNK,
     Plan,
@@ -17,6 +18,7 @@ from .kernels.plan import (
     keeping,
     layers_together,
     memory_of,
+    on_torch,
 )
 
 # The switches of nn.LSTM's and of nn.LSTMCell's float32 products: on the way to the first torch.backends looks up a
@@ -25,18 +27,19 @@ _OF_RNN: Any = torch.backends.cudnn.rnn
 _OF_MATMUL: Any = torch.backends.cuda.matmul
 
 
-def constant(function: Callable[..., Any]) -> Any:
-    """torch.compiler.assume_constant_result, without importing all of the compiler, which takes a second."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which autocast, where it is on, has a tensor used."""
     kind = tensor.device.type
     if tensor.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensor.dtype
     return torch.get_autocast_dtype(kind)
+
+
+def why_torch(input: Tensor, context: Context) -> str | None:
+    """Why torch's own LSTM serves a call; None where the kernels do."""
+    if context.recorded:
+        return "torch.jit.trace and torch.onnx.export know torch's operators alone: torch's own LSTM"
+    return kernels_plan.why_torch(autocast_dtype(input), input.device)
 
 
 @constant
@@ -115,8 +118,11 @@ def plan_for(
     recompute: bool | int = False,
     num_layers: int = 1,
     bidirectional: bool = False,
+    context: Context = PLAIN,
 ) -> Plan:
     """The plan of a call, in the dtype that autocast gives it; P: proj_size."""
+    if (why := why_torch(input, context)) is not None:
+        return on_torch(why)
     dtype, chunk = autocast_dtype(input), chunk_of(recompute, input, B, H)
     groups = groups_of(input, (B, H), num_layers, bool(P or chunk or bidirectional))
     directions = 2 if bidirectional else 1
@@ -127,6 +133,8 @@ def plan_for(
     return keeping(plan, dtype, H, P, chunk)
 
 
-def plan_for_one_step(input: Tensor, ieee: bool) -> Plan:
+def plan_for_one_step(input: Tensor, ieee: bool, context: Context = PLAIN) -> Plan:
     """The plan of a call with one step and without gradients. ieee: float32 products in full precision."""
+    if (why := why_torch(input, context)) is not None:
+        return on_torch(why)
     return choose_one_step(autocast_dtype(input), input.device, ieee)

@@ -58,7 +58,7 @@ class Plan:
     def higher_derivatives(self) -> str:
         """How derivatives of gradients, and forward mode, are computed."""
         if self.mode == "torch":
-            return "as torch's own LSTM has them"
+            return "as torch's own LSTM has them; forward mode composed of torch operations, step by step"
         return "composed of torch operations, step by step: slow beside the kernels"
 
 
@@ -75,6 +75,11 @@ def why_torch(dtype: torch.dtype, device: torch.device) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"{name(dtype)}: torch's own LSTM"
     return None
+
+
+def on_torch(why: str) -> Plan:
+    """The plan of a call that torch's own LSTM serves."""
+    return Plan("torch", None, None, 0, "ieee", why)
 
 
 def choose(
@@ -94,7 +99,7 @@ def choose(
     """
     why = why_torch(dtype, device)
     if why is not None:
-        return Plan("torch", None, None, 0, "ieee", why)
+        return on_torch(why)
     if device.type == "cuda":
         plan = choose_kernel(dtype, B, H, cuda_device(device), ieee, directions, layers, proj)
         if plan.mode == "grid" and device in _refused:
@@ -139,7 +144,7 @@ def choose_one_step(dtype: torch.dtype, device: torch.device, ieee: bool) -> Pla
     """
     why = why_torch(dtype, device)
     if why is not None:
-        return Plan("torch", None, None, 0, "ieee", why)
+        return on_torch(why)
     precision = "ieee" if dtype != torch.float32 or device.type == "cpu" else "tf32x3" if ieee else "tf32"
     tiles = Tiles(batch=16, units=16, chunk=64, warps=4)
     why = "one step without gradients: one launch a layer, which writes the new state alone"

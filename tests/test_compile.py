@@ -1,18 +1,16 @@
-"""The operators under torch.library's own checks, and the module under torch.compile, torch.export and torch.vmap; that
-it never looks at its data, which a CUDA graph could not capture."""
+"""The kernels' operators under torch.library's own checks; how often torch.vmap launches them; and that a call never
+looks at its data, which a CUDA graph could not capture."""
 
-import io
 from contextlib import nullcontext
 
 import pytest
 import torch
-import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import functional_call, grad, vmap
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_lstm import LSTM, LSTMCell, functional, operators, swap
+from fused_lstm import LSTM, LSTMCell, functional, operators
 from fused_lstm.kernels import backward, forward, one_step
 
 T, B, I, H = 4, 3, 5, 6  # noqa: E741
@@ -48,76 +46,6 @@ def test_opcheck_of_the_recurrence(form, projects):
 def test_opcheck_of_one_step():
     x, h0, c0, *weights = tensors((B, I), (1, B, H), (1, B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
     opcheck(torch.ops.fused_lstm.one_step.default, (x, h0, c0, weights, True, True))
-
-
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])
-def test_one_graph_serves_every_length_and_batch(options):
-    module = LSTM(I, H, **options)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
-    counts = []
-    for sizes in [(7, 3), (4, 3), (9, 2), (8, 11)]:
-        x = torch.randn(*sizes, I, requires_grad=True)
-        grads = []
-        for call in (compiled, module):
-            y, (hn, cn) = call(x)
-            grads.append(torch.autograd.grad(y.sum() + hn.sum() + cn.sum(), [x, *module.parameters()]))
-        torch.testing.assert_close(*grads)
-        counts.append(counter.frame_count)
-    assert counts[0] > 0 and set(counts) == {counts[0]}, "recompiled"
-
-
-@pytest.mark.parametrize(
-    "keywords", [{}, {"lengths": LENGTHS}, {"reset": RESET}, {"return_states": True}], ids=lambda given: "".join(given)
-)
-def test_keywords_in_one_graph(keywords):
-    """Every output, and every gradient through all of them: torch 2.11 can lose that of one output among several."""
-    module, x, results = LSTM(I, H, bidirectional=True), torch.randn(T, B, I, requires_grad=True), []
-    for call in (torch.compile(module, backend="aot_eager", fullgraph=True), module):
-        y, hidden, *states = call(x, **keywords)
-        outputs = [y, *hidden, *(tensor for given in states for of_layer in given for tensor in of_layer)]
-        loss = sum((k + 1) * output.sin().sum() for k, output in enumerate(outputs))
-        results.append((outputs, torch.autograd.grad(loss, [x, *module.parameters()])))
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("cls", [LSTM, LSTMCell])
-def test_export_with_dynamic_sizes_runs_after_save_and_load(cls):
-    module = cls(I, H)
-    dims = {k: torch.export.Dim(name, min=2, max=64) for k, name in enumerate("TB" if cls is LSTM else "B")}
-    example = torch.randn(*[3, 2][: len(dims)], I)
-    with torch.no_grad():
-        exported = torch.export.export(module, (example,), dynamic_shapes=(dims,))
-    file = io.BytesIO()
-    torch.export.save(exported, file)
-    file.seek(0)
-    x = torch.randn(*[9, 5][: len(dims)], I)
-    torch.testing.assert_close(torch.export.load(file).module()(x), module(x))
-
-
-def test_aot_inductor(tmp_path):
-    module, dims = LSTM(I, H, num_layers=2), {k: torch.export.Dim(name, min=2, max=64) for k, name in enumerate("TB")}
-    with torch.no_grad():
-        exported = torch.export.export(module, (torch.randn(3, 2, I),), dynamic_shapes=(dims,))
-        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "lstm.pt2"))
-        x = torch.randn(9, 5, I)
-        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), module(x))
-
-
-def test_onnx_through_swap_back(tmp_path):
-    """torch fixes T, as it does for nn.LSTM."""
-    import onnxruntime
-
-    module, x = LSTM(I, H, num_layers=2, bidirectional=True, batch_first=True).eval(), torch.randn(B, T, I)
-    swap(module, back=True)
-    shapes, file = ({0: torch.export.Dim("B")},), tmp_path / "lstm.onnx"
-    torch.onnx.export(module, (x,), file, dynamo=True, dynamic_shapes=shapes, verbose=False)
-    session = onnxruntime.InferenceSession(file)
-    swap(module)
-    for example in (x, torch.randn(7, T, I)):
-        results = session.run(None, {session.get_inputs()[0].name: example.numpy()})
-        y, (hn, cn) = module(example)
-        torch.testing.assert_close(tuple(map(torch.from_numpy, results)), (y, hn, cn))
 
 
 @pytest.fixture
@@ -174,24 +102,6 @@ def test_vmap_over_another_dimension_and_over_states(launches):
         for k in range(3):
             torch.testing.assert_close((y[k], (hn[k], cn[k])), module(x[:, :, k], (hx[0, k], hx[1, k])))
             torch.testing.assert_close((one[k], (h1[k], c1[k])), module(x[:1, :, k], (hx[0, k], hx[1, 0])))
-
-
-@pytest.mark.parametrize("cls", [LSTM, LSTMCell])
-def test_an_ensemble_of_weights(cls):
-    modules = [cls(I, H).double() for _ in range(3)]
-    stacked, _ = stack_module_state(modules)
-    x = torch.randn(*[T, B][: 2 if cls is LSTM else 1], I).double()
-
-    def loss(parameters, x):
-        first, second = functional_call(modules[0], parameters, (x,))
-        return first.sin().sum() + (second[1] if cls is LSTM else second).square().sum()
-
-    for call in (loss, grad(loss)):
-        together = vmap(call, in_dims=(0, None))(stacked, x)
-        alone = [call(dict(module.named_parameters()), x) for module in modules]
-        for k in range(3):
-            element = torch.utils._pytree.tree_map(lambda t, k=k: t[k], together)
-            torch.testing.assert_close(element, alone[k])
 
 
 class NoLook(TorchDispatchMode):

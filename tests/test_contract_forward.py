@@ -99,6 +99,13 @@ def test_weights_elsewhere_are_refused():
     assert_same_error(lambda cls: cls(4, 8, device="meta")(zeros(5, 3, 4)), RuntimeError, text)
 
 
+def test_hx_of_one_stacked_tensor_is_a_type_error():
+    hx = zeros(2, 1, 3, 8)
+    for cls, text in ((nn.LSTM, "combination of arguments"), (LSTM, r"tuple of two Tensors, \(h0, c0\), got one")):
+        with pytest.raises(TypeError, match=text):
+            cls(4, 8)(zeros(5, 3, 4), hx)
+
+
 def test_the_device_of_hx_is_checked_before_that_of_the_weights():
     hx = zeros(1, 3, 8, device="meta"), zeros(1, 3, 8, device="meta")
     text = DEVICE.format("hidden", "cpu", "meta")

@@ -85,6 +85,9 @@ RECOMPUTED = (
     "test_memory.py::test_every_state_and_gradient"
     "[cpu-lengths and reset to hx-two layers, both directions-4-torch.float64]"
 )
+IN_GRAPH = "test_graphs.py::test_keywords_in_one_graph[return_states]"
+LEVEL = "test_transforms.py::test_backward_through_vmap[stacked weights]"
+ALONG = "test_transforms.py::test_levels[jvp of grad]"
 COMPILED = "test_offline.py::test_bounded_waits"
 
 # By file: a fault, the text that it replaces, the text that it puts there, and a test that must then fail.
@@ -277,12 +280,20 @@ FAULTS = {
         "two gates in each other's place": ("torch.cat([i, f, g, o]", "torch.cat([i, g, f, o]", TRACE),
     },
     "fused_lstm/segments.py": {
-        "hx where a reset is": ("first & ~reset_first", "first", RESET_TO_ZERO),
+        "hx where a reset is": ("first & ~starts[0, row]", "first", RESET_TO_ZERO),
         "ends of the other direction": (
             "last.nonzero()[:, 0], first.nonzero()",
             "last.nonzero()[:, 0], last.nonzero()",
             RESET_TO_ZERO,
         ),
+    },
+    "fused_lstm/on_torch.py": {
+        "the first layer's states given to all": ("[k * D : (k + 1) * D]", "[:D]", IN_GRAPH),
+        "gradients in each other's place": ("of_input, of_h0, of_c0, *of", "of_input, of_c0, of_h0, *of", IN_GRAPH),
+    },
+    "fused_lstm/context.py": {
+        "a gradient that another level wants": ("saves = saves or (", "saves = saves and (", LEVEL),
+        "a derivative that goes along": ("_functorch.TransformType.Jvp in kinds", "False", ALONG),
     },
     "fused_lstm/planning.py": {
         "a cell in the precision of nn.LSTM": ("_OF_MATMUL.fp32_precision", "_OF_RNN.fp32_precision", SWITCH),
@@ -305,7 +316,7 @@ FAULTS = {
 }
 
 # Files that serve torch's path: their tests run on it.
-ON_TORCH = ("fused_lstm/composed.py", "fused_lstm/segments.py")
+ON_TORCH = ("fused_lstm/composed.py", "fused_lstm/on_torch.py", "fused_lstm/segments.py")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ cutting  nn.LSTM on every stretch between two resets alone
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import _VF, nn
@@ -324,6 +325,27 @@ def refuse_lengths(lengths, text):
     return {"lengths": lengths}, text
 
 
+FORMS = {
+    "a list": [4, 0, 6, 1],
+    "an array": np.array([4, 0, 6, 1], dtype=np.int32),
+    "integers of NumPy": list(np.array([4, 0, 6, 1])),
+    "tensors": list(LENGTHS),
+    "bytes": LENGTHS.to(torch.uint8),
+}
+
+
+@pytest.mark.parametrize("lengths", FORMS.values(), ids=FORMS)
+def test_lengths_in_any_form(lengths):
+    module, x = LSTM(I, H), torch.randn(T, B, I)
+    torch.testing.assert_close(module(x, lengths=lengths), module(x, lengths=LENGTHS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reset", [RESET.numpy(), RESET.tolist()], ids=["an array", "a list"])
+def test_resets_in_any_form(reset):
+    module, x = LSTM(I, H), torch.randn(T, B, I)
+    torch.testing.assert_close(module(x, reset=reset), module(x, reset=RESET), rtol=0, atol=0)
+
+
 REFUSED = {
     "negative": refuse_lengths([1, 2, -1, 3], "from 0 to T = 6, got -1 to 3"),
     "above T": refuse_lengths(torch.tensor([1, 2, 7, 3]), "from 0 to T = 6, got 1 to 7"),
@@ -334,7 +356,8 @@ REFUSED = {
     "bool lengths": refuse_lengths(torch.ones(4, dtype=torch.bool), "integers, got torch.bool"),
     "a mask of another shape": ({"reset": torch.zeros(B, T, dtype=torch.bool)}, r"shape \(6, 4\).*got \(4, 6\)"),
     "an integer mask": ({"reset": torch.zeros(T, B, dtype=torch.int64)}, "bool tensor, got torch.int64"),
-    "a list as a mask": ({"reset": [[True] * B] * T}, "bool tensor, got list"),
+    "bools as lengths": refuse_lengths([True, False, True, True], "integers"),
+    "an integer list as a mask": ({"reset": [[1] * B] * T}, "bool tensor, got torch.int64"),
     "reset_to": ({"reset": RESET, "reset_to": "one"}, 'must be "zero" or "hx"'),
 }
 

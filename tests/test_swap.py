@@ -154,6 +154,68 @@ def test_the_optimizer_keeps_working(model):
 # What counts
 
 
+def hook(module):
+    """Puts a forward of its own on the instance and keeps the old one beside it, as accelerate does."""
+    module._old_forward, calls = module.forward, []
+
+    def forward(*args, **keywords):
+        calls.append(type(module))
+        return module._old_forward(*args, **keywords)
+
+    module.forward = forward
+    return calls
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.LSTMCell])
+def test_a_forward_that_keeps_the_old_one_on_the_module_calls_the_new_one(cls):
+    module, x = cls(4, 5), torch.randn(3, 4)
+    calls = hook(module)
+    assert swap(module) == 1
+    module(x)
+    assert type(module._old_forward.__self__) in (LSTM, LSTMCell)
+    assert module._old_forward.__func__ is type(module).forward
+    assert swap(module, back=True) == 1
+    module(x)
+    assert module._old_forward.__func__ is cls.forward
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_forward_that_hides_the_old_one_is_refused_by_name(back, model):
+    if back:
+        swap(model)
+    inner = model.blocks[0]["rnn"]
+    old = inner.forward
+    inner.forward = lambda *args: old(*args)
+    types = [type(module) for module in lstms(model)]
+    with pytest.raises(RuntimeError, match=r"the forward of blocks\.0\.rnn has been replaced by <function .*<lambda>"):
+        swap(model, back=back)
+    assert [type(module) for module in lstms(model)] == types  # nothing is turned
+    del inner.forward
+    assert swap(model, back=back) == 2
+
+
+def test_a_sharded_lstm_is_swapped(tmp_path):
+    """fully_shard() gives a module a class of its own, as parametrizations do."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        module, x = nn.LSTM(4, 5), torch.randn(3, 2, 4)
+        before = module(x)
+        fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        assert swap(module) == 1
+        assert isinstance(module, FSDPModule) and isinstance(module, LSTM)
+        torch.testing.assert_close(module(x), before)
+        module(x)[0].sum().backward()
+        assert all(weight.grad is not None for weight in module.parameters())
+        assert swap(module, back=True) == 1
+        assert isinstance(module, FSDPModule) and isinstance(module, nn.LSTM)
+        torch.testing.assert_close(module(x), before)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_counts_nothing_without_an_lstm():
     assert swap(nn.Sequential(nn.Linear(2, 2), nn.GRU(2, 2), nn.RNN(2, 2), nn.GRUCell(2, 2))) == 0
 
