@@ -3,13 +3,14 @@
 import operator
 from collections.abc import Callable
 from collections.abc import Sequence as Iterable
+from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import composed, on_torch, operators
+from . import composed, masks, on_torch, operators
 from .autograd import LSTMFunction
 from .context import Context
 from .kernels.environment import DEBUG
@@ -54,6 +55,8 @@ def lstm(
     lengths: Tensor | Iterable[int] | None = None,
     reset: Tensor | None = None,
     reset_to: str = "zero",
+    mask: Tensor | None = None,
+    mask_to: str = "zero",
     return_states: bool = False,
     recompute: bool | int = False,
     ieee: bool | None = None,
@@ -73,6 +76,11 @@ def lstm(
         reset: (T, B) bool, (B, T) with batch_first: the steps before which the state is reset, in every layer; the
             other direction is cut at the same place.
         reset_to: the state after a reset, "zero" or "hx".
+        mask: (T, B) bool, (B, T) with batch_first: False at the steps to skip, in every layer and both directions, as
+            if the row did not have them: the state stays as it is, but for a reset, which takes effect there too. What
+            input holds there must be finite; its gradient is zero.
+        mask_to: y at a skipped step, and the States of each layer: "zero", or "hold" for the state as it stands there,
+            which is hx before a direction's first step that is not skipped. Past a row's end it is zero all the same.
         return_states: also return the states of all steps.
         recompute: for backward keep, beside input and output, the states between chunks of so many steps alone (True:
             as many as the device's memory suggests), and make the gates and cells of a chunk again when backward comes
@@ -82,7 +90,8 @@ def lstm(
             torch.nn.LSTM follows. torch's own LSTM follows that switch alone.
         record: called for each layer, then direction, with its y (T, B, Hout), c (T, B, H) and activated gates
             (T, B, 4H), or (rows, ...) packed, as they are saved for backward, zero past a row's end; only to be read:
-            the kernels let no gradient through c and gates.
+            the kernels let no gradient through c and gates. At a skipped step gates are zero, and y and c as mask_to
+            says.
 
     Returns:
         y: as input with D*Hout features; hn, cn: as hx; the States, None without return_states.
@@ -92,10 +101,17 @@ def lstm(
         ValueError: a recompute below 0.
         ValueError: lengths, reset or reset_to that do not fit the input. Lengths on a CUDA device out of 0 to T are
             found under FUSED_LSTM_DEBUG=1, because a look at them would wait for the device; otherwise clamped.
+        ValueError: a mask or mask_to that do not fit the input.
     """
     layout, to_hx = layout_of(input, batch_first, batch_sizes, lengths, reset, reset_to), reset_to == "hx"
     directions = 2 if bidirectional else 1
     check_recompute(recompute)
+    mask = masks.checked(input, batch_sizes, mask, mask_to)
+    if mask is not None:
+        rest: dict[str, Any] = {"bias": bias, "num_layers": num_layers, "dropout": dropout, "training": training}
+        rest |= {"bidirectional": bidirectional, "return_states": return_states, "recompute": recompute, "ieee": ieee}
+        unmasked = partial(lstm, weights=weights, reset_to=reset_to, **rest)
+        return masks.run(unmasked, input, hx, mask, mask_to, layout, reset_to, directions, batch_first, record)
     context = Context.of(input, *hx, *weights)
     by_torch = why_torch(input, context) is not None
     in_graph = context.compiled and not context.recorded
@@ -243,15 +259,7 @@ def layout_of(
                 raise ValueError(f"lengths must be from 0 to T = {T}, got {least} to {most}")
         lengths = lengths.to(input.device, torch.int64, non_blocking=True).clamp(0, T)
     if reset is not None:
-        shape = (B, T) if batch_first else (T, B)
-        if not isinstance(reset, Tensor):  # a NumPy array or a list
-            reset = torch.as_tensor(reset).to(input.device)
-        if reset.dtype != torch.bool:
-            raise ValueError(f"reset must be a bool tensor, got {reset.dtype}")
-        if reset.shape != shape:
-            raise ValueError(f"reset must have shape {shape}, one for each step and row, got {tuple(reset.shape)}")
-        if reset.device != input.device:
-            raise ValueError(f"reset must be on {input.device} as the input, got {reset.device}")
+        reset = masks.of_steps("reset", reset, input)
         reset = (reset.T if batch_first else reset).contiguous()
     return Layout(lengths, None, reset)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
@@ -144,6 +145,8 @@ class LSTM(_Foreign, nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
         reset_to: str = "zero",
+        mask: Tensor | None = None,
+        mask_to: str = "zero",
         return_states: bool = False,
     ) -> tuple[Any, ...]:
         """Runs the sequence. Without the keywords the call is nn.LSTM's.
@@ -158,6 +161,12 @@ class LSTM(_Foreign, nn.RNNBase):
             reset: (T, B) bool, (B, T) with batch_first, (T,) unbatched: the steps before which the state is reset, in
                 every layer, and with it the gradient cut; the reverse direction is cut at the same place.
             reset_to: the state after a reset, "zero" or "hx".
+            mask: (T, B) bool, (B, T) with batch_first, (T,) unbatched: False at the steps to skip, in every layer and
+                both directions, as if the row did not have them: the state stays as it is, but for a reset, which takes
+                effect there too. What input holds there must be finite; its gradient is zero.
+            mask_to: y at a skipped step, and the States of each layer: "zero", or "hold" for the state as it stands
+                there, which is hx before a direction's first step that is not skipped. Past a row's end it is zero all
+                the same.
             return_states: also return the States of all steps and layers.
 
         Returns:
@@ -168,8 +177,10 @@ class LSTM(_Foreign, nn.RNNBase):
             ValueError, RuntimeError, IndexError: as torch.nn.LSTM, with its texts.
             ValueError: lengths, reset or reset_to that do not fit the input. Lengths on a CUDA device out of 0 to T are
                 found under FUSED_LSTM_DEBUG=1, because a look at them would wait for the device; otherwise clamped.
+            ValueError: a mask or mask_to that do not fit the input.
         """
-        options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "return_states": return_states}
+        options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "mask": mask, "mask_to": mask_to}
+        options["return_states"] = return_states
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx, **options)
         return self._forward(input, hx, options)
@@ -207,9 +218,10 @@ class LSTM(_Foreign, nn.RNNBase):
             raise ValueError("lengths takes batched input")
         if hx is not None:
             hx = tuple(None if state is None else state.unsqueeze(1) for state in hx)  # type: ignore[assignment]
-        reset = options["reset"]
-        if isinstance(reset, Tensor) and reset.dim() == 1:
-            options["reset"] = reset.unsqueeze(batch_dim)
+        for name in ("reset", "mask"):
+            given = options.get(name)
+            if given is not None and (given := torch.as_tensor(given)).dim() == 1:
+                options[name] = given.unsqueeze(batch_dim)
         y, (hn, cn), *states = self._run(input.unsqueeze(batch_dim), None, self._states(input, hx, 1), None, options)
         states = [States(*(tuple(t.squeeze(batch_dim) for t in tensors) for tensors in given)) for given in states]
         return y.squeeze(batch_dim), (hn.squeeze(1), cn.squeeze(1)), *states

@@ -17,7 +17,8 @@ class Trace(NamedTuple):
     Each is in the form of the input, with (L, D, H) in the place of its I features: (T, B, L, D, H), (B, T, L, D, H)
     with batch_first, (T, L, D, H) unbatched, or a PackedSequence with data (rows, L, D, H). L layers, bottom first; of
     the D directions the forward one is 0. A step stands where its input stands, also in the other direction, which
-    comes to it from the following one. Past the end of a row, with lengths, everything is zero.
+    comes to it from the following one. Past the end of a row, with lengths, everything is zero. At a step that a mask
+    skips the gates are zero, and c and h as mask_to says.
 
     i, f, o: the input, forget and output gate, from 0 to 1; g: the cell's input, from -1 to 1. Activated.
     c: the cell after the step, in float32 for 16-bit types.
@@ -41,6 +42,8 @@ def trace(
     lengths: Tensor | Sequence[int] | None = None,
     reset: Tensor | None = None,
     reset_to: str = "zero",
+    mask: Tensor | None = None,
+    mask_to: str = "zero",
 ) -> Trace:
     """Runs the sequence as lstm(input, hx) does and returns the Trace of it, without gradients.
 
@@ -52,7 +55,7 @@ def trace(
 
     Args:
         lstm: a fused_lstm.LSTM.
-        input, hx, lengths, reset, reset_to: as its forward takes them.
+        input, hx, lengths, reset, reset_to, mask, mask_to: as its forward takes them.
 
     Returns:
         The Trace. For the forget gates of row b in the first layer: trace(lstm, x).f[:, b, 0, 0], (T, H).
@@ -71,7 +74,8 @@ def trace(
         for tensors, tensor in zip((y, cells, gates), of_one, strict=True):
             tensors.append(tensor)
 
-    lstm._forward(input, hx, {"lengths": lengths, "reset": reset, "reset_to": reset_to, "record": record})
+    options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "mask": mask, "mask_to": mask_to}
+    lstm._forward(input, hx, options | {"record": record})
     D = 2 if lstm.bidirectional else 1
 
     def formed(tensors: Sequence[Tensor]) -> Tensor | PackedSequence:
