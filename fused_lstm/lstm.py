@@ -179,8 +179,8 @@ class LSTM(_Foreign, nn.RNNBase):
                 found under FUSED_LSTM_DEBUG=1, because a look at them would wait for the device; otherwise clamped.
             ValueError: a mask or mask_to that do not fit the input.
         """
-        options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "mask": mask, "mask_to": mask_to}
-        options["return_states"] = return_states
+        options: dict[str, Any] = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "mask": mask}
+        options |= {"mask_to": mask_to, "return_states": return_states}
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx, **options)
         return self._forward(input, hx, options)

@@ -122,6 +122,7 @@ CAPTURED = {
     "resets": {"reset": RESET},
     "resets to hx": {"reset": RESET, "reset_to": "hx"},
     "states": {"return_states": True},
+    "masks": {"mask": RESET.logical_not(), "mask_to": "hold", "lengths": LENGTHS, "reset": RESET},
 }
 
 

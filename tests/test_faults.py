@@ -88,6 +88,11 @@ RECOMPUTED = (
 IN_GRAPH = "test_graphs.py::test_keywords_in_one_graph[return_states]"
 LEVEL = "test_transforms.py::test_backward_through_vmap[stacked weights]"
 ALONG = "test_transforms.py::test_levels[jvp of grad]"
+MASK = "test_mask.py::test_every_state_and_gradient"
+MASK_TO_HX = f"{MASK}[cpu-lengths and reset to hx-hold-two layers, both directions]"
+MASK_PAST = f"{MASK}[cpu-lengths and reset-hold-one layer]"
+MASK_HELD = f"{MASK}[cpu-reset-hold-two layers, both directions]"
+MASK_RESET = f"{MASK}[cpu-lengths and reset-zero-two layers, both directions]"
 COMPILED = "test_offline.py::test_bounded_waits"
 
 # By file: a fault, the text that it replaces, the text that it puts there, and a test that must then fail.
@@ -294,6 +299,20 @@ FAULTS = {
     "fused_lstm/context.py": {
         "a gradient that another level wants": ("saves = saves or (", "saves = saves and (", LEVEL),
         "a derivative that goes along": ("_functorch.TransformType.Jvp in kinds", "False", ALONG),
+    },
+    "fused_lstm/masks.py": {
+        "a reset at a skipped step lost": (
+            "self.reset.cumsum(0).gather(0, self.order)",
+            "self.reset.gather(0, self.order).cumsum(0)",
+            MASK_RESET,
+        ),
+        "a reset after the last step lost": ("if last is not None:", "if False:", MASK_RESET),
+        "a reset before the reverse direction lost": ("if not to_hx:", "if False:", MASK_RESET),
+        "cuts of the other direction": ("front[1:].any(0))", "front.any(0))", MASK_RESET),
+        "steps past the end": ("mask = mask & inside", "mask = mask", MASK_RESET),
+        "y past the end held": ("r if past is None else r | past", "r", MASK_PAST),
+        "what stands before the first step": ("[self.upto == 0, ", "[self.upto < 0, ", MASK_TO_HX),
+        "a reset state held as it was": ("initials[0], 0)", "initials[0], 99)", MASK_HELD),
     },
     "fused_lstm/planning.py": {
         "a cell in the precision of nn.LSTM": ("_OF_MATMUL.fp32_precision", "_OF_RNN.fp32_precision", SWITCH),
