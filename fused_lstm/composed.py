@@ -55,11 +55,16 @@ def one(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """members() of a single one."""
     input_gates = linear(x.reshape(-1, x.shape[-1]), weight_ih, bias_ih) + (0 if bias_hh is None else bias_hh)
-    h, c, rows_of, y, cells, gates = h0, c0, [], [], [], []
-    for rows, active in steps(x, h0.shape[0], sequence.reverse, sequence.layout):
+    layout, lengths = sequence.layout, None
+    if layout.padded:
+        # All rows take every step, and keep their states past their ends: torch.vmap cannot index by a condition.
+        layout, lengths = layout._replace(lengths=None), layout.lengths
+    T, h, c, rows_of = layout.steps(x.shape), h0, c0, []
+    of_steps: list[tuple[Tensor, ...]] = []  # h, c and the activated gates
+    for k, (rows, active) in enumerate(steps(x, h0.shape[0], sequence.reverse, layout)):
         h_prev, c_prev = h[active], c[active]
-        if sequence.layout.starts is not None:
-            start = sequence.layout.starts.reshape(-1)[rows, None]
+        if layout.starts is not None:
+            start = layout.starts.reshape(-1)[rows, None]
             h_reset, c_reset = (s[active] if sequence.reset_to_hx else torch.zeros_like(s[active]) for s in (h0, c0))
             h_prev, c_prev = torch.where(start, h_reset, h_prev), torch.where(start, c_reset, c_prev)
         i, f, g, o = (input_gates[rows] + linear(h_prev, weight_hh)).chunk(4, dim=1)
@@ -68,14 +73,19 @@ def one(
         h_t = o * c_t.tanh()
         if weight_hr is not None:
             h_t = linear(h_t, weight_hr)
-        h, c = h.index_copy(0, active, h_t), c.index_copy(0, active, c_t)
+        of_step: tuple[Tensor, ...] = (h_t, c_t, torch.cat([i, f, g, o], dim=1))
+        if lengths is None:
+            h, c = h.index_copy(0, active, h_t), c.index_copy(0, active, c_t)
+        else:
+            inside = ((T - 1 - k if sequence.reverse else k) < lengths)[:, None]
+            h, c = torch.where(inside, h_t, h), torch.where(inside, c_t, c)
+            of_step = tuple(torch.where(inside, tensor, 0) for tensor in of_step)
         rows_of.append(rows)
-        y.append(h_t)
-        cells.append(c_t)
-        gates.append(torch.cat([i, f, g, o], dim=1))
+        of_steps.append(of_step)
 
-    def placed(tiles: list[Tensor], features: int) -> Tensor:
-        flat = x.new_zeros(len(input_gates), features)
-        return flat.index_copy(0, torch.cat(rows_of), torch.cat(tiles)).view(*x.shape[:-1], features)
+    def placed(tiles: tuple[Tensor, ...]) -> Tensor:
+        flat = x.new_zeros(len(input_gates), tiles[0].shape[1])
+        return flat.index_copy(0, torch.cat(rows_of), torch.cat(tiles)).view(*x.shape[:-1], flat.shape[1])
 
-    return placed(y, h0.shape[1]), h, c, placed(cells, c0.shape[1]), placed(gates, input_gates.shape[1])
+    y, cells, gates = map(placed, zip(*of_steps, strict=True))
+    return y, h, c, cells, gates

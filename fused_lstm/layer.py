@@ -94,6 +94,12 @@ class Members(NamedTuple):
         return operators.run(operators.dropout, *tensors, layer, B).view(y.shape)
 
 
+def starts_of(sequences: list[Sequence]) -> Tensor:
+    """The starts of all directions; torch.vmap must see where the steps and rows of each are."""
+    starts = [sequence.starts for sequence in sequences if sequence.starts is not None]
+    return starts[0] if len(starts) == 1 else torch.stack(starts)
+
+
 def biases_of(weights: list[Weights]) -> list[Tensor]:
     """(4H) of each member; none without."""
     return [b_ih + b_hh for _, _, b_ih, b_hh, _ in weights if b_ih is not None and b_hh is not None]
@@ -189,7 +195,7 @@ def forward(
     with matmul_precision(x, ieee):
         input_gates = gates_of(x, h0 if folds else None, weights[: len(sequences)], sequences, reset_to[0])
         if layout.starts is not None:
-            layout = layout._replace(starts=together([s.starts for s in sequences if s.starts is not None], 0))
+            layout = layout._replace(starts=starts_of(sequences))
             c_reset = reset_to[1] if sequence.reset_to_hx else torch.zeros_like(c0)
             c_reset = c_reset.to(accumulator(c0.dtype)).contiguous()
         y, hn, cn, c, gates = operators.run(
@@ -282,7 +288,7 @@ def gradients(
             dh = dh.view(*dy.shape[:-1], dh.shape[-1])
             dh_end = dhn @ torch.stack(by)
         if layout.starts is not None:
-            layout = layout._replace(starts=together([s.starts for s in sequences if s.starts is not None], 0))
+            layout = layout._replace(starts=starts_of(sequences))
             c_reset = reset_to[1].to(c.dtype).contiguous() if sequence.reset_to_hx else torch.zeros_like(c_first)
         of_all, dc0, dc_reset, dh_steps = operators.run(
             operators.backward,

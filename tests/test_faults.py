@@ -281,7 +281,7 @@ FAULTS = {
     },
     "fused_lstm/composed.py": {
         "a reset that keeps h": ("torch.where(start, h_reset, h_prev)", "h_prev", STATES),
-        "a state of rows that have ended": ("h.index_copy(0, active, h_t)", "h_t.index_copy(0, active, h_t)", STATES),
+        "a state of rows that have ended": ("torch.where(inside, h_t, h), ", "h_t, ", STATES),
         "two gates in each other's place": ("torch.cat([i, f, g, o]", "torch.cat([i, g, f, o]", TRACE),
     },
     "fused_lstm/segments.py": {

@@ -148,6 +148,27 @@ def test_levels_with_lengths_and_resets(form):
     torch.testing.assert_close(along, (second * xs[1]).sum((1, 2, 3)).view_as(along))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True, "batch_first": True, "num_layers": 2}], ids=["", "all"]
+)
+def test_lengths_and_resets_of_each_sample(options):
+    module = LSTM(I, H, **options).double()
+    lead = (B, T) if options else (T, B)
+    x, lengths = torch.randn(2, *lead, I).double(), torch.tensor([[2, 0, 4], [4, 1, 3]])
+    reset = torch.arange(2 * T * B).view(2, *lead) % 3 == 1
+
+    def of(x, lengths, reset):
+        def f(x):
+            y, (hn, cn) = module(x, lengths=lengths, reset=reset, reset_to="hx")
+            return y.sin().sum() + hn.square().sum() + cn.sum()
+
+        return grad(f)(x)
+
+    torch.testing.assert_close(
+        vmap(of)(x, lengths, reset), torch.stack([of(x[k], lengths[k], reset[k]) for k in (0, 1)])
+    )
+
+
 def test_forward_mode_of_a_cell():
     ours, x = LSTMCell(I, H).double(), torch.randn(B, I).double()
     theirs = nn.LSTMCell(I, H).double()
