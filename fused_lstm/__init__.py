@@ -1,12 +1,13 @@
 """A drop-in for torch.nn.LSTM whose recurrence runs in fused Triton kernels."""
 
-from . import functional
+from . import flops, functional
 from .functional import States
 from .kernels.plan import Plan
 from .kernels.tiles import Tiles
 from .lstm import LSTM, LSTMCell, swap
 from .trace import Trace, trace
 
+flops.register()
 lstm = functional.lstm  # the import of .lstm has bound the module to this name
 
 __all__ = ["LSTM", "LSTMCell", "Plan", "States", "Tiles", "Trace", "lstm", "swap", "trace"]
