@@ -4,7 +4,8 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 
 # What runs on torch's path, too.
-ON_TORCH := $(addprefix tests/test_, contract_*.py swap.py sequences.py one_step.py trace.py graphs.py transforms.py mask.py)
+ON_TORCH := $(addprefix tests/test_, contract_*.py swap.py sequences.py one_step.py trace.py graphs.py transforms.py mask.py \
+	distributed.py libraries.py module_info.py)
 
 .PHONY: demo long-memory test test-slow bench gpu gpu-ahead lint clean
 

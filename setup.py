@@ -20,7 +20,17 @@ setup(
         "triton": [TRITON],
         "test": [TRITON, "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "numpy", "expecttest"],
         # Programs that use nn.LSTM, and ONNX: what the tests swap and export.
-        "libraries": ["transformers", "sb3-contrib", "stanza", "onnx", "onnxscript", "onnxruntime"],
+        "libraries": [
+            "transformers",
+            "sb3-contrib",
+            "stanza",
+            "torchrl",
+            "thop",
+            "ptflops",
+            "onnx",
+            "onnxscript",
+            "onnxruntime",
+        ],
         "examples": ["matplotlib", "tqdm"],
         "lint": ["ruff", "mypy"],
     },

@@ -1,5 +1,6 @@
 """The wheel: what a user installs, built from a copy of the tree, so that nothing is left in it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -82,3 +83,37 @@ def test_runs_without_the_tree(script, wheel, tmp_path, monkeypatch):
     command = [sys.executable, "-c", script, str(tmp_path / "unpacked"), str(ROOT / "tests/without_triton.py")]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+
+
+def named_tests(cell):
+    """The (file, -k expression) that a cell of README's table names, and what else it says."""
+    named = re.findall(r"`tests/(test_\w+\.py)(?: -k (?:\"([^\"]+)\"|(\w+)))?`", cell)
+    return [(file, quoted or word) for file, quoted, word in named]
+
+
+def on_torch():
+    """The files that make test runs on torch's path."""
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    names = re.search(r"ON_TORCH := \$\(addprefix tests/test_, ([^)]*)\)", make).group(1).replace("\\\n", " ").split()
+    return {path.name for name in names for path in (ROOT / "tests").glob(f"test_{name}")}
+
+
+def test_each_row_of_the_table_of_pytorch_has_a_test_on_both_paths():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| | kernels' path | torch's path |")[2]
+    rows = [line.strip("| ").split(" | ") for line in table.partition("\n\n")[0].splitlines()[2:]]
+    assert len(rows) > 10
+    for row in rows:
+        name, *cells = row
+        assert len(cells) == 2, name
+        for path, cell in zip(("kernels", "torch"), cells, strict=True):
+            if cell.startswith("does not hold: "):
+                continue
+            named = named_tests(cell)
+            assert named, f"{name} names no test on the {path} path"
+            for file, words in named:
+                assert path == "kernels" or file in on_torch(), f"{file} does not run on torch's path"
+                names = re.findall(
+                    r"^def (test_\w+)", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE
+                )
+                for word in words.split(" or ") if words else ["test"]:
+                    assert any(word in name for name in names), f"{file} has no test of {word}"

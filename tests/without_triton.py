@@ -1,5 +1,6 @@
 """`pytest -p tests.without_triton`: as where Triton is not installed; torch's own LSTM is then the only path."""
 
+import os
 import sys
 from importlib.abc import MetaPathFinder
 
@@ -11,4 +12,5 @@ class Absent(MetaPathFinder):
 
 
 assert "triton" not in sys.modules
+os.environ["TRITON_INTERPRET"] = "0"  # of processes that a test starts, in which it is there
 sys.meta_path.insert(0, Absent())
