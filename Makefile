@@ -7,7 +7,15 @@ RUN    := $(VENV)/bin/python
 ON_TORCH := $(addprefix tests/test_, contract_*.py swap.py sequences.py one_step.py trace.py graphs.py transforms.py mask.py \
 	distributed.py libraries.py module_info.py)
 
-.PHONY: demo long-memory test test-slow bench gpu gpu-ahead lint clean
+# With which a part of the tests runs, beside the pinned ones, and what runs with each.
+NEWEST := 3.9.0
+WITH_NEWEST := tests/test_kernels.py tests/test_parity.py
+VERSIONS := 2.11.0+3.6.0 2.13.0+3.7.1 2.14.1+$(NEWEST)
+ON_TORCH_CORE := $(addprefix tests/test_, parity.py contract_*.py graphs.py transforms.py swap.py)
+CORE := $(ON_TORCH_CORE) $(addprefix tests/test_, kernels.py compile.py)
+EXPORTS := onnx onnxscript onnxruntime
+
+.PHONY: demo long-memory test test-versions test-slow bench gpu gpu-ahead lint clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/char_lm.py
@@ -15,9 +23,20 @@ demo: $(VENV)/ready
 long-memory: $(VENV)/ready
 	$(RUN) examples/long_memory.py
 
-test: $(VENV)/ready
+test: $(VENV)/ready $(VENV)/newest
 	$(RUN) -m pytest -n 2 -q
 	$(RUN) -m pytest -p tests.without_triton -n 2 -q $(ON_TORCH)
+	PYTHONPATH=$(VENV)/newest $(RUN) -m pytest -n 2 -q $(WITH_NEWEST)
+
+# torch and Triton, from the oldest to the newest, each pair in a venv of its own: gigabytes, where torch is for CUDA.
+test-versions: $(VERSIONS:%=test-with-%)
+
+test-with-%:
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/python -m pip install -q --disable-pip-version-check torch==$(firstword $(subst +, ,$*)) -e '.[test]' $(EXPORTS)
+	build/$*/bin/python -m pip install -q --disable-pip-version-check --no-deps triton==$(lastword $(subst +, ,$*))
+	build/$*/bin/python -m pytest -n 2 -q $(CORE)
+	build/$*/bin/python -m pytest -p tests.without_triton -n 2 -q $(ON_TORCH_CORE)
 
 test-slow: $(VENV)/ready
 	$(RUN) -m pytest -n 2 -q -m "slow and not gpu"
@@ -46,6 +65,10 @@ lint: $(VENV)/ready
 $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,libraries,examples,lint]'
+	@touch $@
+
+$(VENV)/newest: $(VENV)/ready
+	$(RUN) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $@ triton==$(NEWEST)
 	@touch $@
 
 clean:
