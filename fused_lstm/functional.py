@@ -23,6 +23,7 @@ from .planning import (
     full_precision,
     full_precision_of_cell,
     groups_of,
+    path_of,
     projects_in_kernel,
     takes_one_step,
     why_torch,
@@ -113,22 +114,18 @@ def lstm(
         unmasked = partial(lstm, weights=weights, reset_to=reset_to, **rest)
         return masks.run(unmasked, input, hx, mask, mask_to, layout, reset_to, directions, batch_first, record)
     context = Context.of(input, *hx, *weights)
-    by_torch = why_torch(input, context) is not None
-    in_graph = context.compiled and not context.recorded
-    # What torch's own LSTM cannot give, and in forward mode the kernels neither.
-    apart = record is not None or context.batched or (return_states and not in_graph)
-    # It reads the lengths of rows, which a transform has wrapped.
-    apart = apart or (context.transformed and (batch_sizes is not None or layout is not DENSE))
-    composes = context.forward_mode or (by_torch and apart)
+    cut = batch_sizes is not None or layout is not DENSE
+    path = path_of(input, context, return_states, record is not None, cut)
+    composes = path == "composed"
     stack = on_torch.Stack(bias, num_layers, bidirectional, dropout, training)
-    if by_torch and not (composes or in_graph):
+    if path == "torch":
         if layout is not DENSE:
             check(input, hx, weights, 1 if batch_first else 0)
         stretches = on_torch.stretches_of(input, batch_first, layout.lengths, layout.starts)
         return *on_torch.run(input, batch_sizes, stretches, hx, weights, stack, batch_first, to_hx), None
     input, hx, weights = autocast(input, hx, weights)
     check(input, hx, weights, 1 if batch_first else 0)
-    if by_torch and not composes:
+    if path == "operator":
         given = input, batch_sizes, layout, hx, weights, stack, batch_first, to_hx
         y, hn, cn, *of_layers = on_torch.in_graph(*given, return_states)
         return y, hn, cn, States(*of_layers) if return_states else None
@@ -139,8 +136,9 @@ def lstm(
     per_cell = len(weights) // (num_layers * directions)
     drops = bool(training and dropout > 0 and num_layers > 1)
     ieee = full_precision() if ieee is None else ieee
-    plain = batch_sizes is None and layout is DENSE and not (return_states or composes)
-    if plain and takes_one_step(x.shape[0], bidirectional, per_cell % 2 == 1, save, drops):
+    if not (cut or return_states or composes) and takes_one_step(
+        x.shape[0], bidirectional, per_cell % 2 == 1, save, drops
+    ):
         hn, cn = operators.run(operators.one_step, x[0], *hx, weights, bias, ieee)
         y = hn[-1:].clone()
         return y.transpose(0, 1) if batch_first else y, hn, cn, None

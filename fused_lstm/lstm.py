@@ -309,10 +309,13 @@ class LSTMCell(_Foreign, nn.LSTMCell):
         """
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx)
-        context = Context.of(input, *(hx or ()), *self.parameters())
+        states = () if hx is None else tuple(hx)
+        context = Context.of(input, *(state for state in states if isinstance(state, Tensor)), *self.parameters())
         if why_torch(input, context) is not None and not context.batched:
             return super().forward(input, hx)
-        for name, tensor in (("input", input), *((f"hx[{k}]", state) for k, state in enumerate(hx or ()))):
+        if isinstance(hx, Tensor):
+            raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
+        for name, tensor in (("input", input), *((f"hx[{k}]", state) for k, state in enumerate(states))):
             if tensor.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
         batched = input.dim() == 2

@@ -42,6 +42,24 @@ def why_torch(input: Tensor, context: Context) -> str | None:
     return kernels_plan.why_torch(autocast_dtype(input), input.device)
 
 
+def path_of(input: Tensor, context: Context, states: bool, record: bool, cut: bool) -> str:
+    """Which code runs a call: "kernels"; "torch", its own LSTM; "operator", the same as one of a graph; or "composed",
+    torch operations step by step, where the others lack something.
+
+    states, record: it gives those of all steps, or the gates too. cut: its rows have lengths or resets, or are packed.
+    """
+    if context.forward_mode:
+        return "composed"
+    if why_torch(input, context) is None:
+        return "kernels"
+    if context.compiled and not (context.recorded or record):
+        return "operator"
+    # torch.vmap has no rule for torch's own LSTM, and other transforms wrap the lengths that it reads.
+    if states or record or context.batched or (context.transformed and cut):
+        return "composed"
+    return "torch"
+
+
 @constant
 def full_precision() -> bool:
     """Whether float32 products are not to be TF32: cuDNN's own switch says so, which is the one nn.LSTM follows."""

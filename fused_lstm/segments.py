@@ -71,8 +71,13 @@ def run(
     """
     T, B, _ = x.shape
     row, first, last, enters, places, batch_sizes = stretches
-    if len(row) == 0:
+    if B == 0:
         return x.new_zeros(T, B, directions * hx[0].shape[-1]), hx[0].clone(), hx[1].clone()
+    if len(row) == 0:
+        # Some step all the same, of which nothing is kept: results then have its dtype and gradients.
+        y, hn, cn = lstm(x[0, :1], batch_sizes.new_ones(1), (hx[0][:, :1], hx[1][:, :1]))
+        y = y.new_zeros(T * B, y.shape[-1]).index_copy(0, places, y[:0]).view(T, B, -1)
+        return y, hx[0].to(hn.dtype, copy=True), hx[1].to(cn.dtype, copy=True)
     count = len(hx[0])
     states = [state[:, row] for state in hx]
     if not to_hx:

@@ -111,6 +111,7 @@ REFUSED = {
     "1-D hx": (zeros(3, I), (zeros(H), zeros(H))),
     "2-D hx, unbatched": (zeros(I), (zeros(1, H), zeros(1, H))),
     "3-D hx": (zeros(3, I), (zeros(1, 3, H), zeros(3, H))),
+    "hx of one tensor": (zeros(3, I), zeros(2, 3, H)),
     "hx of 1": (zeros(3, I), (zeros(3, H),)),
     "hx of 3": (zeros(3, I), (zeros(3, H),) * 3),
 }

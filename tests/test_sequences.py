@@ -325,6 +325,16 @@ def refuse_lengths(lengths, text):
     return {"lengths": lengths}, text
 
 
+def test_rows_without_any_step():
+    module, x = LSTM(I, H, bidirectional=True), torch.randn(T, B, I, requires_grad=True)
+    hx = torch.randn(2, 2, B, H, requires_grad=True)
+    y, (hn, cn) = module(x, tuple(hx), lengths=[0] * B)
+    assert not y.any() and torch.equal(torch.stack([hn, cn]), hx)
+    (y.sum() + hn.sum() + cn.sum()).backward()
+    assert (hx.grad == 1).all()
+    assert not any(t.grad.any() for t in (x, *module.parameters()))
+
+
 FORMS = {
     "a list": [4, 0, 6, 1],
     "an array": np.array([4, 0, 6, 1], dtype=np.int32),
