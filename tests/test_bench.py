@@ -332,7 +332,13 @@ def test_every_mode_and_form_is_checked_and_timed(path, case):
     assert measured["status"] == "ok", measured["why"]
 
 
-def test_rows_say_what_is_kept_for_backward():
+@pytest.fixture
+def no_packages(monkeypatch):
+    """As where no other's package is installed."""
+    monkeypatch.setattr(Provider, "installed", lambda provider: provider.package is None)
+
+
+def test_rows_say_what_is_kept_for_backward(no_packages):
     (case,) = (case for case in cases.MEMORY if case in cases.DRY)
     x, y, hx = (4 * case.B * size for size in (case.T * case.I, case.T * case.H, 2 * case.H))
     saved = {"fused_lstm": 5 * y, "fused_lstm, recompute": 0, "nn.LSTM, checkpointed": 0}
@@ -378,7 +384,7 @@ def test_a_provider_stands_only_where_it_is_installed_and_runs(monkeypatch):
     assert not [name for _, name in listed if name == "absent"]
 
 
-def test_ours_comes_first_on_all_cases_and_providers_can_be_chosen(monkeypatch):
+def test_ours_comes_first_on_all_cases_and_providers_can_be_chosen(monkeypatch, no_packages):
     case = next(case for case in cases.MEMORY if case in cases.DRY)
     monkeypatch.setitem(PROVIDERS, "compiled cell", Provider(no_build))
     ways = ["fused_lstm, recompute", "nn.LSTM, checkpointed"]

@@ -16,7 +16,7 @@ import triton
 
 from bench.host import without_driver
 from fused_lstm import LSTM
-from fused_lstm.kernels import latency_forward, launch
+from fused_lstm.kernels import latency_forward, launch, layout
 from fused_lstm.kernels.plan import choose_kernel
 from fused_lstm.kernels.tiles import H100
 
@@ -33,8 +33,8 @@ def launched(driver):
 def same_as_triton():
     """Of every tensor another dtype, another alignment and none: the machine code is that which Triton itself takes."""
     plan = choose_kernel(torch.float32, B, H, H100, False)
-    flags = {"DIRECTIONS": 1, "REVERSE": False, "CELL": True, "PROJECT": False, **launch.DENSE.flags}
-    flags |= {**launch.ALONE.flags, "SAVE": True, "PAIRS": True}
+    flags = {"DIRECTIONS": 1, "REVERSE": False, "CELL": True, "PROJECT": False, **layout.DENSE.flags}
+    flags |= {**layout.ALONE.flags, "SAVE": True, "PAIRS": True}
     made = launch.specialized(latency_forward.latency_forward_kernel, plan, plan.forward, H, torch.float32, H, **flags)
     taken = ("input_gates", "weight_hh", "h0", "c0", "y", "c", "gates", "hn", "cn")
     given = {name: torch.empty(4 * T * B * H) for name in taken}
