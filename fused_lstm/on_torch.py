@@ -41,8 +41,8 @@ def dense_or_packed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's own operator."""
     bias, num_layers, bidirectional, dropout, training = stack
-    if not training and torch.is_grad_enabled():
-        # cuDNN, and under torch.func oneDNN, differentiate in training mode only; without dropout that is the same.
+    if input.is_cuda and not training and torch.is_grad_enabled():
+        # cuDNN differentiates in training mode only; without dropout that mode computes the same.
         training, dropout = True, 0.0
     options = bias, num_layers, dropout, training, bool(bidirectional)  # nn.LSTM's constructor takes 1, this does not
     if batch_sizes is None:
