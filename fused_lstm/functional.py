@@ -117,7 +117,7 @@ def lstm(
     cut = batch_sizes is not None or layout is not DENSE
     path = path_of(input, context, return_states, record is not None, cut)
     composes = path == "composed"
-    stack = on_torch.Stack(bias, num_layers, bidirectional, dropout, training)
+    stack = on_torch.Layers(bias, num_layers, bidirectional, dropout, training)
     if path == "torch":
         if layout is not DENSE:
             check(input, hx, weights, 1 if batch_first else 0)

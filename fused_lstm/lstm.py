@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
@@ -14,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .context import Context
 from .functional import States, lstm, lstm_cell
 from .kernels.plan import Plan
+from .masks import as_tensor
 from .planning import (
     check_recompute,
     full_precision,
@@ -220,7 +220,7 @@ class LSTM(_Foreign, nn.RNNBase):
             hx = tuple(None if state is None else state.unsqueeze(1) for state in hx)  # type: ignore[assignment]
         for name in ("reset", "mask"):
             given = options.get(name)
-            if given is not None and (given := torch.as_tensor(given)).dim() == 1:
+            if given is not None and (given := as_tensor(given, input)).dim() == 1:
                 options[name] = given.unsqueeze(batch_dim)
         y, (hn, cn), *states = self._run(input.unsqueeze(batch_dim), None, self._states(input, hx, 1), None, options)
         states = [States(*(tuple(t.squeeze(batch_dim) for t in tensors) for tensors in given)) for given in states]
@@ -309,13 +309,12 @@ class LSTMCell(_Foreign, nn.LSTMCell):
         """
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx)
-        states = () if hx is None else tuple(hx)
-        context = Context.of(input, *(state for state in states if isinstance(state, Tensor)), *self.parameters())
+        context = Context.of(input)
         if why_torch(input, context) is not None and not context.batched:
             return super().forward(input, hx)
         if isinstance(hx, Tensor):
             raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
-        for name, tensor in (("input", input), *((f"hx[{k}]", state) for k, state in enumerate(states))):
+        for name, tensor in (("input", input), *((f"hx[{k}]", state) for k, state in enumerate(hx or ()))):
             if tensor.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
         batched = input.dim() == 2

@@ -15,14 +15,18 @@ Gathered = Callable[..., tuple[Tensor, Tensor, Tensor, Any]]
 Record = Callable[[Tensor, Tensor, Tensor], None]
 
 
+def as_tensor(given: Any, input: Tensor) -> Tensor:
+    """A tensor as it is; an array or a list as one on the input's device."""
+    return given if isinstance(given, Tensor) else torch.as_tensor(given).to(input.device)
+
+
 def of_steps(name: str, given: Any, input: Tensor) -> Tensor:
     """What has a bool for each step and row, as a tensor: of a tensor, an array or a list.
 
     Raises:
         ValueError: it has not, or lies on another device than the input.
     """
-    if not isinstance(given, Tensor):
-        given = torch.as_tensor(given).to(input.device)
+    given = as_tensor(given, input)
     if given.dtype != torch.bool:
         raise ValueError(f"{name} must be a bool tensor, got {given.dtype}")
     # As a tuple: a torch.Size would show as one in the text.

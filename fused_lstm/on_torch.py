@@ -19,10 +19,10 @@ from .operators import one_by_one
 from .segments import Stretches
 from .sequence import Sequence
 
-States = tuple[Tensor, Tensor]
+Hidden = tuple[Tensor, Tensor]
 
 
-class Stack(NamedTuple):
+class Layers(NamedTuple):
     """Layers as torch's own LSTM takes them: all arguments of torch.nn.LSTM that it needs beside tensors."""
 
     bias: bool
@@ -37,7 +37,7 @@ class Stack(NamedTuple):
 
 
 def dense_or_packed(
-    input: Tensor, batch_sizes: Tensor | None, hx: States, weights: list[Tensor], stack: Stack, batch_first: bool
+    input: Tensor, batch_sizes: Tensor | None, hx: Hidden, weights: list[Tensor], stack: Layers, batch_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's own operator."""
     bias, num_layers, bidirectional, dropout, training = stack
@@ -54,9 +54,9 @@ def run(
     input: Tensor,
     batch_sizes: Tensor | None,
     stretches: Stretches | None,
-    hx: States,
+    hx: Hidden,
     weights: list[Tensor],
-    stack: Stack,
+    stack: Layers,
     batch_first: bool,
     to_hx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +65,7 @@ def run(
         return dense_or_packed(input, batch_sizes, hx, weights, stack, batch_first)
     x = input.transpose(0, 1) if batch_first else input
 
-    def packed(data: Tensor, sizes: Tensor, hx: States) -> tuple[Tensor, Tensor, Tensor]:
+    def packed(data: Tensor, sizes: Tensor, hx: Hidden) -> tuple[Tensor, Tensor, Tensor]:
         return dense_or_packed(data, sizes, hx, weights, stack, False)
 
     y, hn, cn = segments.run(packed, x, hx, stretches, stack.directions, to_hx)
@@ -84,9 +84,9 @@ def in_graph(
     input: Tensor,
     batch_sizes: Tensor | None,
     layout: Layout,
-    hx: States,
+    hx: Hidden,
     weights: list[Tensor],
-    stack: Stack,
+    stack: Layers,
     batch_first: bool,
     to_hx: bool,
     states: bool,
@@ -149,7 +149,7 @@ class Call(NamedTuple):
     def run(self, places: Stretches | Sequence | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y, hn, cn and the cells, which are empty without states."""
         if not isinstance(places, Sequence):
-            stack = Stack(self.bias, self.num_layers, self.bidirectional)
+            stack = Layers(self.bias, self.num_layers, self.bidirectional)
             hx, rest = (self.h0, self.c0), (self.weights, stack, self.batch_first, self.to_hx)
             y, hn, cn = run(self.input, self.batch_sizes, places, hx, *rest)
             return y, hn, cn, y.new_empty(0)

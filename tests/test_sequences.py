@@ -372,12 +372,24 @@ REFUSED = {
 }
 
 
+def assert_refused(calls, keywords, text, monkeypatch):
+    """Each call of an LSTM and its input raises before anything runs."""
+    monkeypatch.setattr(plan, "choose", lambda *args: pytest.fail("ran"))
+    for call in calls:
+        with pytest.raises(ValueError, match=text):
+            call(LSTM(I, H), torch.randn(T, B, I), **keywords)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused_before_anything_runs(case, monkeypatch):
-    keywords, text = REFUSED[case]
-    monkeypatch.setattr(plan, "choose", lambda *args: pytest.fail("ran"))
-    with pytest.raises(ValueError, match=text):
-        LSTM(I, H)(torch.randn(T, B, I), **keywords)
+    assert_refused([LSTM.__call__], *REFUSED[case], monkeypatch)
+
+
+def test_a_list_for_an_unbatched_row_lies_on_the_inputs_device():
+    """The meta device has no values: it raises only once the reset has been taken."""
+    for lead, reset in (((T, 1), [[True]] * T), ((T,), [True] * T)):
+        with pytest.raises(NotImplementedError, match="meta"):
+            LSTM(I, H, device="meta")(torch.empty(*lead, I, device="meta"), reset=reset)
 
 
 def test_lengths_on_a_device_are_looked_at_in_debug_mode_alone(monkeypatch):
