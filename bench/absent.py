@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
-from fused_lstm import functional, operators, planning
+from fused_lstm import operators, route
 from fused_lstm.kernels import plan
 from fused_lstm.kernels.tiles import A100, B200, H100, Device
 
@@ -83,7 +83,8 @@ def without_device(device: Device = H100) -> Driver:
     for name in ("why_torch", "choose", "layers_together", "in_kernel", "choose_one_step"):
         own = getattr(plan, name)
         asked = asked_of_the_device(own)
-        for module in (plan, planning, operators, functional):
+        for module in (plan, route, operators):
             if getattr(module, name, None) is own:
                 setattr(module, name, asked)
+    route.known_route.cache_clear()
     return driver

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from fused_lstm import LSTM
 from fused_lstm.kernels import plan
 from fused_lstm.kernels.tiles import H100
+from fused_lstm.route import known_route
 
 from .timing import Call
 
@@ -59,7 +60,9 @@ def without_driver() -> Iterator[NoDriver]:
     driver = NoDriver()
     triton.runtime.driver.set_active(driver)
     with patch.object(plan, "interpreted", lambda: True):
+        known_route.cache_clear()
         yield driver
+    known_route.cache_clear()
 
 
 def calls(module: torch.nn.Module) -> dict[str, Call]:

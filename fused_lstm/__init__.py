@@ -1,10 +1,11 @@
 """A drop-in for torch.nn.LSTM whose recurrence runs in fused Triton kernels."""
 
 from . import flops, functional
-from .functional import States
+from .call import States
 from .kernels.plan import Plan
 from .kernels.tiles import Tiles
-from .lstm import LSTM, LSTMCell, swap
+from .lstm import LSTM, LSTMCell
+from .swap import swap
 from .trace import Trace, trace
 
 flops.register()

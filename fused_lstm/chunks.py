@@ -1,5 +1,5 @@
-"""One layer and direction that keeps its states between chunks of steps alone, as fused_lstm::forward_in_chunks and
-::backward_in_chunks: backward recomputes the gates and cells of a chunk at a time, from its end to its beginning.
+"""A layer that keeps its states between chunks of steps alone, one direction at a time: fused_lstm::forward_in_chunks
+and ::backward_in_chunks. Backward recomputes the gates and cells of a chunk at a time, from its end to its beginning.
 
 A chunk is a sequence of its own, which begins with the states that the one before left: what is true of a layer is true
 of it, with resets that go to the layer's hx and not to its own. Operators, so that torch.compile takes no loop over the
@@ -7,242 +7,222 @@ chunks for a constant.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import layer
+from . import gradients, recurrence, vmap
+from .gradients import Cotangents
 from .kernels.environment import WHY_NO_TRITON
 from .kernels.layout import accumulator
-from .layer import Members, Weights, matmul_precision
-from .operators import one_by_one
+from .operators import Operator
+from .products import matmul_precision
+from .records import record
+from .recurrence import Inputs, Outputs, Recurrence, Results, input_gates_of
 from .sequence import Sequence
+from .weights import Weights, cat, stack
 
 if WHY_NO_TRITON is None:
     from .kernels.scan import scan
 
 
-@torch.library.custom_op("fused_lstm::forward_in_chunks", mutates_args=())
-def forward(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    starts: Tensor | None,
-    earlier: Tensor | None,
-    reverse: bool,
-    reset_to_hx: bool,
-    states: bool,
-    chunk: int,
-    ieee: bool,
-    projects: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, hn, cn, the cells (empty without states), and h and c between the chunks, in the direction's order."""
-    sequence = Sequence(lengths, offsets, starts, None, earlier, reverse, reset_to_hx)
-    weights = weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
-    h, c, between = h0, c0.to(accumulator(c0.dtype)), []
-    y = x.new_empty((*x.shape[:-1], h0.shape[1]))
-    cells = x.new_empty((*x.shape[:-1], c0.shape[1]) if states else 0)
-    for k, (part, span, B) in enumerate(_chunks(sequence, x, h0, chunk)):
+@record
+class ForwardArgs(NamedTuple):
+    """Of one direction: x as Inputs has it, h0 (B, Hout), c0 (B, H); the options as Recurrence has them."""
+
+    x: Tensor
+    h0: Tensor
+    c0: Tensor
+    weights: Weights
+    sequence: Sequence
+    states: bool
+    chunk: int
+    ieee: bool
+    project_in_kernel: bool
+
+    @property
+    def how(self) -> Recurrence:
+        """Of a chunk."""
+        in_kernel, states, ieee = self.project_in_kernel, self.states, self.ieee
+        # Within an operator nobody looks.
+        return Recurrence(self.sequence, project_in_kernel=in_kernel, states=states, ieee=ieee, direct=True)
+
+    def chunks(self) -> Iterator[tuple[Sequence, slice, int]]:
+        offsets = self.sequence.offsets
+        T = len(self.x if offsets is None else offsets)
+        return self.sequence.chunks(T, len(self.h0), len(self.x), self.chunk)
+
+
+def _forward(a: ForwardArgs) -> tuple[Tensor, ...]:
+    """y, hn, cn, the cells (empty without states), and c and h between the chunks, in the direction's order."""
+    x, h, c = a.x, a.h0, a.c0.to(accumulator(a.c0.dtype))
+    y = x.new_empty((*x.shape[:-1], h.shape[1]))
+    cells = x.new_empty((*x.shape[:-1], c.shape[1]) if a.states else 0)
+    between: list[tuple[Tensor, Tensor]] = []
+    for k, (part, span, B) in enumerate(a.chunks()):
         if k > 0:
-            between.append((h, c))
-        hx = h0[None, :B], c0[None, :B]
-        given = x[span], h[None, :B], c[None, :B], [weights], part
-        y[span], hn, cn, c_steps, _ = layer.forward(*given, Members(projects=projects), hx, states, ieee)
-        if states:
+            between.append((c, h))
+        inputs, hx = Inputs(x[span], h[None, :B], c[None, :B], (a.weights,)), (a.h0[None, :B], a.c0[None, :B])
+        y[span], hn, cn, c_steps, _ = recurrence.forward(a.how._replace(sequence=part), inputs, hx)
+        if a.states:
             cells[span] = c_steps
         h, c = torch.cat([hn[0], h[B:]]), torch.cat([cn[0], c[B:]])
-    return y, h, c.to(c0.dtype, copy=True), cells, *_stacked(between, h, c)
+    if between:
+        c_between, h_between = map(torch.stack, zip(*between, strict=True))
+    else:
+        c_between, h_between = c.new_empty((0, *c.shape)), h.new_empty((0, *h.shape))
+    return y, h, c.to(a.c0.dtype, copy=True), cells, c_between, h_between
 
 
-@forward.register_fake
-def _(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    starts: Tensor | None,
-    earlier: Tensor | None,
-    reverse: bool,
-    reset_to_hx: bool,
-    states: bool,
-    chunk: int,
-    ieee: bool,
-    projects: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    count = ((x if offsets is None else offsets).shape[0] + chunk - 1) // chunk - 1
-    cells = x.new_empty((*x.shape[:-1], c0.shape[1]) if states else 0)
-    between = h0.new_empty((count, *h0.shape)), c0.new_empty((count, *c0.shape), dtype=accumulator(c0.dtype))
+def _forward_fake(a: ForwardArgs) -> tuple[Tensor, ...]:
+    x, h0, c0, offsets = a.x, a.h0, a.c0, a.sequence.offsets
+    count = ((x if offsets is None else offsets).shape[0] + a.chunk - 1) // a.chunk - 1
+    cells = x.new_empty((*x.shape[:-1], c0.shape[1]) if a.states else 0)
+    between = c0.new_empty((count, *c0.shape), dtype=accumulator(c0.dtype)), h0.new_empty((count, *h0.shape))
     return x.new_empty((*x.shape[:-1], h0.shape[1])), h0.new_empty(h0.shape), c0.new_empty(c0.shape), cells, *between
 
 
-@torch.library.custom_op("fused_lstm::backward_in_chunks", mutates_args=())
-def backward(
-    dy: Tensor,
-    dhn: Tensor,
-    dcn: Tensor,
-    dcells: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    starts: Tensor | None,
-    earlier: Tensor | None,
-    reverse: bool,
-    reset_to_hx: bool,
-    y: Tensor,
-    h_between: Tensor,
-    c_between: Tensor,
-    needs: list[bool],
-    chunk: int,
-    ieee: bool,
-    projects: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, h0, c0, weight_ih, weight_hh, either bias, and weight_hr; empty where not needed, but dh0 and
-    dc0 are always there: they lead from chunk to chunk."""
-    sequence = Sequence(lengths, offsets, starts, None, earlier, reverse, reset_to_hx)
-    weights = weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
-    wide = accumulator(c0.dtype)
-    dx = x.new_empty(x.shape if needs[0] else 0)
-    totals: list[Tensor | None] = [None] * 6  # of the four kinds of weights, and of h and c at resets to hx
-    dh, dc = dhn, dcn.to(wide)
-    parts = list(enumerate(_chunks(sequence, x, h0, chunk)))
-    for k, (part, span, B) in reversed(parts):
-        hx, h, c = (h0[:B], c0[:B]), h0[:B], c0[:B].to(wide)
-        if k > 0:
-            h, c = h_between[k - 1, :B], c_between[k - 1, :B]
-        gates, c_steps = _recompute(x[span], h, c, weights, part, hx, y[span], ieee)
-        grads = layer.gradients(
-            dy[span],
-            dh[None, :B],
-            dc[None, :B],
-            None if dcells is None else dcells[span],
-            x[span],
-            h[None],
-            c[None],
-            [weights],
-            part,
-            Members(projects=projects),
-            (hx[0][None], hx[1][None]),
-            y[span],
-            c_steps,
-            gates,
-            [needs[0], True, True, *needs[3:]],
-            ieee,
-            wide=True,
-        )
-        if grads.x is not None:
-            dx[span] = grads.x
-        assert grads.h0 is not None
-        dh, dc = torch.cat([grads.h0[0], dh[B:]]), torch.cat([grads.c0[0], dc[B:]])
-        of_resets = (None if grad is None else grad[0] for grad in (grads.h_reset, grads.c_reset))
-        for of, grad in enumerate((*grads.weights[0], *of_resets)):
-            total = totals[of]
-            totals[of] = grad if total is None or grad is None else total.add_(grad)
-    if totals[4] is not None and totals[5] is not None:  # resets have no packed sequences: of all batch rows
-        dh, dc = dh + totals[4], dc + totals[5]
-    dw_ih, dw_hh, db, dw_hr = (x.new_empty(0) if total is None else total.to(x.dtype) for total in totals[:4])
-    return dx, dh, dc.to(c0.dtype, copy=True), dw_ih, dw_hh, db, dw_hr
+class Between(NamedTuple):
+    """What forward leaves for backward, of all directions: y, and the states between chunks (D, chunks - 1, B, H)."""
+
+    y: Tensor
+    c: Tensor
+    h: Tensor
 
 
-@backward.register_fake
-def _(
-    dy: Tensor,
-    dhn: Tensor,
-    dcn: Tensor,
-    dcells: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    starts: Tensor | None,
-    earlier: Tensor | None,
-    reverse: bool,
-    reset_to_hx: bool,
-    y: Tensor,
-    h_between: Tensor,
-    c_between: Tensor,
-    needs: list[bool],
-    chunk: int,
-    ieee: bool,
-    projects: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias = bias_ih if needs[5] or needs[6] else None
-    asked = zip((weight_ih, weight_hh, bias, weight_hr), (needs[3], needs[4], True, needs[7]), strict=True)
-    dw_ih, dw_hh, db, dw_hr = (x.new_empty(0 if w is None or not needed else w.shape) for w, needed in asked)
-    dx = x.new_empty(x.shape if needs[0] else 0)
-    return dx, h0.new_empty(h0.shape), c0.new_empty(c0.shape), dw_ih, dw_hh, db, dw_hr
+@record
+class Wanted(NamedTuple):
+    """Which gradients backward is asked for; those of h0 and c0 lead from chunk to chunk and are always there."""
+
+    dx: bool
+    dweight_ih: bool
+    dweight_hh: bool
+    dbias: bool
+    dweight_hr: bool
 
 
-forward.register_vmap(one_by_one(forward))
-backward.register_vmap(one_by_one(backward))
+@record
+class BackwardArgs(NamedTuple):
+    """Of one direction: what the gradients are of, what forward() took, and what it left."""
+
+    dy: Tensor
+    dhn: Tensor
+    dcn: Tensor
+    dcells: Tensor | None
+    taken: ForwardArgs
+    y: Tensor
+    c_between: Tensor
+    h_between: Tensor
+    wanted: Wanted
 
 
-def _chunks(sequence: Sequence, x: Tensor, h0: Tensor, chunk: int) -> Iterator[tuple[Sequence, slice, int]]:
-    T = len(x) if sequence.offsets is None else len(sequence.offsets)
-    return sequence.chunks(T, len(h0), len(x), chunk)
+def _backward(b: BackwardArgs) -> tuple[Tensor, ...]:
+    """The gradients of x, h0, c0, weight_ih, weight_hh, either bias, and weight_hr; empty where not wanted."""
+    a, wanted, wide = b.taken, b.wanted, accumulator(b.taken.c0.dtype)
+    needed = Weights(wanted.dweight_ih, wanted.dweight_hh, wanted.dbias, wanted.dbias, wanted.dweight_hr)  # type: ignore[arg-type]
+    needs = Inputs(wanted.dx, True, True, (needed,))  # type: ignore[arg-type]
+    dx = a.x.new_empty(a.x.shape if wanted.dx else 0)
+    dh, dc = b.dhn, b.dcn.to(wide)
+    totals: dict[str, Tensor | None] = {}  # over the chunks
+    for k, (part, span, B) in reversed(list(enumerate(a.chunks()))):
+        how, hx = a.how._replace(sequence=part), (a.h0[None, :B], a.c0[None, :B])
+        h, c = (a.h0[:B], a.c0[:B].to(wide)) if k == 0 else (b.h_between[k - 1, :B], b.c_between[k - 1, :B])
+        inputs, y = Inputs(a.x[span], h[None], c[None], (a.weights,)), b.y[span]
+        gates, c_steps = recompute(how, inputs, y, hx)
+        cells = None if b.dcells is None else b.dcells[span]
+        cotangents = Cotangents(b.dy[span], dh[None, :B], dc[None, :B], cells)
+        results = Results(y, dh, dc, c_steps, gates)
+        grads = gradients.gradients(how, inputs, results, cotangents, needs, hx, accumulate=True)
+        if wanted.dx:
+            dx[span] = grads.inputs.x
+        dh, dc = torch.cat([grads.inputs.h0[0], dh[B:]]), torch.cat([grads.inputs.c0[0], dc[B:]])
+        dw_ih, dw_hh, dbias, _, dw_hr = grads.inputs.weights[0]
+        of_chunk = {"w_ih": dw_ih, "w_hh": dw_hh, "bias": dbias, "w_hr": dw_hr}
+        for name, grad in (of_chunk | {"h_reset": grads.h_reset, "c_reset": grads.c_reset}).items():
+            total = totals.get(name)
+            totals[name] = grad if total is None or grad is None else total.add_(grad)
+    dh_reset, dc_reset = totals["h_reset"], totals["c_reset"]
+    if dh_reset is not None and dc_reset is not None:  # resets have no packed sequences: of all batch rows
+        dh, dc = dh + dh_reset[0], dc + dc_reset[0]
+    of_weights = (totals[name] for name in ("w_ih", "w_hh", "bias", "w_hr"))
+    dweights = (a.x.new_empty(0) if total is None else total.to(a.x.dtype) for total in of_weights)
+    return dx, dh, dc.to(a.c0.dtype, copy=True), *dweights
 
 
-def _stacked(between: list[tuple[Tensor, Tensor]], h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    if not between:
-        return h.new_empty((0, *h.shape)), c.new_empty((0, *c.shape))
-    h_between, c_between = (torch.stack(tensors) for tensors in zip(*between, strict=True))
-    return h_between, c_between
-
-
-def _recompute(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weights: Weights,
-    sequence: Sequence,
-    reset_to: tuple[Tensor, Tensor],
-    y: Tensor,
-    ieee: bool,
-) -> tuple[Tensor, Tensor]:
-    """gates and c, as layer.forward() had them: y is known, so all but c is parallel in time."""
-    weight_hh = weights[1]
-    with matmul_precision(x, ieee):
-        gates = layer.gates_of(x, h0[None], [weights], [sequence], reset_to[0][None])
-        _, _, current, previous = sequence.places(len(h0), len(gates))
-        h_prev, c_reset = y.reshape(-1, y.shape[-1])[previous], None
-        if sequence.starts is not None:
-            h_prev = h_prev * ~sequence.starts.reshape(-1, 1)[current]
-            c_reset = reset_to[1].to(c0.dtype) if sequence.reset_to_hx else torch.zeros_like(c0)
-        if isinstance(current, slice):
-            gates[current].addmm_(h_prev, weight_hh.T)
-        else:
-            gates[current] = torch.addmm(gates[current], h_prev, weight_hh.T)
-    gates = gates.view(*x.shape[:-1], gates.shape[-1])
-    c = scan(
-        gates,
-        c0.contiguous(),
-        reverse=sequence.reverse,
-        layout=sequence.layout,
-        c_reset=None if c_reset is None else c_reset.contiguous(),
+def _backward_fake(b: BackwardArgs) -> tuple[Tensor, ...]:
+    (x, h0, c0, weights, *_), wanted = b.taken, b.wanted
+    of_weights = (
+        (weights.weight_ih, wanted.dweight_ih),
+        (weights.weight_hh, wanted.dweight_hh),
+        (weights.bias_ih, wanted.dbias),
+        (weights.weight_hr, wanted.dweight_hr),
     )
-    return gates, c
+    dweights = (x.new_empty(w.shape if w is not None and asked else 0) for w, asked in of_weights)
+    return x.new_empty(x.shape if wanted.dx else 0), h0.new_empty(h0.shape), c0.new_empty(c0.shape), *dweights
+
+
+def recompute(how: Recurrence, inputs: Inputs, y: Tensor, reset_to: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """gates and c of a chunk, as its forward pass had them: y is known, so all but c is parallel over time."""
+    x, h0, c0, weights = inputs
+    sequence, weight_hh, (h_reset, c_reset) = how.sequence, weights[0].weight_hh, reset_to
+    c_start = None
+    with matmul_precision(x, how.ieee):
+        gates = input_gates_of(x, weights, [sequence], h0, h_reset)
+        flat = gates.view(-1, gates.shape[-1])
+        _, _, later, previous = sequence.step_rows(h0.shape[1], len(flat))
+        h_prev = y.reshape(-1, y.shape[-1])[previous]
+        if sequence.starts is not None:
+            h_prev = h_prev * ~sequence.starts.reshape(-1, 1)[later]
+            c_start = c_reset[0].to(c0.dtype).contiguous() if sequence.reset_to_hx else torch.zeros_like(c0[0])
+        if isinstance(later, slice):
+            flat[later].addmm_(h_prev, weight_hh.T)
+        else:
+            flat[later] = torch.addmm(flat[later], h_prev, weight_hh.T)
+    layout, reverse = sequence.layout, sequence.reverse
+    return gates, scan(gates, c0[0].contiguous(), reverse=reverse, layout=layout, c_reset=c_start)
+
+
+forward_in_chunks = Operator(
+    "forward_in_chunks", ForwardArgs, "(" + ", ".join(["Tensor"] * 6) + ")", _forward, _forward_fake
+)
+backward_in_chunks = Operator(
+    "backward_in_chunks", BackwardArgs, "(" + ", ".join(["Tensor"] * 7) + ")", _backward, _backward_fake
+)
+for _operator in (forward_in_chunks, backward_in_chunks):
+    _operator.custom.register_vmap(vmap.one_by_one(_operator.overload))
+
+
+def _taken(how: Recurrence, inputs: Inputs) -> list[ForwardArgs]:
+    """Of each direction."""
+    x, h0, c0, weights = inputs
+    options = how.states, how.chunk, how.ieee, how.project_in_kernel
+    each = zip(h0, c0, weights, how.sequences(weights), strict=True)
+    return [ForwardArgs(x, *of_one, *options) for of_one in each]
+
+
+def forward(how: Recurrence, inputs: Inputs) -> Outputs:
+    """Of all directions."""
+    of_each = [forward_in_chunks(args, how.direct) for args in _taken(how, inputs)]
+    y, hn, cn, cells, c, h = (list(tensors) for tensors in zip(*of_each, strict=True))
+    return Outputs(cat(y), stack(hn), stack(cn), stack(c), stack(h), cat(cells) if how.states else None)
+
+
+def backward(how: Recurrence, inputs: Inputs, between: Between, cotangents: Cotangents, needs: Inputs) -> Inputs:
+    """The gradients of forward(); each direction's chunks are in an order of their own."""
+    D = len(inputs.weights)
+    dx, dh0, dc0, dweights = [], [], [], []
+    for d, taken in enumerate(_taken(how, inputs)):
+        w = needs.weights[d]
+        wanted = Wanted(needs.x, w.weight_ih, w.weight_hh, bool(w.bias_ih or w.bias_hh), w.weight_hr)  # type: ignore[arg-type]
+        dy, dcells = cotangents.y.chunk(D, -1)[d], None
+        if cotangents.cells is not None:
+            dcells = cotangents.cells.chunk(D, -1)[d]
+        kept = between.y.chunk(D, -1)[d], between.c[d], between.h[d]
+        args = BackwardArgs(dy, cotangents.hn[d], cotangents.cn[d], dcells, taken, *kept, wanted)
+        of_x, of_h, of_c, dweight_ih, dweight_hh, dbias, dweight_hr = backward_in_chunks(args, how.direct)
+        dx.append(of_x)
+        dh0.append(of_h)
+        dc0.append(of_c)
+        dweights.append(Weights(dweight_ih, dweight_hh, dbias, dbias, dweight_hr))
+    return Inputs(sum(dx[1:], dx[0]), stack(dh0), stack(dc0), tuple(dweights))

@@ -3,57 +3,44 @@
 It runs everywhere, in every dtype, and can be differentiated as often as one likes; it is slow.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .recurrence import Inputs, Recurrence
 from .reference import steps
-
-if TYPE_CHECKING:
-    from .layer import Members, Weights
-    from .sequence import Sequence
+from .sequence import Sequence
+from .weights import Weights
 
 
-def members(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weights: "list[Weights]",
-    sequence: "Sequence",
-    members: "Members",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Takes what layer.forward() takes; returns y, hn, cn, and of all steps the cells and the activated gates, like x
+def recurrences(how: Recurrence, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Takes what recurrence.forward() takes. Returns y, hn, cn, and of all steps the cells and activated gates, as x
     with D times Hout, H and 4H features; of a stack those of its last layer."""
-    batch_first = sequence.batch_first
+    x, h0, c0, weights = inputs
+    batch_first = how.sequence.batch_first
     if batch_first:
-        x, sequence = x.transpose(0, 1), sequence.by_time(x.shape[1])
-    sequences, ends, several = sequence.each(members.directions(len(weights))), [], []
-    for m, own in enumerate(weights):
-        y, *end, cells, gates = one(x, h0[m], c0[m], *own, sequences[0 if members.layers else m])
-        ends.append(end)
+        how = how._replace(sequence=how.sequence.time_first(x.shape[1]))
+        x = x.transpose(0, 1)
+    sequences = how.sequences(weights)
+    ends: list[tuple[Tensor, Tensor]] = []
+    several: list[tuple[Tensor, Tensor, Tensor]] = []
+    for k, w in enumerate(weights):
+        y, hn, cn, cells, gates = one(x, h0[k], c0[k], w, sequences[0 if how.stacked else k])
+        ends.append((hn, cn))
         several.append((y, cells, gates))
-        if members.layers and m < len(weights) - 1:
-            x = y * members.drop(y.new_ones(y.shape), m, h0.shape[1], sequence)
+        if how.stacked and k < len(weights) - 1:
+            x = y * how.drop(y.new_ones(y.shape), k, h0.shape[1])
     hn, cn = (torch.stack(states) for states in zip(*ends, strict=True))
-    of_time = several[-1] if members.layers else (torch.cat(tensors, -1) for tensors in zip(*several, strict=True))
+    of_time = several[-1] if how.stacked else (torch.cat(tensors, -1) for tensors in zip(*several, strict=True))
     y, cells, gates = (tensor.transpose(0, 1) if batch_first else tensor for tensor in of_time)
     return y, hn, cn, cells, gates
 
 
 def one(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    sequence: "Sequence",
+    x: Tensor, h0: Tensor, c0: Tensor, weights: Weights, sequence: Sequence
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """members() of a single one."""
+    """recurrences() of a single one."""
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
     input_gates = linear(x.reshape(-1, x.shape[-1]), weight_ih, bias_ih) + (0 if bias_hh is None else bias_hh)
     layout, lengths = sequence.layout, None
     if layout.padded:

@@ -46,24 +46,23 @@ def _backward_in_chunks(of: Shapes) -> int:
     """The gates once more, the gradients of h, and those of x and of the weights, as far as they are needed. Folding a
     projection into W_hh, once a chunk, is not counted."""
     input, recurrent, projection = (_elements(of[name]) for name in ("weight_ih", "weight_hh", "weight_hr"))
-    needs = of["needs"]
-    asked = (needs[0] + needs[3]) * input + needs[4] * recurrent + needs[7] * projection
-    return 2 * _rows(of["x"]) * (input + recurrent + recurrent + projection + asked)
+    wanted = (of["dx"] + of["dweight_ih"]) * input + of["dweight_hh"] * recurrent + of["dweight_hr"] * projection
+    return 2 * _rows(of["x"]) * (input + recurrent + recurrent + projection + wanted)
 
 
 FORMULAS: list[tuple[Any, Callable[[Shapes], int]]] = [
     (operators.forward, _forward),
     (operators.backward, _backward),
     (operators.one_step, _one_step),
-    (chunks.forward, _forward_in_chunks),
-    (chunks.backward, _backward_in_chunks),
+    (chunks.forward_in_chunks, _forward_in_chunks),
+    (chunks.backward_in_chunks, _backward_in_chunks),
 ]
 
 
 def register() -> None:
     """Makes the formulas known to torch."""
     for operator, count in FORMULAS:
-        target = operator._opoverload
+        target = operator.overload
         names = [argument.name for argument in target._schema.arguments]
         if target.overloadpacket not in flop_registry:  # or the package is imported anew
             register_flop_formula(target.overloadpacket)(partial(_counted, count, names))

@@ -1,72 +1,22 @@
 """LSTM and LSTMCell: torch.nn's conventions (batch_first, unbatched and packed input, hx) around functional.py."""
 
-import sys
 from collections.abc import Sequence
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
+from .call import Options, States
+from .checks import as_tensor, check_recompute
 from .context import Context
-from .functional import States, lstm, lstm_cell
+from .functional import lstm, lstm_cell
+from .interop import Refusing, as_leaf
 from .kernels.plan import Plan
-from .masks import as_tensor
-from .planning import (
-    check_recompute,
-    full_precision,
-    full_precision_of_cell,
-    plan_for,
-    plan_for_one_step,
-    takes_one_step,
-    why_torch,
-)
+from .route import Form, autocast_dtype, full_precision, full_precision_of_cell, plan_of, why_torch
 
 
-def as_leaf(module: nn.Module, input: Proxy, *args: Any, **keywords: Any) -> Any:
-    """Answers torch.fx, which looks into all modules but torch's own, as a leaf does: with a call of the module.
-
-    Raises:
-        TraceError: the module is not within the model that is traced.
-    """
-    try:
-        target = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
-    except NameError:
-        target = ""
-    if not target:
-        raise TraceError(f"{type(module).__name__} is a leaf of torch.fx: trace a model that has it as a submodule")
-    return input.tracer.create_proxy("call_module", target, (input, *args), keywords)
-
-
-class _Foreign:
-    """Refuses what knows torch's classes alone: torch.ao.quantization, which would leave ours as they are, in silence,
-    and torch.jit.script."""
-
-    @property
-    def qconfig(self) -> Any:
-        raise AttributeError("qconfig")
-
-    @qconfig.setter
-    def qconfig(self, value: Any) -> None:
-        # quantize_dynamic hands a module that is not in its list the same None as one that is to be left alone.
-        own, frame = type(self).__name__, sys._getframe()
-        while frame is not None and frame.f_code.co_name != "quantize_dynamic":
-            frame = frame.f_back  # type: ignore[assignment]
-        if value is not None or (frame is not None and getattr(nn, own, None) in frame.f_locals["qconfig_spec"]):
-            raise RuntimeError(
-                f"torch quantizes nn.{own}, not fused_lstm.{own}: call fused_lstm.swap(model, back=True) before"
-            )
-
-    def __prepare_scriptable__(self) -> Any:
-        own = type(self).__name__
-        raise RuntimeError(
-            f"torch.jit.script compiles nn.{own}, not fused_lstm.{own}: call fused_lstm.swap(model, back=True) before"
-        )
-
-
-class LSTM(_Foreign, nn.RNNBase):
+class LSTM(Refusing, nn.RNNBase):
     """A drop-in for torch.nn.LSTM whose recurrence runs in fused Triton kernels on CUDA.
 
     Arguments, parameters, state_dict, input forms, results and errors are those of torch.nn.LSTM
@@ -198,7 +148,7 @@ class LSTM(_Foreign, nn.RNNBase):
             def packed(y: Tensor) -> PackedSequence:
                 return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
 
-            states = [States(*(tuple(map(packed, tensors)) for tensors in given)) for given in states]  # type: ignore
+            states = [States(*(tuple(map(packed, tensors)) for tensors in both)) for both in states]  # type: ignore
             return packed(y), self.permute_hidden(hidden, unsorted_indices), *states
 
         if input.dim() not in (2, 3):
@@ -219,11 +169,11 @@ class LSTM(_Foreign, nn.RNNBase):
         if hx is not None:
             hx = tuple(None if state is None else state.unsqueeze(1) for state in hx)  # type: ignore[assignment]
         for name in ("reset", "mask"):
-            given = options.get(name)
-            if given is not None and (given := as_tensor(given, input)).dim() == 1:
-                options[name] = given.unsqueeze(batch_dim)
+            steps = options.get(name)
+            if steps is not None and (steps := as_tensor(steps, input)).dim() == 1:
+                options[name] = steps.unsqueeze(batch_dim)
         y, (hn, cn), *states = self._run(input.unsqueeze(batch_dim), None, self._states(input, hx, 1), None, options)
-        states = [States(*(tuple(t.squeeze(batch_dim) for t in tensors) for tensors in given)) for given in states]
+        states = [States(*(tuple(t.squeeze(batch_dim) for t in tensors) for tensors in both)) for both in states]
         return y.squeeze(batch_dim), (hn.squeeze(1), cn.squeeze(1)), *states
 
     def _states(self, data: Tensor, hx: tuple[Tensor | None, Tensor | None] | None, B: int) -> tuple[Tensor, Tensor]:
@@ -271,23 +221,29 @@ class LSTM(_Foreign, nn.RNNBase):
 
         Whether gradients are wanted counts, as within torch.no_grad(): one step without them has a kernel of its own.
         """
+        check_recompute(self.recompute)
+        packed = isinstance(input, PackedSequence)
         if isinstance(input, PackedSequence):
-            return self._plan(input.data, int(input.batch_sizes[0]), Context.of(input.data))
-        T, B = (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
-        if self.batch_first and input.dim() == 3:
-            T, B = B, T
-        context = Context.of(input, *self.parameters())
-        drops = self.training and self.dropout > 0 and self.num_layers > 1
-        if takes_one_step(T, self.bidirectional, self.proj_size > 0, context.saves, drops):
-            return plan_for_one_step(input, full_precision(), context)
-        return self._plan(input, B, context)
+            data, T, B = input.data, len(input.batch_sizes), int(input.batch_sizes[0])
+        else:
+            data, (T, B) = input, (input.shape[0], 1) if input.dim() == 2 else input.shape[:2]
+            if self.batch_first and input.dim() == 3:
+                T, B = B, T
+        options = Options(
+            bool(self.bias),
+            self.num_layers,
+            self.dropout,
+            self.training,
+            bool(self.bidirectional),
+            self.batch_first,
+            recompute=self.recompute,
+        )
+        context, sizes = Context.of(data, *self.parameters()), (B, self.hidden_size, self.proj_size)
+        dtype, ieee = autocast_dtype(data), full_precision()
+        return plan_of(Form(options, context, data.device, dtype, *sizes, T == 1, cut=packed, ieee=ieee))
 
-    def _plan(self, input: Tensor, B: int, context: Context) -> Plan:
-        sizes = B, self.hidden_size, self.proj_size
-        return plan_for(input, *sizes, self.recompute, self.num_layers, self.bidirectional, context)
 
-
-class LSTMCell(_Foreign, nn.LSTMCell):
+class LSTMCell(Refusing, nn.LSTMCell):
     """A drop-in for torch.nn.LSTMCell on the same kernels; without gradients one launch, which writes h and c alone.
 
     Arguments, parameters, state_dict and errors are those of torch.nn.LSTMCell
@@ -310,7 +266,7 @@ class LSTMCell(_Foreign, nn.LSTMCell):
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx)
         context = Context.of(input)
-        if why_torch(input, context) is not None and not context.batched:
+        if why_torch(context, autocast_dtype(input), input.device) is not None and not context.batched:
             return super().forward(input, hx)
         if isinstance(hx, Tensor):
             raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
@@ -343,64 +299,6 @@ class LSTMCell(_Foreign, nn.LSTMCell):
 
     def plan(self, input: Tensor) -> Plan:
         """Returns the Plan that forward(input) takes without gradients."""
-        return plan_for_one_step(input, full_precision_of_cell(), Context.of(input))
-
-
-def swap(model: nn.Module, back: bool = False) -> int:
-    """Turns every nn.LSTM and nn.LSTMCell inside `model` (and `model` itself) into fused_lstm's, in place.
-
-    The module objects stay the same and only change their class, so parameters, hooks, training mode, device,
-    parametrizations, FSDP2's sharding and every reference to them (optimizers, tied modules) are kept. A user's own
-    subclass of nn.LSTM is left alone: its forward is not ours to replace.
-
-    Args:
-        model: any module.
-        back: turn fused_lstm's into torch's instead.
-
-    Returns:
-        How many modules were turned.
-
-    Raises:
-        RuntimeError: a module whose forward has been replaced by a function that holds the old one, so that it would
-            still run; the error names it, and nothing is turned.
-    """
-    pairs = [(LSTM, nn.LSTM), (LSTMCell, nn.LSTMCell)] if back else [(nn.LSTM, LSTM), (nn.LSTMCell, LSTMCell)]
-    turned = []
-    for name, module in model.named_modules():
-        for old, new in pairs:
-            if (cls := turned_class(type(module), old, new)) is not None:
-                turned.append((module, cls, rebound(name, module, old, new)))
-    for module, cls, methods in turned:
-        module.__class__ = cls
-        vars(module).update(methods)
-    return len(turned)
-
-
-def turned_class(cls: type, old: type, new: type) -> type | None:
-    """`cls` with `new` in the place of `old`; None if it is not `old`, nor made of it by torch as it runs."""
-    if cls is old:
-        return new
-    # parametrize and fully_shard give a module a class of its own.
-    if old in cls.__bases__ and cls.__module__.startswith("torch."):
-        bases = tuple(new if base is old else base for base in cls.__bases__)
-        return type(cls.__name__.replace(old.__name__, new.__name__), bases, dict(cls.__dict__))
-    return None
-
-
-def rebound(name: str, module: nn.Module, old: type, new: type) -> dict[str, Any]:
-    """The module's own attributes that are methods of `old`, as methods of `new`.
-
-    A library that puts a forward of its own on the instance, as accelerate does, keeps the old one beside it.
-    """
-    methods = {
-        key: MethodType(getattr(new, value.__name__), module)
-        for key, value in vars(module).items()
-        if isinstance(value, MethodType) and value.__self__ is module and value.__func__ in vars(old).values()
-    }
-    if "forward" in vars(module) and not methods:
-        where = name or type(module).__name__
-        raise RuntimeError(
-            f"the forward of {where} has been replaced by {vars(module)['forward']!r}, which may hold that of "
-            f"{old.__name__}: call fused_lstm.swap() before that, or take it away first"
-        )
-    return methods
+        context, sizes = Context.of(input)._replace(saves=False), (input.shape[0], self.hidden_size, 0)
+        dtype, ieee = autocast_dtype(input), full_precision_of_cell()
+        return plan_of(Form(Options(), context, input.device, dtype, *sizes, one_step=True, ieee=ieee))

@@ -3,54 +3,12 @@ comes out is gathered back to where it belongs. It stands before the choice of a
 
 from collections.abc import Callable
 from itertools import count
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kernels.layout import Layout
-
-# lstm() of (T, B, I) input and hx, with the keywords lengths, reset and record.
-Gathered = Callable[..., tuple[Tensor, Tensor, Tensor, Any]]
-Record = Callable[[Tensor, Tensor, Tensor], None]
-
-
-def as_tensor(given: Any, input: Tensor) -> Tensor:
-    """A tensor as it is; an array or a list as one on the input's device."""
-    return given if isinstance(given, Tensor) else torch.as_tensor(given).to(input.device)
-
-
-def of_steps(name: str, given: Any, input: Tensor) -> Tensor:
-    """What has a bool for each step and row, as a tensor: of a tensor, an array or a list.
-
-    Raises:
-        ValueError: it has not, or lies on another device than the input.
-    """
-    given = as_tensor(given, input)
-    if given.dtype != torch.bool:
-        raise ValueError(f"{name} must be a bool tensor, got {given.dtype}")
-    # As a tuple: a torch.Size would show as one in the text.
-    shape = (input.shape[0], input.shape[1])
-    if given.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, one for each step and row, got {tuple(given.shape)}")
-    if given.device != input.device:
-        raise ValueError(f"{name} must be on {input.device} as the input, got {given.device}")
-    return given
-
-
-def checked(input: Tensor, batch_sizes: Tensor | None, mask: Any, mask_to: str) -> Tensor | None:
-    """The mask that lstm() takes, as a tensor.
-
-    Raises:
-        ValueError: a mask or mask_to that it does not take.
-    """
-    if mask_to not in ("zero", "hold"):
-        raise ValueError(f'mask_to must be "zero" or "hold", got {mask_to!r}')
-    if mask is None:
-        return None
-    if batch_sizes is not None:
-        raise ValueError("mask takes padded input, not a PackedSequence")
-    return of_steps("mask", mask, input)
+from .call import Call, Result
 
 
 def take_steps(x: Tensor, steps: Tensor) -> Tensor:
@@ -98,9 +56,8 @@ class Steps(NamedTuple):
     place: Tensor
 
     @staticmethod
-    def of(mask: Tensor, layout: Layout) -> "Steps":
-        """mask: (T, B) bool; layout: lengths and resets, time first."""
-        lengths, _, reset, _ = layout
+    def of(mask: Tensor, lengths: Tensor | None, reset: Tensor | None) -> "Steps":
+        """mask, reset: (T, B) bool."""
         time = torch.arange(mask.shape[0], device=mask.device)[:, None]
         inside = None if lengths is None else time < lengths
         if inside is not None:
@@ -164,65 +121,53 @@ class Steps(NamedTuple):
         return [Held(*each) for each in zip(sources, initials, zeros, strict=True)][:directions]
 
 
-def run(
-    lstm: Gathered,
-    input: Tensor,
-    hx: tuple[Tensor, Tensor],
-    mask: Tensor,
-    mask_to: str,
-    layout: Layout,
-    reset_to: str,
-    directions: int,
-    batch_first: bool,
-    record: Record | None,
-) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """Runs the steps at which mask is True.
+def run(call: Call, mask: Tensor, mask_to: str, run_call: Callable[[Call], Result]) -> Result:
+    """Runs the steps at which mask, (T, B), or (B, T) if the call is batch_first, is True.
 
     Args:
-        lstm: runs the gathered steps.
-        input, hx, mask, mask_to, reset_to, batch_first, record: as lstm() of functional.py takes them, checked.
-        layout: the input's lengths and resets, time first.
-        directions: D.
-
-    Returns:
-        As lstm() of functional.py.
+        mask_to: as lstm() takes it. run_call: runs a call without a mask.
     """
-    x, mask = (input.transpose(0, 1), mask.T) if batch_first else (input, mask)
-    steps, to_hx = Steps.of(mask, layout), reset_to == "hx"
-    held = steps.held(directions, to_hx) if mask_to == "hold" else []
-    entered, last = hx, None
+    batch_first, to_hx, D = call.options.batch_first, call.options.reset_to_hx, call.options.directions
+    x, mask = (call.input.transpose(0, 1), mask.T) if batch_first else (call.input, mask)
+    steps, hx = Steps.of(mask, call.lengths, call.starts), (call.h0, call.c0)
+    held = steps.held(D, to_hx) if mask_to == "hold" else []
+    h0, c0 = hx
+    last = None
     if steps.reset is not None:
-        layers = hx[0].shape[0] // directions
-        first, last = (resets.repeat(layers, 1)[..., None] for resets in steps.outer_resets(directions))
+        layers = h0.shape[0] // D
+        first, last = (resets.repeat(layers, 1)[..., None] for resets in steps.outer_resets(D))
         if not to_hx:
-            entered = hx[0].masked_fill(first, 0), hx[1].masked_fill(first, 0)
+            h0, c0 = h0.masked_fill(first, 0), c0.masked_fill(first, 0)
 
     cells = count()
 
     def record_scattered(y: Tensor, c: Tensor, gates: Tensor) -> None:
-        assert record is not None
+        assert call.record is not None
         cell = next(cells)
-        of_direction = held and [held[cell % directions]]
+        of_direction = held and [held[cell % D]]
         y, c = (steps.scatter(s, h[cell, None], of_direction) for s, h in zip((y, c), hx, strict=True))
-        record(y, c, steps.scatter(gates, gates, []))
+        call.record(y, c, steps.scatter(gates, gates, []))
 
-    y, hn, cn, states = lstm(
-        steps.gather(x),
-        entered,
+    gathered = call._replace(
+        input=steps.gather(x),
+        h0=h0,
+        c0=c0,
         lengths=steps.total,
-        reset=steps.gathered_resets(),
-        record=record and record_scattered,
+        starts=steps.gathered_resets(),
+        options=call.options._replace(batch_first=False),
+        record=None if call.record is None else record_scattered,
     )
+    y, hn, cn, states = run_call(gathered)
     if last is not None:
         reset_state = hx if to_hx else (torch.zeros_like(hx[0]), torch.zeros_like(hx[1]))
         hn, cn = (torch.where(last, r.to(s.dtype), s) for r, s in zip(reset_state, (hn, cn), strict=True))
 
     def scattered(of_layers: tuple[Tensor, ...], initial: Tensor) -> tuple[Tensor, ...]:
-        each = zip(of_layers, initial.split(directions), strict=True)
+        each = zip(of_layers, initial.split(D), strict=True)
         outputs = (steps.scatter(*layer, held) for layer in each)
         return tuple(output.transpose(0, 1) if batch_first else output for output in outputs)
 
-    (y,) = scattered((y,), hx[0][-directions:])
+    (y,) = scattered((y,), hx[0][-D:])
     if states is not None:
         states = states._replace(y=scattered(states.y, hx[0]), c=scattered(states.c, hx[1]))
     return y, hn, cn, states

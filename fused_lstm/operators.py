@@ -1,15 +1,17 @@
 """The launchers as torch operators, fused_lstm::forward, ::backward, ::dropout and ::one_step: what torch.compile and
-torch.func see."""
+torch.func see. The arguments of each are a record, of which its schema is made."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import vmap
 from .kernels.environment import WHY_NO_TRITON
 from .kernels.layout import Layout, Stack, accumulator
-from .kernels.plan import choose, choose_one_step
+from .kernels.plan import Plan, choose, choose_one_step
+from .records import flatten, record, schema, unflatten
 
 if WHY_NO_TRITON is None:
     from .kernels import backward as backward_kernel
@@ -17,325 +19,227 @@ if WHY_NO_TRITON is None:
     from .kernels import forward as forward_kernel
     from .kernels import one_step as one_step_kernel
 
-_KEY = torch._C.DispatchKey
-_functions: dict[Any, Callable[..., Any]] = {}
+record(Layout)
+record(Stack)
+
+_functorch: Any = torch._C._functorch
 
 
-def as_operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Makes a function the operator fused_lstm::name, which mutates no argument."""
+class Operator:
+    """A torch operator fused_lstm::name, which mutates no argument. It is called with a record of its arguments.
 
-    def define(function: Callable[..., Any]) -> Any:
-        made = torch.library.custom_op(f"fused_lstm::{name}", function, mutates_args=())
-        _functions[made] = function
-        return made
+    run: what it does. fake: the same for tensors without data. returns: as a schema has it.
+    """
 
-    return define
+    def __init__(self, name: str, args: Any, returns: str, run: Callable[[Any], Any], fake: Callable[[Any], Any]):
+        def flat_run(*flat: Any) -> Any:
+            return self.run(unflatten(args, flat))
+
+        self.args, self.run = args, run
+        self.custom = torch.library.custom_op(
+            f"fused_lstm::{name}", flat_run, mutates_args=(), schema=f"({schema(args)}) -> {returns}"
+        )
+        self.custom.register_fake(lambda *flat: fake(unflatten(args, flat)))
+        self.overload: Any = self.custom._opoverload
+
+    def __call__(self, args: Any, direct: bool = False) -> Any:
+        """direct: without torch's dispatcher, which takes the host as long as a launch; if unwatched() says so."""
+        return self.run(args) if direct else self.overload(*flatten(args))
 
 
-def run(operator: Any, *args: Any) -> Any:
-    """Runs an operator. Its way through torch's dispatcher takes the host as long as a launch: where nobody looks at it
-    there, no compiler, transform, mode or subclass of Tensor, the function itself is called."""
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if watched or torch._C._functorch.peek_interpreter_stack() is not None or not _are_plain(args):
-        return operator(*args)
-    return _functions.get(operator, operator)(*args)
-
-
-def _are_plain(args: Iterable[Any]) -> bool:
-    for arg in args:
-        kind = type(arg)
+def unwatched(values: Iterable[Any]) -> bool:
+    """Whether nobody looks at what a call does with these tensors: no compiler, transform, mode or subclass of Tensor,
+    so that an operator can be run directly."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if _functorch.peek_interpreter_stack() is not None:
+        return False
+    for value in values:
+        kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
-            # A transform's tensor says that it is a Tensor, but has no backend of its own; after the transform it has a
-            # wrapper, which the dispatcher takes off.
-            keys = torch._C._dispatch_keys(arg)
-            if not (keys.has(_KEY.CUDA) or keys.has(_KEY.CPU)) or keys.has(_KEY.FuncTorchGradWrapper):
+            # A tensor that has left its transform is still wrapped. The dispatcher takes that off, and a minus sign.
+            if _functorch.is_functorch_wrapped_tensor(value) or value.is_neg():
                 return False
-        elif not (_are_plain(arg) if kind is list else arg is None or kind is bool or kind is int):
+        elif isinstance(value, Tensor):
             return False
     return True
 
 
-@as_operator("forward")
-def forward(
-    input_gates: Tensor,
-    weight_hh: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    c_reset: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    starts: Tensor | None,
-    batch_first: bool,
-    weight_hr: Tensor | None,
-    weight_ih: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    keep: Tensor | None,
-    reverse: bool,
-    save: bool,
-    ieee: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """kernels.forward.forward under the plan for its sizes; c and gates are empty without save."""
-    members = _check(c0, weight_hh, input_gates, weight_hr, weight_ih)
-    B, H = c0.shape[-2:]
-    plan = choose(h0.dtype, B, H, h0.device, ieee, **members)
+@record
+class ForwardArgs(NamedTuple):
+    """As kernels.forward.forward takes them. save: return c and gates; otherwise they are empty."""
+
+    input_gates: Tensor
+    weight_hh: Tensor
+    h0: Tensor
+    c0: Tensor
+    c_reset: Tensor | None
+    layout: Layout
+    weight_hr: Tensor | None
+    stack: Stack
+    reverse: bool
+    save: bool
+    ieee: bool
+
+
+def _forward(a: ForwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y, hn, cn, c, gates = forward_kernel.forward(
-        input_gates.contiguous(),
-        weight_hh.contiguous(),
-        h0.contiguous(),
-        c0.contiguous(),
-        plan=plan,
-        reverse=reverse,
-        layout=Layout(lengths, offsets, None if starts is None else starts.contiguous(), batch_first),
-        c_reset=c_reset,
-        stack=Stack(weight_ih, bias, seed, keep),
-        weight_hr=weight_hr,
-        save=save,
+        a.input_gates.contiguous(),
+        a.weight_hh.contiguous(),
+        a.h0.contiguous(),
+        a.c0.contiguous(),
+        plan=_plan(a, a.input_gates, a.weight_hh, a.c0),
+        reverse=a.reverse,
+        layout=_contiguous(a.layout),
+        c_reset=a.c_reset,
+        stack=a.stack,
+        weight_hr=a.weight_hr,
+        save=a.save,
     )
     return y, hn, cn, cn.new_empty(0) if c is None else c, y.new_empty(0) if gates is None else gates
 
 
-@forward.register_fake
-def _(
-    input_gates: Tensor,
-    weight_hh: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    c_reset: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    starts: Tensor | None,
-    batch_first: bool,
-    weight_hr: Tensor | None,
-    weight_ih: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    keep: Tensor | None,
-    reverse: bool,
-    save: bool,
-    ieee: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    lead = (*(h0.shape[:1] if weight_ih is not None else ()), *input_gates.shape[:-1])
+def _forward_fake(a: ForwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    input_gates, h0, c0 = a.input_gates, a.h0, a.c0
+    lead = (*(h0.shape[:1] if a.stack.weight_ih is not None else ()), *input_gates.shape[:-1])
     width = input_gates.shape[-1] // 4
     y = input_gates.new_empty((*lead, width // c0.shape[-1] * h0.shape[-1]))
     hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape, dtype=accumulator(c0.dtype))
-    if not save:
+    if not a.save:
         return y, hn, cn, cn.new_empty(0), y.new_empty(0)
     return y, hn, cn, cn.new_empty((*lead, width)), input_gates.new_empty((*lead, input_gates.shape[-1]))
 
 
-@as_operator("backward")
-def backward(
-    dy: Tensor,
-    dhn: Tensor,
-    dcn: Tensor,
-    weight_hh: Tensor,
-    c0: Tensor,
-    c: Tensor,
-    gates: Tensor,
-    dc_steps: Tensor | None,
-    c_reset: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    starts: Tensor | None,
-    batch_first: bool,
-    weight_hr: Tensor | None,
-    weight_ih: Tensor | None,
-    seed: Tensor | None,
-    keep: Tensor | None,
-    reverse: bool,
-    ieee: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """kernels.backward.backward under the plan for its sizes; dc_reset is empty without starts, dh_steps without a
-    projection."""
-    members = _check(c0, weight_hh, gates, weight_hr, weight_ih)
-    B, H = c0.shape[-2:]
-    plan = choose(dy.dtype, B, H, dy.device, ieee, **members)
+@record
+class BackwardArgs(NamedTuple):
+    """As kernels.backward.backward takes them. It returns dgates, dc0, dc_reset, empty without starts, and dh_steps,
+    empty without a projection."""
+
+    dy: Tensor
+    dhn: Tensor
+    dcn: Tensor
+    weight_hh: Tensor
+    c0: Tensor
+    c: Tensor
+    gates: Tensor
+    dc_steps: Tensor | None
+    c_reset: Tensor | None
+    layout: Layout
+    weight_hr: Tensor | None
+    stack: Stack
+    reverse: bool
+    ieee: bool
+
+
+def _backward(a: BackwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dgates, dc0, dc_reset, dh_steps = backward_kernel.backward(
-        dy.contiguous(),
-        dhn.contiguous(),
-        dcn.contiguous(),
-        weight_hh.contiguous(),
-        c0.contiguous(),
-        c.contiguous(),
-        gates.contiguous(),
-        plan=plan,
-        reverse=reverse,
-        layout=Layout(lengths, offsets, None if starts is None else starts.contiguous(), batch_first),
-        c_reset=c_reset,
-        stack=Stack(weight_ih, None, seed, keep),
-        weight_hr=weight_hr,
-        dc_steps=None if dc_steps is None else dc_steps.contiguous(),
+        a.dy.contiguous(),
+        a.dhn.contiguous(),
+        a.dcn.contiguous(),
+        a.weight_hh.contiguous(),
+        a.c0.contiguous(),
+        a.c.contiguous(),
+        a.gates.contiguous(),
+        plan=_plan(a, a.gates, a.weight_hh, a.c0),
+        reverse=a.reverse,
+        layout=_contiguous(a.layout),
+        c_reset=a.c_reset,
+        stack=a.stack,
+        weight_hr=a.weight_hr,
+        dc_steps=None if a.dc_steps is None else a.dc_steps.contiguous(),
     )
-    empty = dc0.new_empty(0) if dc_reset is None else dc_reset, dy.new_empty(0) if dh_steps is None else dh_steps
-    return dgates, dc0, *empty
+    dc_reset = dc0.new_empty(0) if dc_reset is None else dc_reset
+    return dgates, dc0, dc_reset, a.dy.new_empty(0) if dh_steps is None else dh_steps
 
 
-@backward.register_fake
-def _(
-    dy: Tensor,
-    dhn: Tensor,
-    dcn: Tensor,
-    weight_hh: Tensor,
-    c0: Tensor,
-    c: Tensor,
-    gates: Tensor,
-    dc_steps: Tensor | None,
-    c_reset: Tensor | None,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    starts: Tensor | None,
-    batch_first: bool,
-    weight_hr: Tensor | None,
-    weight_ih: Tensor | None,
-    seed: Tensor | None,
-    keep: Tensor | None,
-    reverse: bool,
-    ieee: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_reset, of_h = (
-        c0.new_empty(0 if c_reset is None else c0.shape),
-        dy.new_empty(0 if weight_hr is None else dy.shape),
-    )
-    return gates.new_empty(gates.shape), c0.new_empty(c0.shape), of_reset, of_h
+def _backward_fake(a: BackwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dc_reset = a.c0.new_empty(0 if a.c_reset is None else a.c0.shape)
+    dh_steps = a.dy.new_empty(0 if a.weight_hr is None else a.dy.shape)
+    return a.gates.new_empty(a.gates.shape), a.c0.new_empty(a.c0.shape), dc_reset, dh_steps
 
 
-@as_operator("dropout")
-def dropout(
-    y: Tensor,
-    seed: Tensor,
-    keep: Tensor,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    starts: Tensor | None,
-    batch_first: bool,
-    layer: int,
-    B: int,
-) -> Tensor:
-    """kernels.dropout.dropout."""
-    return dropout_kernel.dropout(y.contiguous(), seed, keep, layer, B, Layout(lengths, offsets, starts, batch_first))
+def _contiguous(layout: Layout) -> Layout:
+    return layout if layout.starts is None else layout._replace(starts=layout.starts.contiguous())
 
 
-@dropout.register_fake
-def _(
-    y: Tensor,
-    seed: Tensor,
-    keep: Tensor,
-    lengths: Tensor | None,
-    offsets: Tensor | None,
-    starts: Tensor | None,
-    batch_first: bool,
-    layer: int,
-    B: int,
-) -> Tensor:
-    return y.new_empty(y.shape)
+def _plan(a: ForwardArgs | BackwardArgs, gates: Tensor, weight_hh: Tensor, c0: Tensor) -> Plan:
+    """The plan for the sizes of a launch, which it checks: the kernels take those of all tensors from c0, and would
+    read a weight of another size out of bounds."""
+    R, B, H = c0.shape
+    stacked = a.stack.weight_ih is not None
+    D, P = 1 if stacked else R, 0 if a.weight_hr is None else a.weight_hr.shape[-2]
+    if weight_hh.shape != (R, 4 * H, P or H) or gates.shape[-1] != D * 4 * H:
+        raise RuntimeError(
+            f"hidden size {H} takes weight_hh of size {(4 * H, P or H)} and {4 * H} gates, "
+            f"got {tuple(weight_hh.shape[-2:])} and {gates.shape[-1] // D}"
+        )
+    fits = a.weight_hr is None or (a.weight_hr.shape == (R, P, H) and P < H and not stacked)
+    if not fits or (stacked and a.stack.weight_ih.shape != (R - 1, 4 * H, H)):  # type: ignore[union-attr]
+        raise RuntimeError(f"hidden size {H} does not go with the other weights of the launch")
+    return choose(gates.dtype, B, H, gates.device, a.ieee, D, R if stacked else 1, P)
 
 
-@as_operator("one_step")
-def one_step(x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], bias: bool, ieee: bool) -> tuple[Tensor, Tensor]:
-    """kernels.one_step.one_step; weights: those of all layers in nn.LSTM's order."""
-    each = 4 if bias else 2
+@record
+class DropoutArgs(NamedTuple):
+    """As kernels.dropout.dropout takes them."""
+
+    y: Tensor
+    seed: Tensor
+    keep: Tensor
+    layout: Layout
+    layer: int
+    B: int
+
+
+def _dropout(a: DropoutArgs) -> Tensor:
+    return dropout_kernel.dropout(a.y.contiguous(), a.seed, a.keep, a.layer, a.B, a.layout)
+
+
+@record
+class OneStepArgs(NamedTuple):
+    """As kernels.one_step.one_step takes them; weights: of all layers in nn.LSTM's order."""
+
+    x: Tensor
+    h0: Tensor
+    c0: Tensor
+    weights: list[Tensor]
+    bias: bool
+    ieee: bool
+
+
+def _one_step(a: OneStepArgs) -> tuple[Tensor, Tensor]:
+    x, h0, c0 = a.x, a.h0, a.c0
+    L, B, H = h0.shape
+    per_layer = 4 if a.bias else 2
     layers = []
-    for layer in range(h0.shape[0]):
-        own = weights[each * layer : each * (layer + 1)]
-        inputs = x.shape[-1] if layer == 0 else h0.shape[-1]
-        _check(c0[:1], own[1][None], own[0].T, None, None)
-        if own[0].shape[1] != inputs or c0.shape != h0.shape or x.shape[0] != h0.shape[1]:
-            raise RuntimeError(f"{tuple(own[0].shape)} takes {own[0].shape[1]} features, got {inputs}")
-        tensors = [weight.contiguous() for weight in own]
-        layers.append((*tensors, None, None)[:4])
-    plan = choose_one_step(x.dtype, x.device, ieee)
+    for layer in range(L):
+        weights = a.weights[per_layer * layer : per_layer * (layer + 1)]
+        weight_ih, weight_hh = weights[:2]
+        features = x.shape[-1] if layer == 0 else H
+        if weight_hh.shape != (4 * H, H) or weight_ih.shape[0] != 4 * H:
+            raise RuntimeError(
+                f"hidden size {H} takes weight_hh of size {(4 * H, H)} and {4 * H} gates, "
+                f"got {tuple(weight_hh.shape)} and {weight_ih.shape[0]}"
+            )
+        if weight_ih.shape[1] != features or c0.shape != h0.shape or x.shape[0] != B:
+            raise RuntimeError(f"{tuple(weight_ih.shape)} takes {weight_ih.shape[1]} features, got {features}")
+        tensors = [weight.contiguous() for weight in weights]
+        layers.append((*tensors, None, None) if len(tensors) == 2 else tuple(tensors))
+    plan = choose_one_step(x.dtype, x.device, a.ieee)
     return one_step_kernel.one_step(x.contiguous(), h0.contiguous(), c0.contiguous(), layers, plan=plan)
 
 
-@one_step.register_fake
-def _(x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], bias: bool, ieee: bool) -> tuple[Tensor, Tensor]:
-    return h0.new_empty(h0.shape), c0.new_empty(c0.shape)
+def _one_step_fake(a: OneStepArgs) -> tuple[Tensor, Tensor]:
+    return a.h0.new_empty(a.h0.shape), a.c0.new_empty(a.c0.shape)
 
 
-def _check(
-    c0: Tensor, weight_hh: Tensor, gates: Tensor, weight_hr: Tensor | None, weight_ih: Tensor | None
-) -> dict[str, int]:
-    """How many directions and layers there are, and how wide the projection is."""
-    # The kernels take the sizes of all tensors from c0: a weight of another size would be read out of bounds.
-    *members, _, H = c0.shape
-    M = members[0] if members else 1
-    directions, layers = (M, 1) if weight_ih is None else (1, M)
-    upper = [] if weight_ih is None else [tuple(weight_ih.shape) == (M - 1, 4 * H, H)]
-    P = 0 if weight_hr is None else weight_hr.shape[-2]
-    projects = [] if weight_hr is None else [weight_hr.shape == (*members, P, H), P < H, weight_ih is None]
-    if weight_hh.shape != (*members, 4 * H, P or H) or gates.shape[-1] != directions * 4 * H:
-        raise RuntimeError(
-            f"hidden size {H} takes weight_hh of size {(4 * H, P or H)} and {4 * H} gates, "
-            f"got {tuple(weight_hh.shape[-2:])} and {gates.shape[-1] // directions}"
-        )
-    if not all(upper + projects):
-        raise RuntimeError(f"hidden size {H} does not go with the other weights of the launch")
-    return {"directions": directions, "layers": layers, "proj": P}
+forward = Operator("forward", ForwardArgs, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _forward, _forward_fake)
+backward = Operator("backward", BackwardArgs, "(Tensor, Tensor, Tensor, Tensor)", _backward, _backward_fake)
+dropout = Operator("dropout", DropoutArgs, "Tensor", _dropout, lambda a: a.y.new_empty(a.y.shape))
+one_step = Operator("one_step", OneStepArgs, "(Tensor, Tensor)", _one_step, _one_step_fake)
 
-
-def _vmap(operator: Any, of_time_out: tuple[int, ...] = ()) -> Callable[..., tuple[Any, Any]]:
-    """The rule of torch.vmap: what shares its weights runs at once, as more rows; what does not, one by one.
-    of_time_out: the places of the results that have all steps."""
-    names = [argument.name for argument in operator._opoverload._schema.arguments]
-    shared = ("weight_hh", "weight_hr", "weight_ih", "bias", "weights", "offsets", "seed", "keep")
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        V = info.batch_size
-        # Where the batch rows are, from the last dimension.
-        batch_first = "batch_first" in names and args[names.index("batch_first")]
-        of_time = ("input_gates", "dy", "c", "gates", "dc_steps", "starts")
-        at: dict[str, int | None] = {"lengths": -1, "starts": -1, **dict.fromkeys(shared)}
-        if batch_first:
-            at |= {name: -2 if name == "starts" else -3 for name in of_time}
-        places = [at.get(name, -2) if isinstance(arg, Tensor) else None for name, arg in zip(names, args, strict=True)]
-        # Of dropout each element has the mask that it has alone.
-        alone = any(name in ("offsets", "seed") and arg is not None for name, arg in zip(names, args, strict=True))
-        if alone or any(at.get(name, 0) is None and _mapped(dim) for name, dim in zip(names, in_dims, strict=True)):
-            return one_by_one(operator)(info, in_dims, *args)
-
-        def fold(arg: Any, dim: int | None, rows: int | None) -> Any:
-            if rows is None:
-                return arg
-            each = arg.expand(V, *arg.shape) if dim is None else arg.movedim(dim, 0)
-            return each.movedim(0, rows - 1).flatten(rows - 1, rows)
-
-        def unfold(t: Tensor, rows: int) -> Tensor:
-            # Contiguous, as an operator of one element gives it.
-            return t.unflatten(rows, (V, -1)).movedim(rows - 1, 0).contiguous() if t.dim() > 1 else t.new_empty(V, 0)
-
-        results = operator(*map(fold, args, in_dims, places))
-        rows = (-3 if batch_first and place in of_time_out else -2 for place in range(len(results)))
-        return tuple(map(unfold, results, rows)), (0,) * len(results)
-
-    return rule
-
-
-def one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
-    """The rule of torch.vmap that runs an operator once for each sample."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        single = ([_select(*pair, k) for pair in zip(args, in_dims, strict=True)] for k in range(info.batch_size))
-        results = [operator(*given) for given in single]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        elements = tuple(map(torch.stack, zip(*results, strict=True)))
-        return elements, (0,) * len(elements)
-
-    return rule
-
-
-def _mapped(dim: Any) -> bool:
-    return any(d is not None for d in dim) if isinstance(dim, list | tuple) else dim is not None
-
-
-def _select(arg: Any, dim: Any, k: int) -> Any:
-    if isinstance(arg, list):
-        return [_select(*both, k) for both in zip(arg, dim or [None] * len(arg), strict=True)]
-    return arg if dim is None else arg.select(dim, k)
-
-
-forward.register_vmap(_vmap(forward, of_time_out=(0, 3, 4)))
-backward.register_vmap(_vmap(backward, of_time_out=(0, 3)))
-one_step.register_vmap(_vmap(one_step))
-dropout.register_vmap(one_by_one(dropout))
+# y, c and gates, and dgates and dh_steps, have all steps.
+forward.custom.register_vmap(vmap.as_more_rows(forward.overload, of_all_steps=(True, False, False, True, True)))
+backward.custom.register_vmap(vmap.as_more_rows(backward.overload, of_all_steps=(True, False, False, True)))
+one_step.custom.register_vmap(vmap.as_more_rows(one_step.overload, of_all_steps=(False, False)))
+dropout.custom.register_vmap(vmap.one_by_one(dropout.overload))

@@ -25,8 +25,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bench.absent import CPU, DEVICES, without_device
-from fused_lstm import functional, on_torch
+from fused_lstm import checks
 from fused_lstm.kernels import plan
+from fused_lstm.paths import torch_lstm
 
 DEVICE = DEVICES[os.environ.get("FAKED_DEVICE", "H100")]
 # Of torch and of tensors: what reads elements, for which the host waits for the device.
@@ -82,7 +83,7 @@ class OnCPU(TorchFunctionMode):
         if name == "lstm" and torch.is_grad_enabled():
             # On the device is what is not gold, in float64 on the CPU, and was not fetched; and what our own LSTM hands
             # on to torch's.
-            by_us = sys._getframe(1).f_code is on_torch.dense_or_packed.__code__
+            by_us = sys._getframe(1).f_code is torch_lstm.dense_or_packed.__code__
             if by_us or not (args[0].dtype == torch.float64 or args[0].data_ptr() in State.fetched):
                 return as_cudnn(function, args, by_us)
         return function(*args, **keywords)
@@ -219,7 +220,7 @@ def install() -> None:
     for name, value in OF_TORCH_CUDA.items():
         setattr(torch.cuda, name, value)
     torch.Generator = Generator
-    functional.may_look = lambda tensor: functional.DEBUG  # the tensors only seem to be at hand
+    checks.may_look = lambda tensor: checks.DEBUG  # the tensors only seem to be at hand
 
 
 # Assertions are counted

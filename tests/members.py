@@ -33,7 +33,7 @@ def check(plan, members, form, T, B, H, seed=0, forward=forward_module, backward
         dropping = (torch.tensor([seed]), torch.tensor([0.75]).double()) if "dropout" in members else ()
         stack, dc_steps = Stack(randn(M - 1, 4 * H, H), randn(M - 1, 4 * H), *dropping), None
     elif layout.offsets is None:
-        own = [sequence.layout for sequence in Sequence.padded(layout, False, T).each(2)]
+        own = [sequence.layout for sequence in Sequence.padded(layout, False, T).per_direction(2)]
         if layout.starts is not None:
             all_of = layout._replace(starts=torch.stack([one.starts for one in own]))
     options = {"layout": all_of, "c_reset": c_reset, "stack": stack, "plan": plan}

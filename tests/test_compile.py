@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, vmap
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_lstm import LSTM, LSTMCell, functional, operators
+from fused_lstm import LSTM, LSTMCell, checks
 from fused_lstm.kernels import backward, forward, one_step
 
 T, B, I, H = 4, 3, 5, 6  # noqa: E741
@@ -24,8 +24,8 @@ def tensors(*shapes):
 # With every row full: the operator leaves gates as they are past a row's end, and opcheck compares them.
 FORWARD = {
     "dense": (None, None, None, None, False),
-    "lengths and resets": (torch.zeros(B, H), torch.full((B,), T), None, RESET, False),
-    "rows first": (torch.zeros(B, H), torch.full((B,), T), None, RESET.T.contiguous(), True),
+    "lengths and resets": (torch.zeros(1, B, H), torch.full((B,), T), None, RESET, False),
+    "rows first": (torch.zeros(1, B, H), torch.full((B,), T), None, RESET.T.contiguous(), True),
 }
 
 
@@ -33,14 +33,14 @@ FORWARD = {
 def test_opcheck_of_the_recurrence(form, projects):
     lead, P = (B, T) if FORWARD[form][-1] else (T, B), 3
     out = P if projects else H
-    *inputs, weight_hr = tensors((*lead, 4 * H), (4 * H, out), (B, out), (B, H), (P, H))
+    *inputs, weight_hr = tensors((*lead, 4 * H), (1, 4 * H, out), (1, B, out), (1, B, H), (1, P, H))
     projection = weight_hr.detach() if projects else None
     arguments = (*inputs, *FORWARD[form], projection, *[None] * 4, False, True, True)
     opcheck(torch.ops.fused_lstm.forward.default, arguments)
-    *_, c, gates = operators.forward(*arguments)
-    dy, dhn, dcn, dc_steps = tensors((*lead, out), (B, out), (B, H), (*lead, H))
+    *_, c, gates = torch.ops.fused_lstm.forward(*arguments)
+    dy, dhn, dcn, dc_steps = tensors((*lead, out), (1, B, out), (1, B, H), (*lead, H))
     saved = (inputs[1], inputs[3], c, gates, dc_steps, *FORWARD[form], projection)
-    opcheck(torch.ops.fused_lstm.backward.default, (dy, dhn, dcn, *saved, *[None] * 3, False, True))
+    opcheck(torch.ops.fused_lstm.backward.default, (dy, dhn, dcn, *saved, *[None] * 4, False, True))
 
 
 def test_opcheck_of_one_step():
@@ -130,7 +130,7 @@ CAPTURED = {
 @pytest.mark.parametrize("options", [{"dropout": 0.5}, {"proj_size": 2}], ids=["dropout", "projection"])
 def test_a_training_step_never_looks_at_its_data(form, options, monkeypatch):
     """The CPU twin of test_device's captured steps. Fake tensors have no data; the real ones reach the launchers."""
-    monkeypatch.setattr(functional, "may_look", lambda tensor: False)  # as of tensors on CUDA
+    monkeypatch.setattr(checks, "may_look", lambda tensor: False)  # as of tensors on CUDA
     for mode in (FakeTensorMode(allow_non_fake_inputs=True), nullcontext()):
         with mode:
             module = LSTM(I, H, num_layers=2, bidirectional=True, **options)

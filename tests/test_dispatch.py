@@ -6,10 +6,11 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lstm import LSTM, LSTMCell, reference
-from fused_lstm.functional import check
+from fused_lstm.call import Call, Options
 from fused_lstm.kernels import forward, launch, plan
 from fused_lstm.kernels.plan import choose, choose_kernel
 from fused_lstm.kernels.tiles import A100, H100, Tiles
+from fused_lstm.tensors import check_tensors
 
 from .parity import twin
 
@@ -111,8 +112,9 @@ def test_tensors_on_different_devices(kind):
     x, far = torch.randn(2, 3, 5), torch.empty(1, device="meta")
     here = [torch.empty(1)]
     text = f"found input tensor at cpu and {kind} tensor at meta"
+    states, weights = ([far, far], here) if kind == "hidden" else ([*here, *here], [far])
     with pytest.raises(RuntimeError, match=text):
-        check(x, (far, far) if kind == "hidden" else (here[0], here[0]), here if kind == "hidden" else [far], 0)
+        check_tensors(Call(x, *states, weights, None, None, None, Options()))
 
 
 @pytest.mark.parametrize("kind", ["hidden", "parameter"])

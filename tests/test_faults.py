@@ -237,24 +237,30 @@ FAULTS = {
     "kernels/layout.py": {
         "rows dealt as they come": ("argsort(descending=True)", "new_ones(0).argsort().new_tensor(range(4))", DEALT),
     },
-    "fused_lstm/layer.py": {
-        "input of an upper layer without dropout": ("below = members.drop(", "below, _ = all_y[m - 1], (", MASKS),
-        "bias gradient without the first step": ("dgates.sum(0,", "dgates[current].sum(0,", LAYERS),
-        "W_hh gradient without h0": ("outer(from_h0, h0[m],", "outer(0 * from_h0, h0[m],", LAYERS),
-        "W_hh gradient across a reset": ("dgates.masked_fill_(starts, 0)", "dgates", RESET_TO_ZERO),
-        "W_hh gradient across two rows": ("dgates[start] = 0", "dgates[start]", LAYERS),
-        "h0 gradient without the resets": ("(dgates * starts).view", "(0 * dgates * starts).view", STATES),
+    "fused_lstm/recurrence.py": {
         "h0 of the resets dropped": ("addcmul_(starts.to(x.dtype)", "addcmul_(0 * starts.to(x.dtype)", STATES),
-        "gradient of a row without steps": ("torch.where(without_steps, dhn[m], dh0)", "dh0", LENGTHS),
         "end of a row without steps, projected": ("torch.where(without_steps, h0, hn)", "hn", PROJECTED),
+    },
+    "fused_lstm/gradients.py": {
+        "input of an upper layer without dropout": (
+            "run.drop(every_y[k - 1], k - 1, B) if",
+            "every_y[k - 1] if",
+            MASKS,
+        ),
+        "bias gradient without the first step": ("dgates.sum(0,", "dgates[B:].sum(0,", LAYERS),
+        "W_hh gradient without h0": ("matmul_tn(first, h0[k],", "matmul_tn(0 * first, h0[k],", LAYERS),
+        "W_hh gradient across a reset": ("dgates.masked_fill_(starts, 0)", "dgates", RESET_TO_ZERO),
+        "W_hh gradient across two rows": ("dgates[first_rows] = 0", "dgates[first_rows]", LAYERS),
+        "h0 gradient without the resets": ("(dgates * starts).view", "(0 * dgates * starts).view", STATES),
+        "gradient of a row without steps": ("torch.where(without_steps, cotangents.hn[k], dh)", "dh", LENGTHS),
         "W_hr gradient without the recurrence": (
-            "outer(from_h @ weight_hh, h[previous], ends, wide)",
-            "ends",
+            "matmul_tn(by_steps, h[previous_rows], by_outputs, accumulate)",
+            "by_outputs",
             PROJECTION,
         ),
         "W_hr gradient without the recurrence, in the kernel": (
-            "members.each(dh_steps, M)",
-            "members.each(dy, M)",
+            "run.unbind(dh_steps, R)",
+            "run.unbind(cotangents.y, R)",
             WITHIN,
         ),
         "W_hr gradient of the padding": ("h.masked_fill(layout.past(h.shape), 0) if", "h if", PROJECTED),
@@ -262,19 +268,27 @@ FAULTS = {
     "fused_lstm/sequence.py": {
         "cut one step late in the other direction": ("[starts[1:], torch.zeros_like(starts[:1])]", "[starts]", STATES),
         "cut where the other direction begins": ("starts &= following <", "following <", BOTH),
-        "hn from the wrong end": ("(last, first, earlier, later) if", "(last, last, earlier, later) if", OF_PROJECTED),
+        "hn from the wrong end": (
+            "(last, first, previous, later) if",
+            "(last, last, previous, later) if",
+            OF_PROJECTED,
+        ),
         "the end of rows that follow each other": ("rows // B - 1, rows", "rows // B - 2, rows", OF_PROJECTED),
     },
     "fused_lstm/chunks.py": {
-        "no gradient from the chunk after": ("torch.cat([grads.h0[0],", "torch.cat([0 * grads.h0[0],", RECOMPUTED),
+        "no gradient from the chunk after": (
+            "torch.cat([grads.inputs.h0[0],",
+            "torch.cat([0 * grads.inputs.h0[0],",
+            RECOMPUTED,
+        ),
         "weights of one chunk": ("else total.add_(grad)", "else grad", RECOMPUTED),
         "h across a reset": ("h_prev = h_prev * ~sequence", "_ = h_prev * ~sequence", RECOMPUTED),
-        "h0 taken for the state between chunks": ("h, c = h_between[k - 1, :B],", "h, c = h,", RECOMPUTED),
-        "resets' gradients dropped": ("dh + totals[4], dc + totals[5]", "dh, dc", RECOMPUTED),
+        "h0 taken for the state between chunks": ("else (b.h_between[k - 1, :B],", "else (a.h0[:B],", RECOMPUTED),
+        "resets' gradients dropped": ("dh + dh_reset[0], dc + dc_reset[0]", "dh, dc", RECOMPUTED),
     },
     "fused_lstm/autograd.py": {
-        "c0 gradient without the resets": ("dc0 = dc0 + found.c_reset", "dc0 = dc0", STATES),
-        "h0 gradient without the resets": ("dh0 = dh0 + found.h_reset", "dh0 = dh0", STATES),
+        "c0 gradient without the resets": ("dc0 = dc0 + dc_reset", "dc0 = dc0", STATES),
+        "h0 gradient without the resets": ("dh0 = dh0 + dh_reset", "dh0 = dh0", STATES),
     },
     "fused_lstm/composed.py": {
         "a reset that keeps h": ("torch.where(start, h_reset, h_prev)", "h_prev", STATES),
@@ -289,8 +303,8 @@ FAULTS = {
             RESET_TO_ZERO,
         ),
     },
-    "fused_lstm/on_torch.py": {
-        "the first layer's states given to all": ("[k * D : (k + 1) * D]", "[:D]", IN_GRAPH),
+    "fused_lstm/paths/in_graph.py": {
+        "the first layer's states given to all": ("[group * D : (group + 1) * D]", "[:D]", IN_GRAPH),
         "gradients in each other's place": ("of_input, of_h0, of_c0, *of", "of_input, of_c0, of_h0, *of", IN_GRAPH),
     },
     "fused_lstm/context.py": {
@@ -311,11 +325,11 @@ FAULTS = {
         "what stands before the first step": ("[self.upto == 0, ", "[self.upto < 0, ", MASK_TO_HX),
         "a reset state held as it was": ("initials[0], 0)", "initials[0], 99)", MASK_HELD),
     },
-    "fused_lstm/planning.py": {
+    "fused_lstm/route.py": {
         "a cell in the precision of nn.LSTM": ("_OF_MATMUL.fp32_precision", "_OF_RNN.fp32_precision", SWITCH),
     },
-    "fused_lstm/functional.py": {
-        "dropout after the last layer": (" and begin < num_layers * directions", "", DROPOUT),
+    "fused_lstm/paths/layers.py": {
+        "dropout after the last layer": (" and begin < options.num_layers * D", "", DROPOUT),
         "gates of the padding as they were": ("gates = gates.masked_fill(", "gates.masked_fill(", TRACE_OF_PADDING),
     },
     "fused_lstm/lstm.py": {
@@ -340,7 +354,7 @@ if VERSION < (3, 9):  # which sets this barrier itself
     )
 
 # Files that serve torch's path: their tests run on it.
-ON_TORCH = ("fused_lstm/composed.py", "fused_lstm/on_torch.py", "fused_lstm/segments.py")
+ON_TORCH = ("fused_lstm/composed.py", "fused_lstm/paths/in_graph.py", "fused_lstm/segments.py")
 
 
 @pytest.fixture

@@ -297,7 +297,7 @@ def test_forward_mode(options):
 def test_a_first_derivative_is_the_kernels_whether_or_not_a_second_may_follow(monkeypatch):
     """torch.func.grad always asks for a graph: only who differentiates it pays."""
     module, _, x = pair({})
-    monkeypatch.setattr(composed, "members", lambda *args: pytest.fail("composed"))
+    monkeypatch.setattr(composed, "recurrences", lambda *args: pytest.fail("composed"))
     value = module(x)[0].sum()
     torch.autograd.grad(value, x, create_graph=True)
     torch.func.grad(lambda x: module(x)[0].sum())(x.detach())

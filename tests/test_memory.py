@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_lstm
 from bench.memory import beside, kept
-from fused_lstm import LSTM, planning
+from fused_lstm import LSTM, route
 from fused_lstm.kernels.plan import chunk_for
 
 from .parity import WIDEST, assert_parity, assert_parity_of, twin
@@ -175,12 +175,13 @@ def test_the_plan_says_the_chunk_that_is_taken(monkeypatch):
     assert module.plan(x).chunk == 128  # of a CPU nothing is known
     step = 3 * H * (9 * 4 + 4)
     for memory, chunk in [(16 * 64 * step, 64), (16 * 64 * step - 1, 32), (0, 16)]:
-        monkeypatch.setattr(planning, "memory_of", lambda device, memory=memory: memory)
+        monkeypatch.setattr(route, "memory_of", lambda device, memory=memory: memory)
+        route.known_route.cache_clear()
         count, (y, _) = kept(lambda: module(x))
         of_hx, states = 2 * 3 * H * 4, -(-70 // chunk) - 1
         assert module.plan(x).chunk == chunk
         assert beside(count, [x, y, *module.parameters()]) == of_hx * (1 + states)
-    monkeypatch.setattr(planning, "memory_of", lambda device: pytest.fail("asked in a graph"))
+    monkeypatch.setattr(route, "memory_of", lambda device: pytest.fail("asked in a graph"))
     ours = torch.compile(module, backend="eager", fullgraph=True, dynamic=True)(x)[0]
     module.recompute = 128
     torch.testing.assert_close(ours, module(x)[0])

@@ -5,10 +5,11 @@ import torch
 import torch._dynamo.testing
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fused_lstm import LSTM, operators, planning
+from fused_lstm import LSTM, operators, route
 from fused_lstm.kernels.model import step, terms_for
 from fused_lstm.kernels.plan import choose_kernel, projects
 from fused_lstm.kernels.tiles import A100, B200, H100
+from fused_lstm.records import flatten
 
 from .parity import WIDEST, assert_parity, assert_parity_of
 from .test_sequences import DTYPES, LENGTHS, RESET, B, H, I, Loop, T, assert_oracle, given, module_and_input
@@ -20,7 +21,7 @@ FORMS = ["", "lengths", "reset", "lengths and reset", "lengths and reset to hx"]
 @pytest.fixture
 def within(monkeypatch):
     """Has the kernels project, whatever it costs."""
-    monkeypatch.setattr(planning, "in_kernel", lambda *_: True)
+    monkeypatch.setattr(route, "in_kernel", lambda *_: True)
 
 
 @pytest.mark.parametrize("options", [{"batch_first": True}, {"batch_first": False}], ids=["rows first", "steps first"])
@@ -38,14 +39,16 @@ def test_every_state_and_gradient(form, options, within, device):
 
 def test_the_kernels_get_both_weights(within, monkeypatch, device):
     module, x, hx = module_and_input(BOTH, torch.float32, device)
-    of_pass = {operators.forward: [], operators.backward: []}
-    run = operators.run
-    monkeypatch.setattr(
-        operators, "run", lambda operator, *args: of_pass[operator].append(args) or run(operator, *args)
-    )
+    of_pass = []
+    for operator in (operators.forward, operators.backward):
+        calls, launch = [], operator.run
+        of_pass.append(calls)
+        monkeypatch.setattr(
+            operator, "run", lambda args, c=calls, launch=launch: c.append(flatten(args)) or launch(args)
+        )
     y, _ = module(x, hx)
     y.sum().backward()
-    for calls in of_pass.values():
+    for calls in of_pass:
         (args,) = calls
         shapes = [tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor)]
         assert (2, 4 * H, 2) in shapes and (2, 2, H) in shapes and (2, 4 * H, H) not in shapes

@@ -14,7 +14,7 @@ from torch import _VF, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_lstm
-from fused_lstm import LSTM, functional
+from fused_lstm import LSTM, checks
 from fused_lstm.kernels import plan
 
 from .parity import assert_close, run, twin
@@ -396,11 +396,12 @@ def test_lengths_on_a_device_are_looked_at_in_debug_mode_alone(monkeypatch):
     """A look would wait for the device. The meta device, which has no values, raises at one."""
     x, lengths, reset = torch.empty(T, B, I), torch.empty(B, dtype=torch.int64), torch.empty(T, B, dtype=torch.bool)
     given = [tensor.to("meta") for tensor in (x, lengths, reset)]
-    layout = functional.layout_of(given[0], False, None, given[1], given[2], "zero")
-    assert layout.lengths.shape == (B,) and layout.starts.shape == (T, B)
-    monkeypatch.setattr(functional, "DEBUG", True)
+    rest = False, None, given[1], given[2], "zero", None, "zero", False
+    lengths, starts, _ = checks.checked(given[0], *rest)
+    assert lengths.shape == (B,) and starts.shape == (T, B)
+    monkeypatch.setattr(checks, "DEBUG", True)
     with pytest.raises(RuntimeError, match="meta"):
-        functional.layout_of(given[0], False, None, given[1], given[2], "zero")
+        checks.checked(given[0], *rest)
 
 
 def test_packed_input_has_its_lengths_in_itself():

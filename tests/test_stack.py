@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fused_lstm import LSTM, functional, planning
+from fused_lstm import LSTM, route
 from fused_lstm.kernels import forward, launch
 from fused_lstm.kernels.dropout import dropout
 from fused_lstm.kernels.layout import Layout
@@ -29,7 +29,8 @@ def one_launch(monkeypatch):
     """Groups layers as told, whatever they cost; all in one launch if not told."""
 
     def group(*sizes):
-        monkeypatch.setattr(planning, "layers_together", lambda dtype, B, H, layers, *rest: list(sizes) or [layers])
+        monkeypatch.setattr(route, "layers_together", lambda dtype, B, H, layers, *rest: list(sizes) or [layers])
+        route.known_route.cache_clear()
 
     group()
     return group
@@ -116,7 +117,7 @@ def masked(module, x, hx, masks):
 def drawn(monkeypatch):
     """The seeds that calls draw, as a list that grows."""
     seeds, randint = [], torch.randint
-    monkeypatch.setattr(functional.torch, "randint", lambda *a, **k: seeds.append(randint(*a, **k)) or seeds[-1])
+    monkeypatch.setattr(torch, "randint", lambda *a, **k: seeds.append(randint(*a, **k)) or seeds[-1])
     return seeds
 
 

@@ -1,0 +1,233 @@
+"""Which way a call takes: decided once for each form of call, and looked up after that.
+
+A Form holds all that a Route depends on: the same Form has the same Route for as long as the process runs, but when 256
+others have been asked for since, it is decided again. Under torch.compile, torch.vmap and other transforms, and with
+FakeTensors, it is decided at every call. Which plan a launch takes is no part of it: that is kernels/plan.py's.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .call import Call, Options
+from .context import PLAIN, Context, constant
+from .kernels import plan as kernels_plan
+from .kernels.plan import (
+    CHUNK,
+    Plan,
+    choose,
+    choose_one_step,
+    chunk_for,
+    in_kernel,
+    keeping,
+    layers_together,
+    memory_of,
+    on_torch,
+)
+
+# The switches of nn.LSTM's and of nn.LSTMCell's float32 products: on the way to the first torch.backends looks up a
+# module at every step.
+_OF_RNN: Any = torch.backends.cudnn.rnn
+_OF_MATMUL: Any = torch.backends.cuda.matmul
+
+
+class Form(NamedTuple):
+    """All of a call that its route depends on.
+
+    dtype: in which it runs, under autocast that one's. B: batch rows. P: proj_size.
+    one_step: T is 1. cut: rows have lengths or resets, or are packed. record: all is asked for.
+    time_first: the memory of the input has time in front, whatever batch_first says.
+    ieee: float32 products in full precision.
+    """
+
+    options: Options
+    context: Context
+    device: torch.device
+    dtype: torch.dtype
+    B: int
+    H: int
+    P: int
+    one_step: bool = False
+    cut: bool = False
+    record: bool = False
+    time_first: bool = True
+    ieee: bool = True
+
+
+class Route(NamedTuple):
+    """How a call runs.
+
+    path: "kernels"; "one step", a kernel of its own; "torch", its own LSTM; "in graph", the same as an operator; or
+        "composed", torch operations step by step, where the others lack something.
+    groups: how many layers each launch has, the first launch first.
+    project_in_kernel: the kernels project; otherwise a projection is folded into W_hh.
+    chunk: steps between the states that are kept under recompute; 0: all is kept.
+    save: keep what backward needs. ieee: as in Form.
+    batch_first: the input runs as it lies, (B, T, I); otherwise it is transposed if the call is batch_first.
+    """
+
+    path: str
+    groups: tuple[int, ...] = ()
+    project_in_kernel: bool = False
+    chunk: int = 0
+    save: bool = False
+    ieee: bool = True
+    batch_first: bool = False
+
+
+def form_of(call: Call) -> Form:
+    """The Form of a call, under what it is made under here and now."""
+    input, options, context = call.input, call.options, Context.of(*call.tensors())
+    return Form(
+        options,
+        context,
+        input.device,
+        autocast_dtype(input),
+        call.B,
+        call.H,
+        call.P,
+        # While a call is recorded sizes are tensors, at which nobody may look.
+        not context.recorded and call.batch_sizes is None and call.steps == 1,
+        call.cut,
+        call.record is not None,
+        not options.batch_first or input.transpose(0, 1).is_contiguous(),
+        full_precision() if call.ieee is None else call.ieee,
+    )
+
+
+def route_of(call: Call) -> Route:
+    """The Route of a call."""
+    form = form_of(call)
+    # FakeTensors have sizes that no dictionary takes.
+    if form.context._replace(saves=False) == PLAIN and type(form.B) is int:
+        return known_route(form)
+    return decide(form)
+
+
+def decide(form: Form) -> Route:
+    options, path, save = form.options, path_of(form), form.record or form.context.saves
+    if path not in ("kernels", "composed"):
+        return Route(path, ieee=form.ieee)
+    if path == "kernels" and takes_one_step(form):
+        return Route("one step", ieee=form.ieee)
+    # Without gradients nothing is kept, with record all is asked for.
+    chunk = chunk_of(form) if save and not form.record else 0
+    one_by_one = bool(options.bidirectional or options.return_states or form.record or form.P or chunk)
+    return Route(
+        path,
+        groups_of(form, one_by_one or path == "composed" or options.reset_to_hx),
+        form.P > 0 and projects_in_kernel(form),
+        chunk,
+        save,
+        form.ieee,
+        # The kernels take both orders; of chunks, cut in time, each is copied.
+        options.batch_first and not (path == "composed" or chunk or form.time_first),
+    )
+
+
+known_route = lru_cache(256)(decide)
+
+
+def path_of(form: Form) -> str:
+    context, options = form.context, form.options
+    if context.forward_mode:
+        return "composed"
+    if why_torch(context, form.dtype, form.device) is None:
+        return "kernels"
+    if context.compiled and not (context.recorded or form.record):
+        return "in graph"
+    # torch.vmap has no rule for torch's own LSTM, and other transforms wrap the lengths that it reads.
+    if options.return_states or form.record or context.batched or (context.transformed and form.cut):
+        return "composed"
+    return "torch"
+
+
+def why_torch(context: Context, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why torch's own LSTM serves a call; None where the kernels do."""
+    if context.recorded:
+        return "torch.jit.trace and torch.onnx.export know torch's operators alone: torch's own LSTM"
+    return kernels_plan.why_torch(dtype, device)
+
+
+def takes_one_step(form: Form) -> bool:
+    """Whether the kernel of one step serves a call on the kernels' path."""
+    options = form.options
+    asks_more = form.cut or form.record or options.return_states or options.bidirectional or form.P > 0
+    return form.one_step and not (asks_more or form.context.saves or options.use_dropout)
+
+
+def chunk_of(form: Form) -> int:
+    """The steps of a chunk, 0 for none. In a graph they follow no memory: it would be compiled for one B."""
+    recompute = form.options.recompute
+    memory = memory_of(form.device) if recompute is True and not form.context.compiled else None
+    if memory is not None:
+        return chunk_for(form.dtype, form.B, form.H, memory)
+    return CHUNK if recompute is True else int(recompute)
+
+
+def groups_of(form: Form, one_by_one: bool) -> tuple[int, ...]:
+    """How many layers each launch has. one_by_one: each layer has one, whatever they cost."""
+    num_layers = form.options.num_layers
+    if one_by_one or num_layers == 1:
+        return (1,) * num_layers
+    if form.context.compiled:
+        return compiled_groups(form.dtype, form.H, num_layers, form.device)
+    return tuple(layers_together(form.dtype, form.B, form.H, num_layers, form.device, form.ieee))
+
+
+@constant
+def compiled_groups(dtype: torch.dtype, H: int, num_layers: int, device: torch.device) -> tuple[int, ...]:
+    """groups_of() for a graph, which is to be the same for every B: the groups of a middling one."""
+    return tuple(layers_together(dtype, 16, H, num_layers, device, full_precision()))
+
+
+def projects_in_kernel(form: Form) -> bool:
+    """Whether the kernels project, by the model."""
+    directions = form.options.directions
+    if form.context.compiled:
+        return compiled_projects(form.dtype, form.H, form.P, form.device, directions)
+    return in_kernel(form.dtype, form.B, form.H, form.P, form.device, form.ieee, directions)
+
+
+@constant
+def compiled_projects(dtype: torch.dtype, H: int, P: int, device: torch.device, directions: int) -> bool:
+    """projects_in_kernel() for a graph, as compiled_groups()."""
+    return in_kernel(dtype, 16, H, P, device, full_precision(), directions)
+
+
+def plan_of(form: Form) -> Plan:
+    """The plan of a call, as the module shows it."""
+    if (why := why_torch(form.context, form.dtype, form.device)) is not None:
+        return on_torch(why)
+    if takes_one_step(form):
+        return choose_one_step(form.dtype, form.device, form.ieee)
+    options, chunk = form.options, chunk_of(form)
+    groups = groups_of(form, bool(form.P or chunk or options.bidirectional))
+    proj = form.P if form.P and projects_in_kernel(form) else 0
+    plan = choose(form.dtype, form.B, form.H, form.device, form.ieee, options.directions, groups[0], proj)
+    if groups[0] > 1 and len(groups) > 1:
+        plan = replace(plan, why=f"{plan.why}; the launches have {', '.join(map(str, groups))} layers")
+    return keeping(plan, form.dtype, form.H, form.P, chunk)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which autocast, where it is on, has a tensor used."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+@constant
+def full_precision() -> bool:
+    """Whether float32 products are not to be TF32: cuDNN's own switch says so, which is the one nn.LSTM follows."""
+    return _OF_RNN.fp32_precision != "tf32"
+
+
+@constant
+def full_precision_of_cell() -> bool:
+    """The same of nn.LSTMCell, whose products are torch's own: not TF32, unless torch is told so."""
+    return _OF_MATMUL.fp32_precision != "tf32"

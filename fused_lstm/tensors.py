@@ -1,0 +1,35 @@
+"""The tensors of a call, for all paths but torch's own: in autocast's dtype, and refused where they do not agree."""
+
+import torch
+
+from .call import Call
+from .route import autocast_dtype
+
+
+def prepared(call: Call) -> Call:
+    """The call with everything in autocast's dtype, as nn.LSTM has it, and checked."""
+    if not call.input.is_meta and torch.is_autocast_enabled(call.input.device.type):
+        input, h0, c0, *weights = (tensor.to(autocast_dtype(tensor)) for tensor in call.tensors())
+        call = call._replace(input=input, h0=h0, c0=c0, weights=weights)
+    check_tensors(call)
+    return call
+
+
+def check_tensors(call: Call) -> None:
+    """Raises for what torch's own LSTM refuses and the module does not check."""
+    input = call.input
+    if input.dim() == 3 and call.steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    device, dtype = input.device, input.dtype
+    for kind, tensors in (("hidden", (call.h0, call.c0)), ("parameter", call.weights)):
+        for tensor in tensors:
+            if tensor.device != device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, found input tensor at {device} "
+                    f"and {kind} tensor at {tensor.device}"
+                )
+            if tensor.dtype != dtype:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not the same dtype, found input tensor with {dtype} "
+                    f"and {kind} tensor with {tensor.dtype}"
+                )
