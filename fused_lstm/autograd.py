@@ -57,12 +57,7 @@ class LSTMFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         how, *flat = inputs
-        outputs = Outputs(*output)
-        of_layers = [outputs.last] if how.stacked else []
-        ctx.mark_non_differentiable(outputs.c, outputs.gates, *of_layers)
-        ctx.set_materialize_grads(False)
-        y = outputs.last if how.stacked else outputs.y
-        save(ctx, Saved(how, unflatten(Inputs, flat), y, outputs.c, outputs.gates))  # type: ignore[arg-type]
+        keep(ctx, how, unflatten(Inputs, flat), Outputs(*output))
 
     @staticmethod
     def backward(ctx: Any, *of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -84,12 +79,22 @@ class DirectLSTMFunction(LSTMFunction):
     with setup_context to its signature at every call."""
 
     @staticmethod
-    def forward(ctx: Any, how: Recurrence, *inputs: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        outputs = LSTMFunction.forward(how, *inputs)
-        LSTMFunction.setup_context(ctx, (how, *inputs), outputs)
-        return outputs
+    def forward(ctx: Any, how: Recurrence, *flat: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inputs = unflatten(Inputs, flat)
+        outputs = forward(how, inputs)
+        keep(ctx, how, inputs, outputs)
+        return tuple(outputs)
 
     setup_context = torch.autograd.Function.setup_context
+
+
+def keep(ctx: Any, how: Recurrence, inputs: Inputs, outputs: Outputs) -> None:
+    """What backward finds in ctx."""
+    of_layers = [outputs.last] if how.stacked else []
+    ctx.mark_non_differentiable(outputs.c, outputs.gates, *of_layers)
+    ctx.set_materialize_grads(False)
+    y = outputs.last if how.stacked else outputs.y
+    save(ctx, Saved(how, inputs, y, outputs.c, outputs.gates))  # type: ignore[arg-type]
 
 
 def materialized(
@@ -177,7 +182,7 @@ class Gradients(torch.autograd.Function):
 
             def outputs_of(*differentiated: Tensor) -> tuple[Tensor, ...]:
                 every = dict(enumerate(arguments)) | dict(zip(asked, differentiated, strict=True))
-                return composed.recurrences(how, unflatten(Inputs, every.values()))[:4]
+                return composed.recurrences(how, unflatten(Inputs, list(every.values())))[:4]
 
             outputs, pull = torch.func.vjp(outputs_of, *(at[k] for k in asked))[:2]
             by = [at.get(len(inputs) + k) for k in range(len(cotangents))]

@@ -4,9 +4,10 @@ autograd.Function, torch's operators and torch.vmap take flat arguments alone. f
 unflatten() makes the record of them again; nobody else counts places.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 Record = TypeVar("Record", bound=tuple)
@@ -19,19 +20,39 @@ _SCHEMA = {
     bool: "bool",
     int: "SymInt",
 }
-# Of each field of a record: None for a tensor or an option; the record that it is; or (record,) for a tuple of them.
-_PARTS: dict[type, list[Any]] = {}
+
+
+class Part(NamedTuple):
+    """What a field of a record is.
+
+    of: the record that it is, or has a tuple of; None for a tensor or an option. repeated: it is a tuple of them.
+    plain: so many values, if that record has none within it; otherwise 0. is_tensor: declared as one, or None.
+    """
+
+    of: Any
+    repeated: bool
+    plain: int
+    is_tensor: bool
+
+
+PARTS: dict[type, list[Part]] = {}
+# How many values a record has beside its tuples of records, and how many with one record in each of these.
+COUNTS: dict[type, tuple[int, int]] = {}
 
 
 def record(cls: type[Record]) -> type[Record]:
     """Makes a NamedTuple known here. Its fields are tensors, options, records, or tuple[..., ...] of one record."""
-    parts: list[Any] = []
+    parts: list[Part] = []
     for kind in get_type_hints(cls).values():
-        if get_origin(kind) is tuple:
-            parts.append((get_args(kind)[0],))
-        else:
-            parts.append(kind if kind in _PARTS else None)
-    _PARTS[cls] = parts
+        repeated = get_origin(kind) is tuple
+        of: Any = get_args(kind)[0] if repeated else kind
+        of = of if of in PARTS else None
+        is_plain = of is not None and all(part.of is None for part in PARTS[of])
+        parts.append(Part(of, repeated, len(PARTS[of]) if is_plain else 0, _SCHEMA.get(kind) in ("Tensor", "Tensor?")))
+    PARTS[cls] = parts
+    alone = [1 if part.of is None else COUNTS[part.of][0] for part in parts if not part.repeated]
+    in_each = [COUNTS[part.of][part.repeated ^ 1] for part in parts if part.of is not None]
+    COUNTS[cls] = sum(alone), sum(in_each)
     return cls
 
 
@@ -46,53 +67,71 @@ def flatten(values: tuple[Any, ...]) -> list[Any]:
     return flat
 
 
-def unflatten(cls: type[Record], flat: Iterable[Any]) -> Record:
+def unflatten(cls: type[Record], flat: Sequence[Any]) -> Record:
     """The record that flatten() has made `flat` of. Its tuples of records, if it has several, are of one length."""
-    flat = list(flat)
-    alone, in_each = _count(cls)
-    return _build(cls, iter(flat), (len(flat) - alone) // in_each if in_each else 0)
+    alone, in_each = COUNTS[cls]
+    return _build(cls, flat, 0, (len(flat) - alone) // in_each if in_each else 0)[0]
 
 
 def schema(cls: type) -> str:
     """A record's fields as the arguments of a torch operator: "Tensor x, Tensor? lengths, bool reverse"."""
-    fields = zip(get_type_hints(cls).items(), _PARTS[cls], strict=True)
-    return ", ".join(schema(part) if part else f"{_SCHEMA[kind]} {name}" for (name, kind), part in fields)
+    fields = zip(get_type_hints(cls).items(), PARTS[cls], strict=True)
+    return ", ".join(schema(part.of) if part.of else f"{_SCHEMA[kind]} {name}" for (name, kind), part in fields)
 
 
 def save(ctx: Any, values: tuple[Any, ...]) -> None:
     """Keeps a record for backward."""
     flat = flatten(values)
-    ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in flat])
-    ctx.options = [None if isinstance(value, Tensor) else value for value in flat]
+    tensors = _tensors(type(values), len(flat))
+    ctx.save_for_backward(*[value for value, is_tensor in zip(flat, tensors, strict=True) if is_tensor])
+    ctx.options = [None if is_tensor else value for value, is_tensor in zip(flat, tensors, strict=True)]
 
 
 def saved(ctx: Any, cls: type[Record]) -> Record:
     """The record that save() has kept. To be asked for once: under a checkpoint each look unpacks."""
-    pairs = zip(ctx.saved_tensors, ctx.options, strict=True)
-    return unflatten(cls, [option if tensor is None else tensor for tensor, option in pairs])
+    kept = iter(ctx.saved_tensors)
+    tensors = _tensors(cls, len(ctx.options))
+    pairs = zip(ctx.options, tensors, strict=True)
+    return unflatten(cls, [next(kept) if is_tensor else option for option, is_tensor in pairs])
 
 
-def _count(cls: type) -> tuple[int, int]:
-    """How many values a record has beside its tuples of records, and how many with one record in each of these."""
-    alone = in_each = 0
-    for part in _PARTS[cls]:
-        if part is None:
-            alone += 1
-        elif isinstance(part, tuple):
-            in_each += _count(part[0])[0]
-        else:
-            within = _count(part)
-            alone, in_each = alone + within[0], in_each + within[1]
-    return alone, in_each
+def _tensors(cls: type, length: int) -> list[bool]:
+    """Of each value of a flat record of so many, whether it is declared as a tensor."""
+    known = _TENSORS.get((cls, length))
+    if known is None:
+        known = []
+        nothing: Any = unflatten(cls, [None] * length)
+        for part, field in zip(PARTS[cls], nothing, strict=True):
+            if part.of is None:
+                known.append(part.is_tensor)
+            else:
+                for within in field if part.repeated else [field]:
+                    known += _tensors(part.of, len(flatten(within)))
+        if not torch.compiler.is_compiling():  # which would take it for a side effect
+            _TENSORS[cls, length] = known
+    return known
 
 
-def _build(cls: type[Record], values: Iterator[Any], repeats: int) -> Record:
+_TENSORS: dict[tuple[type, int], list[bool]] = {}
+
+
+def _build(cls: type[Record], flat: Sequence[Any], at: int, repeats: int) -> tuple[Record, int]:
+    """The record whose values begin at flat[at], and where they end."""
     fields: list[Any] = []
-    for part in _PARTS[cls]:
-        if part is None:
-            fields.append(next(values))
-        elif isinstance(part, tuple):
-            fields.append(tuple([_build(part[0], values, 0) for _ in range(repeats)]))
+    for of, repeated, plain, _ in PARTS[cls]:
+        if of is None:
+            fields.append(flat[at])
+            at += 1
+        elif repeated:
+            several = []
+            for _ in range(repeats):
+                each, at = _build(of, flat, at, 0)
+                several.append(each)
+            fields.append(tuple(several))
+        elif plain:
+            fields.append(of(*flat[at : at + plain]))
+            at += plain
         else:
-            fields.append(_build(part, values, repeats))
-    return cls(*fields)
+            within, at = _build(of, flat, at, repeats)
+            fields.append(within)
+    return cls(*fields), at

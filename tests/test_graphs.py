@@ -116,6 +116,18 @@ def test_a_compiled_training_step_without_a_gradient_of_the_input(options, keywo
         torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("frozen", ["weight_ih_l0", "bias_hh_l0"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_training_step_with_a_frozen_weight(frozen, backend):
+    module, x = LSTM(I, H), torch.randn(T, B, I)
+    module.get_parameter(frozen).requires_grad_(False)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    grads = []
+    for call in (torch.compile(module, fullgraph=True, backend=backend), module):
+        grads.append(torch.autograd.grad(call(x)[0].sin().sum(), trained))
+    torch.testing.assert_close(*grads)
+
+
 def test_a_compiled_step_on_packed_rows():
     module = LSTM(I, H, bidirectional=True)
     packed = nn.utils.rnn.pack_padded_sequence(torch.randn(T, B, I), torch.tensor([4, 2, 1]))

@@ -10,7 +10,7 @@ from fused_lstm.autograd import Differentiated, Saved, SecondOrder
 from fused_lstm.paths import in_graph
 from fused_lstm.recurrence import Inputs, Recurrence
 
-RECORDS = list(records._PARTS)
+RECORDS = list(records.PARTS)
 OPERATORS = [operators.forward, operators.backward, operators.dropout, operators.one_step, in_graph.forward]
 OPERATORS += [in_graph.backward, chunks.forward_in_chunks, chunks.backward_in_chunks]
 
@@ -18,11 +18,11 @@ OPERATORS += [in_graph.backward, chunks.forward_in_chunks, chunks.backward_in_ch
 def numbered(cls, count, numbers):
     """A record with a number of its own in every place, and `count` records where it has a tuple of them."""
     parts = []
-    for part in records._PARTS[cls]:
-        if isinstance(part, tuple):
-            parts.append(tuple(numbered(part[0], count, numbers) for _ in range(count)))
+    for part in records.PARTS[cls]:
+        if part.repeated:
+            parts.append(tuple(numbered(part.of, count, numbers) for _ in range(count)))
         else:
-            parts.append(next(numbers) if part is None else numbered(part, count, numbers))
+            parts.append(next(numbers) if part.of is None else numbered(part.of, count, numbers))
     return cls(*parts)
 
 
@@ -34,8 +34,8 @@ def test_a_flat_record_is_put_together_again(cls, count):
     assert flat == list(range(len(flat)))  # each once, in the order of the fields
     again = records.unflatten(cls, flat)
     assert again == record and type(again) is cls
-    for field, parts in zip(again, records._PARTS[cls], strict=True):
-        assert parts is None or type(field) is (tuple if isinstance(parts, tuple) else parts)
+    for field, part in zip(again, records.PARTS[cls], strict=True):
+        assert part.of is None or type(field) is (tuple if part.repeated else part.of)
 
 
 def test_all_that_flattens_a_record_is_here():
@@ -49,8 +49,8 @@ def test_an_operator_takes_the_fields_of_its_record(operator):
     assert len(names) == len(set(names)) == len(records.flatten(numbered(operator.args, 1, iter(range(100)))))
 
     def paths(cls, at=()):
-        return [leaf for name, part in zip(cls._fields, records._PARTS[cls], strict=True)
-                for leaf in ([(*at, name)] if part is None else paths(part, (*at, name)))]  # fmt: skip
+        return [leaf for name, part in zip(cls._fields, records.PARTS[cls], strict=True)
+                for leaf in ([(*at, name)] if part.of is None else paths(part.of, (*at, name)))]  # fmt: skip
 
     assert [path[-1] for path in paths(operator.args)] == names
 

@@ -181,10 +181,14 @@ TENSORS = "input", "h0", "c0", "batch_sizes", "lengths", "starts"
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    args, needs = Args(*inputs), Args(*ctx.needs_input_grad)
-    of_weights = needs.weights  # in an exported graph one for all
-    of_weights = of_weights if isinstance(of_weights, list | tuple) else [of_weights] * len(args.weights)
-    ctx.needs = [needs.input, needs.h0, needs.c0, *of_weights]
+    args = Args(*inputs)
+    of_input, of_h0, of_c0, *rest = ctx.needs_input_grad
+    if len(ctx.needs_input_grad) == len(inputs):  # the weights have a list, or, in an exported graph, one for all
+        (of_weights, *_), count = rest, len(args.weights)
+        of_weights = of_weights if isinstance(of_weights, list | tuple) else [of_weights] * count
+    else:  # each has its own
+        of_weights = rest[: len(args.weights)]
+    ctx.needs = [of_input, of_h0, of_c0, *of_weights]
     ctx.args = args._replace(**dict.fromkeys(TENSORS), weights=[])  # type: ignore[arg-type]
     ctx.save_for_backward(*(getattr(args, name) for name in TENSORS), *args.weights)
 
