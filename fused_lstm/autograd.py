@@ -10,6 +10,7 @@ from .gradients import Cotangents, gradients
 from .operators import unwatched
 from .records import flatten, record, save, saved, unflatten
 from .recurrence import Inputs, Outputs, Recurrence, Results
+from .weights import Weights
 
 
 @record
@@ -101,19 +102,19 @@ def materialized(
     kept: Saved, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dcells: Tensor | None
 ) -> Cotangents:
     """With zeros in the place of a None, but for the cells."""
-    y, h0, c0 = kept.y[-1] if kept.how.stacked else kept.y, kept.inputs.h0, kept.inputs.c0
-    return Cotangents(
-        torch.zeros_like(y) if dy is None else dy,
-        torch.zeros_like(h0) if dhn is None else dhn,
-        torch.zeros_like(c0) if dcn is None else dcn,
-        dcells,
-    )
+    if dy is None:
+        dy = torch.zeros_like(kept.y[-1] if kept.how.stacked else kept.y)
+    if dhn is None or dcn is None:
+        zeros = torch.zeros_like(kept.inputs.c0)
+        dhn = zeros[..., : kept.inputs.h0.shape[2]] if dhn is None else dhn
+        dcn = zeros if dcn is None else dcn
+    return Cotangents(dy, dhn, dcn, dcells)
 
 
 def backward(kept: Saved, needs: Inputs, cotangents: Cotangents) -> Inputs:
     """The gradients of forward(), None where none is needed."""
     how, inputs, y, c, gates = kept
-    how = how._replace(direct=unwatched([*flatten(inputs), *cotangents]))
+    how = how._replace(direct=how.direct and unwatched(cotangents))
     if how.chunk:
         found = chunks.backward(how, inputs, chunks.Between(y, c, gates), cotangents, needs)
     else:
@@ -125,13 +126,13 @@ def backward(kept: Saved, needs: Inputs, cotangents: Cotangents) -> Inputs:
         if dh0 is not None and dh_reset is not None:
             dh0 = dh0 + dh_reset
         found = found._replace(h0=dh0, c0=dc0.to(inputs.c0.dtype))
-    weights = tuple(
-        # Each bias has a gradient of its own memory.
-        w._replace(bias_hh=w.bias_hh.clone()) if w.bias_hh is not None and needed.bias_hh else w
-        for w, needed in zip(found.weights, needs.weights, strict=True)
-    )
-    pairs = zip(flatten(found._replace(weights=weights)), flatten(needs), strict=True)
-    return unflatten(Inputs, [grad if needed else None for grad, needed in pairs])
+    weights = []
+    for (dweight_ih, dweight_hh, of_ih, of_hh, dweight_hr), needed in zip(found.weights, needs.weights, strict=True):
+        dbias: Any = of_hh if of_ih is None else of_ih
+        if dbias is not None:  # each has a gradient of its own memory
+            of_ih, of_hh = dbias if needed.bias_ih else None, dbias.clone() if needed.bias_hh else None
+        weights.append(Weights(dweight_ih, dweight_hh, of_ih, of_hh, dweight_hr))
+    return found._replace(c0=found.c0 if needs.c0 else None, weights=tuple(weights))  # type: ignore[arg-type]
 
 
 @record

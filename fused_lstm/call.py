@@ -48,14 +48,6 @@ class Call(NamedTuple):
     record: Record | None = None
 
     @property
-    def B(self) -> int:
-        return self.c0.shape[1]
-
-    @property
-    def H(self) -> int:
-        return self.c0.shape[2]
-
-    @property
     def P(self) -> int:
         """proj_size, 0 without a projection."""
         return self.h0.shape[2] if len(self.weights) // (self.options.num_layers * self.options.directions) % 2 else 0

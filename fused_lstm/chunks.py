@@ -224,5 +224,7 @@ def backward(how: Recurrence, inputs: Inputs, between: Between, cotangents: Cota
         dx.append(of_x)
         dh0.append(of_h)
         dc0.append(of_c)
-        dweights.append(Weights(dweight_ih, dweight_hh, dbias, dbias, dweight_hr))
-    return Inputs(sum(dx[1:], dx[0]), stack(dh0), stack(dc0), tuple(dweights))
+        pairs = zip((dweight_ih, dweight_hh, dbias, dbias, dweight_hr), w, strict=True)
+        dweights.append(Weights(*(grad if needed else None for grad, needed in pairs)))  # type: ignore[arg-type]
+    of_x = sum(dx[1:], dx[0]) if needs.x else None
+    return Inputs(of_x, stack(dh0) if needs.h0 else None, stack(dc0), tuple(dweights))  # type: ignore[arg-type]

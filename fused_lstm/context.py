@@ -42,7 +42,12 @@ class Context(NamedTuple):
     @staticmethod
     def of(*tensors: Tensor) -> "Context":
         """tensors: all that a gradient may be wanted of."""
-        saves = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        saves = False
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    saves = True
+                    break
         if torch.compiler.is_compiling():
             return Context(True, _exports_onnx(), saves)
         forward_mode = batched = False
@@ -54,10 +59,18 @@ class Context(NamedTuple):
             saves = saves or (torch.is_grad_enabled() and any(map(_wants_gradient, tensors)))
         if forward_ad._current_level >= 0 and not forward_mode:
             forward_mode = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-        return Context(False, torch._C._is_tracing(), saves, forward_mode, transformed, batched)
+        recorded = torch._C._is_tracing()
+        if recorded or forward_mode or transformed:
+            return Context(False, recorded, saves, forward_mode, transformed, batched)
+        return SAVES if saves else PLAIN
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but, perhaps, a gradient that autograd wants."""
+        return self is PLAIN or self is SAVES
 
 
-PLAIN = Context()
+PLAIN, SAVES = Context(), Context(saves=True)
 
 
 @constant

@@ -28,12 +28,16 @@ _functorch: Any = torch._C._functorch
 class Operator:
     """A torch operator fused_lstm::name, which mutates no argument. It is called with a record of its arguments.
 
-    run: what it does. fake: the same for tensors without data. returns: as a schema has it.
+    run: what it does; a result that is None is empty for the dispatcher. fake: the same for tensors without data.
+    returns: as a schema has it.
     """
 
     def __init__(self, name: str, args: Any, returns: str, run: Callable[[Any], Any], fake: Callable[[Any], Any]):
         def flat_run(*flat: Any) -> Any:
-            return self.run(unflatten(args, flat))
+            results = self.run(unflatten(args, flat))
+            if not isinstance(results, tuple):
+                return results
+            return tuple(results[0].new_empty(0) if result is None else result for result in results)
 
         self.args, self.run = args, run
         self.custom = torch.library.custom_op(
@@ -67,7 +71,7 @@ def unwatched(values: Iterable[Any]) -> bool:
 
 @record
 class ForwardArgs(NamedTuple):
-    """As kernels.forward.forward takes them. save: return c and gates; otherwise they are empty."""
+    """As kernels.forward.forward takes them."""
 
     input_gates: Tensor
     weight_hh: Tensor
@@ -82,8 +86,8 @@ class ForwardArgs(NamedTuple):
     ieee: bool
 
 
-def _forward(a: ForwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, hn, cn, c, gates = forward_kernel.forward(
+def _forward(a: ForwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    return forward_kernel.forward(
         a.input_gates.contiguous(),
         a.weight_hh.contiguous(),
         a.h0.contiguous(),
@@ -96,7 +100,6 @@ def _forward(a: ForwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         weight_hr=a.weight_hr,
         save=a.save,
     )
-    return y, hn, cn, cn.new_empty(0) if c is None else c, y.new_empty(0) if gates is None else gates
 
 
 def _forward_fake(a: ForwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -106,14 +109,13 @@ def _forward_fake(a: ForwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     y = input_gates.new_empty((*lead, width // c0.shape[-1] * h0.shape[-1]))
     hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape, dtype=accumulator(c0.dtype))
     if not a.save:
-        return y, hn, cn, cn.new_empty(0), y.new_empty(0)
+        return y, hn, cn, y.new_empty(0), y.new_empty(0)
     return y, hn, cn, cn.new_empty((*lead, width)), input_gates.new_empty((*lead, input_gates.shape[-1]))
 
 
 @record
 class BackwardArgs(NamedTuple):
-    """As kernels.backward.backward takes them. It returns dgates, dc0, dc_reset, empty without starts, and dh_steps,
-    empty without a projection."""
+    """As kernels.backward.backward takes them."""
 
     dy: Tensor
     dhn: Tensor
@@ -131,8 +133,8 @@ class BackwardArgs(NamedTuple):
     ieee: bool
 
 
-def _backward(a: BackwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dgates, dc0, dc_reset, dh_steps = backward_kernel.backward(
+def _backward(a: BackwardArgs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    return backward_kernel.backward(
         a.dy.contiguous(),
         a.dhn.contiguous(),
         a.dcn.contiguous(),
@@ -148,13 +150,11 @@ def _backward(a: BackwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weight_hr=a.weight_hr,
         dc_steps=None if a.dc_steps is None else a.dc_steps.contiguous(),
     )
-    dc_reset = dc0.new_empty(0) if dc_reset is None else dc_reset
-    return dgates, dc0, dc_reset, a.dy.new_empty(0) if dh_steps is None else dh_steps
 
 
 def _backward_fake(a: BackwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dc_reset = a.c0.new_empty(0 if a.c_reset is None else a.c0.shape)
-    dh_steps = a.dy.new_empty(0 if a.weight_hr is None else a.dy.shape)
+    dc_reset = a.gates.new_empty(0) if a.c_reset is None else a.c0.new_empty(a.c0.shape)
+    dh_steps = a.gates.new_empty(0) if a.weight_hr is None else a.dy.new_empty(a.dy.shape)
     return a.gates.new_empty(a.gates.shape), a.c0.new_empty(a.c0.shape), dc_reset, dh_steps
 
 

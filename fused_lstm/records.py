@@ -25,7 +25,8 @@ _SCHEMA = {
 class Part(NamedTuple):
     """What a field of a record is.
 
-    of: the record that it is, or has a tuple of; None for a tensor or an option. repeated: it is a tuple of them.
+    of: the record that it is, or has a tuple of; None for a tensor or an option. repeated: it is a tuple of records
+        that have none within them.
     plain: so many values, if that record has none within it; otherwise 0. is_tensor: declared as one, or None.
     """
 
@@ -36,6 +37,7 @@ class Part(NamedTuple):
 
 
 PARTS: dict[type, list[Part]] = {}
+_PLAIN: set[type] = set()  # those with no record within
 # How many values a record has beside its tuples of records, and how many with one record in each of these.
 COUNTS: dict[type, tuple[int, int]] = {}
 
@@ -47,9 +49,11 @@ def record(cls: type[Record]) -> type[Record]:
         repeated = get_origin(kind) is tuple
         of: Any = get_args(kind)[0] if repeated else kind
         of = of if of in PARTS else None
-        is_plain = of is not None and all(part.of is None for part in PARTS[of])
-        parts.append(Part(of, repeated, len(PARTS[of]) if is_plain else 0, _SCHEMA.get(kind) in ("Tensor", "Tensor?")))
+        plain = len(PARTS[of]) if of in _PLAIN else 0
+        parts.append(Part(of, repeated, plain, _SCHEMA.get(kind) in ("Tensor", "Tensor?")))
     PARTS[cls] = parts
+    if all(part.of is None for part in parts):
+        _PLAIN.add(cls)
     alone = [1 if part.of is None else COUNTS[part.of][0] for part in parts if not part.repeated]
     in_each = [COUNTS[part.of][part.repeated ^ 1] for part in parts if part.of is not None]
     COUNTS[cls] = sum(alone), sum(in_each)
@@ -61,7 +65,7 @@ def flatten(values: tuple[Any, ...]) -> list[Any]:
     flat: list[Any] = []
     for value in values:
         if isinstance(value, tuple):
-            flat += flatten(value)
+            flat += value if type(value) in _PLAIN else flatten(value)
         else:
             flat.append(value)
     return flat
@@ -123,11 +127,9 @@ def _build(cls: type[Record], flat: Sequence[Any], at: int, repeats: int) -> tup
             fields.append(flat[at])
             at += 1
         elif repeated:
-            several = []
-            for _ in range(repeats):
-                each, at = _build(of, flat, at, 0)
-                several.append(each)
-            fields.append(tuple(several))
+            end = at + repeats * plain
+            fields.append(tuple([of(*flat[k : k + plain]) for k in range(at, end, plain)]))
+            at = end
         elif plain:
             fields.append(of(*flat[at : at + plain]))
             at += plain

@@ -114,7 +114,7 @@ NO_STACK = Stack()
 
 class Results(NamedTuple):
     """y: like x with D*Hout features, of a stack the same of each layer, (L, ...). hn: (R, B, Hout). cn: (R, B, H) in
-    the accumulator's dtype. c, gates: as the kernel saves them, empty if nothing is saved."""
+    the accumulator's dtype. c, gates: as the kernel saves them; if nothing is saved, None or empty."""
 
     y: Tensor
     hn: Tensor

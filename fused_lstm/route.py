@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, Options
-from .context import PLAIN, Context, constant
+from .context import Context, constant
 from .kernels import plan as kernels_plan
 from .kernels.plan import (
     CHUNK,
@@ -81,13 +81,14 @@ class Route(NamedTuple):
 def form_of(call: Call) -> Form:
     """The Form of a call, under what it is made under here and now."""
     input, options, context = call.input, call.options, Context.of(*call.tensors())
+    _, B, H = call.c0.shape
     return Form(
         options,
         context,
         input.device,
         autocast_dtype(input),
-        call.B,
-        call.H,
+        B,
+        H,
         call.P,
         # While a call is recorded sizes are tensors, at which nobody may look.
         not context.recorded and call.batch_sizes is None and call.steps == 1,
@@ -102,7 +103,7 @@ def route_of(call: Call) -> Route:
     """The Route of a call."""
     form = form_of(call)
     # FakeTensors have sizes that no dictionary takes.
-    if form.context._replace(saves=False) == PLAIN and type(form.B) is int:
+    if form.context.plain and type(form.B) is int:
         return known_route(form)
     return decide(form)
 

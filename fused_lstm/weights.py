@@ -71,4 +71,4 @@ def cat(tensors: list[Tensor], dim: int = -1) -> Tensor:
 
 def stack(tensors: list[Tensor]) -> Tensor:
     """torch.stack, without a copy of a single one."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
