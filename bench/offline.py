@@ -42,14 +42,14 @@ from fused_lstm.kernels import (
     latency_backward,
     latency_forward,
     launch,
+    matmul,
     one_step,
     operands,
-    product,
     scan,
     sync,
 )
 from fused_lstm.kernels.plan import Plan, choose_kernel, choose_one_step, projects
-from fused_lstm.kernels.tiles import A100, B200, H100, Tiles, alone
+from fused_lstm.kernels.tiles import A100, B200, H100, Tiles, without_exchange
 
 from . import model, simulate
 from .sass import disassemble, parse, time_loop, tool, width
@@ -66,7 +66,7 @@ DTYPES = {
     "tf32": (torch.float32, False),
     "fp32": (torch.float32, True),
 }
-SOURCES = (backward, cell, dropout, forward, latency_backward, latency_forward, launch, operands, product, sync)
+SOURCES = (backward, cell, dropout, forward, latency_backward, latency_forward, launch, matmul, operands, sync)
 # With W_hh in shared memory, and in registers.
 KERNELS = {
     "forward": (forward.forward_kernel, latency_forward.latency_forward_kernel),
@@ -84,7 +84,7 @@ IN_ACCUMULATOR = {"cn", "c", "c0", "dc0", "c_reset", "dc_reset", "products", "ke
 INTEGER_POINTERS = {
     "flags": "*i32",
     "team_flags": "*i32",
-    "report": "*i32",
+    "timeout_info": "*i32",
     "lengths": "*i64",
     "offsets": "*i64",
     "order": "*i64",
@@ -164,7 +164,7 @@ def compile_kernel(
         ("products",): tiles.team > 1,
         ("weight_hr", "unprojected", "dh_steps"): bool(out),
         ("team_flags",): tiles.team > 1 and not tiles.poll,
-        ("report",): made.constants["TURNS"] > 0,
+        ("timeout_info",): made.constants["MAX_SPINS"] > 0,
         ("zeros",): launch.some_wait_for_nobody(plan, flags),
     }
     absent = [name for names, is_taken in taken.items() if not is_taken for name in names]
@@ -587,7 +587,9 @@ def main() -> None:
         chosen = [group for H in args.H for group in groups(args.device, args.dtype, [H], batches, launches, ())]
     if args.refused:
         of_grid = [group for group in chosen if group["mode"] == "grid"]
-        chosen = [group | {"mode": "step", "tiles": asdict(alone(Tiles(**group["tiles"])))} for group in of_grid]
+        chosen = [
+            group | {"mode": "step", "tiles": asdict(without_exchange(Tiles(**group["tiles"])))} for group in of_grid
+        ]
     flags = {name: getattr(args, name) for name in ("reverse", "packed", "lengths", "reset", "drop")}
     flags["save"] = not args.inference
     failed = False

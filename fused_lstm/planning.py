@@ -15,10 +15,10 @@ from .kernels.plan import (
     choose_one_step,
     chunk_for,
     in_kernel,
-    keeping,
     layers_together,
     memory_of,
     on_torch,
+    with_memory_estimate,
 )
 
 # The switches of nn.LSTM's and of nn.LSTMCell's float32 products: on the way to the first torch.backends looks up a
@@ -148,7 +148,7 @@ def plan_for(
     plan = choose(dtype, B, H, input.device, full_precision(), directions, groups[0], proj)
     if groups[0] > 1 and len(groups) > 1:
         plan = replace(plan, why=f"{plan.why}; the launches have {', '.join(map(str, groups))} layers")
-    return keeping(plan, dtype, H, P, chunk)
+    return with_memory_estimate(plan, dtype, H, P, chunk)
 
 
 def plan_for_one_step(input: Tensor, ieee: bool, context: Context = PLAIN) -> Plan:

@@ -8,10 +8,10 @@ from torch import Tensor
 from .cell import cell_backward
 from .dropout import drop
 from .latency_backward import latency_backward_kernel
-from .launch import SIZES, exchanged, launch, weight_in_registers
-from .layout import ALONE, DENSE, Layout, Stack
+from .launch import SIZES, alloc_exchange_buffer, launch, weight_in_registers
+from .layout import DENSE, NO_STACK, Layout, Stack
+from .matmul import load_weight, recurrent_matmul
 from .plan import Plan
-from .product import load_weight, product
 from .sync import publish, wait
 from .tiles import programs_of
 
@@ -19,49 +19,49 @@ from .tiles import programs_of
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     dy,  # (rows, D, OUT) in; rows = T * B, or the rows of the packed sequence; of a stack (rows, H), of its last layer
-    dhn,  # (M, B, OUT) in: gradient of each row's last h
-    weight_hh,  # (M, 4H, OUT) in: a matrix for each member
-    c0,  # (M, B, H) in
-    c,  # (rows, D, H), of a stack (M, rows, H) in: saved by forward
-    gates,  # (rows, D, 4H), of a stack (M, rows, 4H) in: saved by forward
+    dhn,  # (R, B, OUT) in: gradient of each row's last h
+    weight_hh,  # (R, 4H, OUT) in: a matrix for each recurrence
+    c0,  # (R, B, H) in
+    c,  # (rows, D, H), of a stack (R, rows, H) in: saved by forward
+    gates,  # (rows, D, 4H), of a stack (R, rows, 4H) in: saved by forward
     dc_steps,  # as c, in: gradient of c of every step, beside its part in h; only if DC_STEPS
-    dcn,  # (M, B, H) in: gradient of each row's last cell
-    c_reset,  # (M, B, H) in: the cell from which a reset row goes on; only if RESET
-    dc_reset,  # (M, B, H) in/out: its gradient, summed over the resets; only if RESET
+    dcn,  # (R, B, H) in: gradient of each row's last cell
+    c_reset,  # (R, B, H) in: the cell from which a reset row goes on; only if RESET
+    dc_reset,  # (R, B, H) in/out: its gradient, summed over the resets; only if RESET
     lengths,  # (B,) in: steps of each batch row; only if LENGTHS
     offsets,  # (T,) in: first row of each step; only if PACKED
     starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
     order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
-    weight_hr,  # (M, OUT, H) in: the projection; only if OUT < H
-    weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
+    weight_hr,  # (R, OUT, H) in: the projection; only if OUT < H
+    weight_ih,  # (R - 1, 4H, H) in: of the layers above the first; only if STACK
     seed,  # (1,) in: of the dropout between layers; only if DROP
     keep,  # (1,) in: the share of units that it keeps; only if DROP
     dgates,  # as gates, out: w.r.t. the pre-activations; also the buffer through which programs exchange it
-    dc0,  # (M, B, H) out: gradient of c0; in between, where every step is a launch, of the cell before step_end
-    products,  # (M, TEAM, B, H) between the programs of a team: each one's part of dh; only if TEAM > 1
-    team_flags,  # (M, batch groups, teams) in/out: who has written its part, zero at launch; only if TEAM > 1
+    dc0,  # (R, B, H) out: gradient of c0; in between, where every step is a launch, of the cell before step_end
+    products,  # (R, TEAM, B, H) between the programs of a team: each one's part of dh; only if TEAM > 1
+    team_flags,  # (R, batch groups, teams) in/out: who has written its part, zero at launch; only if TEAM > 1
     dh_steps,  # (rows, D, OUT) out: the whole gradient of h, which the cells take; only if OUT < H
-    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID
-    report,  # (4,) out: who waited in vain; only if TURNS
+    flags,  # (R, batch groups, T) in/out: step flags, zero at launch; only if GRID
+    timeout_info,  # (4,) out: who waited in vain; only if MAX_SPINS
     T,
     B,
     total_rows,  # of a (rows, ...) tensor
     step_stride,  # rows of it from a step to the next, if not PACKED
     row_stride,  # rows of it from a batch row to the next
-    member_begin,  # first member of this launch
+    first_recurrence,  # first recurrence of this launch
     row_begin,  # first batch row of this launch, a multiple of BLOCK_B
     step_begin,  # steps [step_begin, step_end) in the order of this pass, from the direction's last to its first; a
     step_end,  # layer of a stack is as many steps behind as layers are above it
     H: tl.constexpr,
     OUT: tl.constexpr,  # features of h: H, or fewer behind a projection, which GRID has not
     GRID: tl.constexpr,  # programs hand dgates to each other; otherwise one launch a step
-    TURNS: tl.constexpr,  # bound of a wait, 0 for none
+    MAX_SPINS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second ran from the last step to the first
     REVERSE: tl.constexpr,  # a single direction ran so, and this pass runs from the first
     LENGTHS: tl.constexpr,  # each batch row has its own length
     PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
     RESET: tl.constexpr,  # rows are reset within the sequence
-    STACK: tl.constexpr,  # the members are layers, not directions
+    STACK: tl.constexpr,  # the recurrences are layers, not directions
     DROP: tl.constexpr,  # dropout between the layers
     DC_STEPS: tl.constexpr,  # the cells of all steps have a gradient of their own; not if STACK
     PROJECT: tl.constexpr,  # this launch makes dh_steps, if OUT < H
@@ -77,9 +77,9 @@ def backward_kernel(
 ):
     ACC: tl.constexpr = dc0.dtype.element_ty
     CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K  # of one gate
-    member = 0
+    recurrence = 0
     if DIRECTIONS > 1 or STACK:
-        member = (member_begin + tl.program_id(2)).to(tl.int64)
+        recurrence = (first_recurrence + tl.program_id(2)).to(tl.int64)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     rows = row_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     real_rows = rows < B
@@ -89,19 +89,19 @@ def backward_kernel(
     rows = rows.to(tl.int64)
     if LENGTHS and not PACKED:
         rows = tl.load(order + rows, mask=real_rows, other=0)
-    states = member * B + rows  # the member's rows in a (M, B, H) tensor
+    states = recurrence * B + rows  # the recurrence's rows in a (R, B, H) tensor
     state = states[None, :] * H + units[:, None]
 
-    # Where this member's rows lie among those of all: step t's at places, from the step's first on.
-    lanes = rows * row_stride
-    places = lanes * DIRECTIONS + member
-    backwards = member > 0 if DIRECTIONS > 1 else REVERSE
+    # Where this recurrence's rows lie among those of all: step t's at row_offsets, from the step's first on.
+    batch_offsets = rows * row_stride
+    row_offsets = batch_offsets * DIRECTIONS + recurrence
+    backwards = recurrence > 0 if DIRECTIONS > 1 else REVERSE
     if STACK:
         # The last layer takes dy, and has the products of the others with zeros for dgates.
         depth = tl.num_programs(2) - 1 - tl.program_id(2)
-        places = member * total_rows + lanes
-    weight_hh += member * (4 * H * OUT)
-    group = member * tl.cdiv(B, BLOCK_B) + row_begin // BLOCK_B + tl.program_id(1)
+        row_offsets = recurrence * total_rows + batch_offsets
+    weight_hh += recurrence * (4 * H * OUT)
+    group = recurrence * tl.cdiv(B, BLOCK_B) + row_begin // BLOCK_B + tl.program_id(1)
     if GRID:
         step_flags = flags + group.to(tl.int64) * T
         if STACK:
@@ -114,20 +114,20 @@ def backward_kernel(
     team_units = team * TEAM * BLOCK_H + tl.arange(0, TEAM * BLOCK_H)
     team_mask = (team_units < H)[:, None] & real_rows[None, :]
     OWN: tl.constexpr = 4 // TEAM * CHUNKS
-    HELD: tl.constexpr = (KEPT if KEPT > 0 else OWN) if GRID else 0
+    RESIDENT: tl.constexpr = (KEPT if KEPT > 0 else OWN) if GRID else 0
     weights = ()
-    for k in tl.static_range(HELD):
+    for k in tl.static_range(RESIDENT):
         chunk = load_weight(weight_hh, team_units, chunk_begin + k, H, H, True, BLOCK_K, PRECISION)
         weights = weights + (chunk,)
     if PROJECT:
         features = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     elif OUT < H:
         PROJ_CHUNKS: tl.constexpr = (OUT + BLOCK_K - 1) // BLOCK_K
-        weight_hr += member * (OUT * H)
+        weight_hr += recurrence * (OUT * H)
     if STACK:
-        weight_ih += tl.minimum(member, tl.num_programs(2) - 2) * (4 * H * H)
+        weight_ih += tl.minimum(recurrence, tl.num_programs(2) - 2) * (4 * H * H)
         weights_above = ()
-        for k in tl.static_range(HELD):
+        for k in tl.static_range(RESIDENT):
             chunk = load_weight(weight_ih, team_units, chunk_begin + k, H, H, True, BLOCK_K, PRECISION)
             weights_above = weights_above + (chunk,)
         step_begin = tl.maximum(step_begin - depth, 0)
@@ -158,39 +158,39 @@ def backward_kernel(
             has_next = has_next & (t_next < length)
             has_prev = has_prev & (t_prev < length)
         if PACKED:
-            begin = tl.load(offsets + t)
-            begin_next = tl.load(offsets + t_next, mask=step > 0, other=0)
-            begin_prev = tl.load(offsets + t_prev, mask=step < last, other=0)
+            step_offset = tl.load(offsets + t)
+            next_step_offset = tl.load(offsets + t_next, mask=step > 0, other=0)
+            prev_step_offset = tl.load(offsets + t_prev, mask=step < last, other=0)
         else:
-            begin = t.to(tl.int64) * step_stride
-            begin_next = t_next.to(tl.int64) * step_stride
-            begin_prev = t_prev.to(tl.int64) * step_stride
-        place = begin * DIRECTIONS + places
-        c_rows = tl.where(has_prev, c + (begin_prev * DIRECTIONS + places) * H, c0 + states * H)
-        linked_next = active_rows & has_next
+            step_offset = t.to(tl.int64) * step_stride
+            next_step_offset = t_next.to(tl.int64) * step_stride
+            prev_step_offset = t_prev.to(tl.int64) * step_stride
+        row_offset = step_offset * DIRECTIONS + row_offsets
+        c_rows = tl.where(has_prev, c + (prev_step_offset * DIRECTIONS + row_offsets) * H, c0 + states * H)
+        next_mask = active_rows & has_next
         if RESET:
-            start_rows = starts + lanes if STACK else starts + member * total_rows + lanes
-            start = tl.load(start_rows + begin, mask=active_rows, other=0) != 0
+            start_rows = starts + batch_offsets if STACK else starts + recurrence * total_rows + batch_offsets
+            start = tl.load(start_rows + step_offset, mask=active_rows, other=0) != 0
             c_rows = tl.where(start, c_reset + states * H, c_rows)
-            linked_next = linked_next & (tl.load(start_rows + begin_next, mask=has_next, other=0) == 0)
+            next_mask = next_mask & (tl.load(start_rows + next_step_offset, mask=has_next, other=0) == 0)
 
-        dgates_rows = dgates + (begin_next * DIRECTIONS + places) * (4 * H)
+        dgates_rows = dgates + (next_step_offset * DIRECTIONS + row_offsets) * (4 * H)
         if PROJECT:
-            feature = place[None, :] * OUT + features[:, None]
+            feature = row_offset[None, :] * OUT + features[:, None]
             features_of = (features < OUT)[:, None] & active_rows[None, :]
             dh = tl.load(dy + feature, mask=features_of, other=0.0).to(ACC)
             at_end = tl.load(
                 dhn + states[None, :] * OUT + features[:, None], mask=features_of & (~has_next)[None, :], other=0.0
             )
-            taken = weights, weight_hh, features, dgates_rows, linked_next, 0
-            dh += product(*taken, H, OUT, True, ACC, OWN, BLOCK_K, DOT, PRECISION)
+            args = weights, weight_hh, features, dgates_rows, next_mask, 0
+            dh += recurrent_matmul(*args, H, OUT, True, ACC, OWN, BLOCK_K, DOT, PRECISION)
             dh += at_end.to(ACC)
             tl.store(dh_steps + feature, dh.to(dh_steps.dtype.element_ty), mask=features_of)
 
         if CELL:
             # All that does not wait for dgates of t_next is loaded before the flag is awaited.
-            gate = place[None, :] * (4 * H) + units[:, None]
-            hidden = place[None, :] * H + units[:, None]
+            gate = row_offset[None, :] * (4 * H) + units[:, None]
+            hidden = row_offset[None, :] * H + units[:, None]
             i = tl.load(gates + gate, mask=active, other=0.0)
             f = tl.load(gates + gate + H, mask=active, other=0.0)
             g = tl.load(gates + gate + 2 * H, mask=active, other=0.0)
@@ -198,7 +198,7 @@ def backward_kernel(
             c_t = tl.load(c + hidden, mask=active, other=0.0)
             c_prev = tl.load(c_rows[None, :] + units[:, None], mask=active, other=0.0)
             if STACK:
-                dy_t = tl.load(dy + hidden - member * total_rows * H, mask=active & (depth == 0), other=0.0)
+                dy_t = tl.load(dy + hidden - recurrence * total_rows * H, mask=active & (depth == 0), other=0.0)
             elif OUT == H:
                 dy_t = tl.load(dy + hidden, mask=active, other=0.0)
             if OUT == H:
@@ -207,25 +207,25 @@ def backward_kernel(
                 dc += tl.load(dc_steps + hidden, mask=active, other=0.0).to(ACC)
 
             if OUT < H:
-                taken = (), weight_hr, units, dh_steps + place * OUT, active_rows, 0
-                dh = product(*taken, OUT, H, True, ACC, PROJ_CHUNKS, BLOCK_K, DOT, PRECISION)
+                args = (), weight_hr, units, dh_steps + row_offset * OUT, active_rows, 0
+                dh = recurrent_matmul(*args, OUT, H, True, ACC, PROJ_CHUNKS, BLOCK_K, DOT, PRECISION)
             else:
                 if STACK:
                     # The layer above is ahead: its part of the sum is made while the own dgates are on the way.
                     if GRID:
                         if depth > 0:
-                            wait(flags_above + step, tl.num_programs(0), step + 1, report, TURNS)
-                    above = dgates + (place + total_rows) * (4 * H)
+                            wait(flags_above + step, tl.num_programs(0), step + 1, timeout_info, MAX_SPINS)
+                    above = dgates + (row_offset + total_rows) * (4 * H)
                     fed = active_rows & (depth > 0)
-                    taken = weights_above, weight_ih, team_units, above, fed, chunk_begin
-                    dh_above = product(*taken, H, H, True, ACC, OWN, BLOCK_K, DOT, PRECISION)
+                    args = weights_above, weight_ih, team_units, above, fed, chunk_begin
+                    dh_above = recurrent_matmul(*args, H, H, True, ACC, OWN, BLOCK_K, DOT, PRECISION)
                     if DROP:
-                        dh_above = drop(dh_above, seed, keep, member, t, rows[None, :] * H + team_units[:, None])
+                        dh_above = drop(dh_above, seed, keep, recurrence, t, rows[None, :] * H + team_units[:, None])
                 if GRID:
                     if step > 0:
-                        wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
-                taken = weights, weight_hh, team_units, dgates_rows, linked_next, chunk_begin
-                dh = product(*taken, H, H, True, ACC, OWN, BLOCK_K, DOT, PRECISION)
+                        wait(step_flags + step - 1, tl.num_programs(0), step, timeout_info, MAX_SPINS)
+                args = weights, weight_hh, team_units, dgates_rows, next_mask, chunk_begin
+                dh = recurrent_matmul(*args, H, H, True, ACC, OWN, BLOCK_K, DOT, PRECISION)
                 if STACK:
                     dh += dh_above
             if TEAM > 1:
@@ -233,16 +233,16 @@ def backward_kernel(
                 # The next step overwrites them: by then the team has counted this one's dgates in, so has read them.
                 part, own = B.to(tl.int64) * H, rows[None, :] * H
                 tl.store(
-                    products + (member * TEAM + chunk_begin // CHUNKS) * part + own + team_units[:, None],
+                    products + (recurrence * TEAM + chunk_begin // CHUNKS) * part + own + team_units[:, None],
                     dh,
                     mask=team_mask,
                 )
                 team_flag = team_flags + group * (tl.num_programs(0) // TEAM) + team
                 publish(team_flag)
-                wait(team_flag, TEAM * (step + 1), step + 1, report, TURNS)
+                wait(team_flag, TEAM * (step + 1), step + 1, timeout_info, MAX_SPINS)
                 dh = tl.zeros((BLOCK_H, BLOCK_B), ACC)
                 for gate_of_team in tl.static_range(TEAM):
-                    of_gate = products + (member * TEAM + gate_of_team) * part
+                    of_gate = products + (recurrence * TEAM + gate_of_team) * part
                     dh += tl.load(of_gate + own + units[:, None], mask=mask, other=0.0)
             if OUT == H:
                 dh += dy_t.to(ACC) + dhn_t.to(ACC)  # (5)
@@ -282,7 +282,7 @@ def backward(
     reverse: bool = False,
     layout: Layout = DENSE,
     c_reset: Tensor | None = None,
-    stack: Stack = ALONE,
+    stack: Stack = NO_STACK,
     weight_hr: Tensor | None = None,
     dc_steps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -292,7 +292,7 @@ def backward(
         dy: as forward()'s y, contiguous; of a stack that of its last layer.
         dhn, dcn: as h0 and c0, gradients of each row's last h and c.
         weight_hh: as given to forward().
-        c0: (M, B, H) in the accumulator's dtype.
+        c0: (R, B, H) in the accumulator's dtype.
         c, gates: as saved by forward().
         plan, reverse, layout, c_reset, stack, weight_hr: as given to forward().
         dc_steps: as c, the gradient of the cells of all steps; None: they have none. Not of a stack.
@@ -304,7 +304,7 @@ def backward(
         dh_steps: as dy, the gradient of h with what comes from the steps after; None without a projection.
     """
     B, H = c0.shape[-2:]
-    dgates = exchanged(gates, gates.shape, plan.backward, layout)
+    dgates = alloc_exchange_buffer(gates, gates.shape, plan.backward, layout)
     dc0 = c0.new_empty(c0.shape)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
     team, poll = plan.backward.team, plan.backward.poll
@@ -315,15 +315,15 @@ def backward(
         products = c0.new_empty((*c0.shape[:-2], team, B, H))
         programs, groups = programs_of(plan.backward, H, B)
         team_flags = c0.new_zeros((*c0.shape[:-2], groups, programs // team), dtype=torch.int32)
-    dh_steps = None if weight_hr is None else exchanged(dy, dy.shape, plan.backward, layout)
+    dh_steps = None if weight_hr is None else alloc_exchange_buffer(dy, dy.shape, plan.backward, layout)
     if B > 0:
         weight_ih, _, *dropout = stack
-        given = dy, dhn, weight_hh, c0, c, gates, dc_steps, dcn, c_reset, dc_reset, *layout.tensors
+        args = dy, dhn, weight_hh, c0, c, gates, dc_steps, dcn, c_reset, dc_reset, *layout.tensors
         if weight_in_registers(plan, plan.backward):
-            kernel, tensors = latency_backward_kernel, (*given, weight_ih, *dropout, dgates, dc0, products)
+            kernel, tensors = latency_backward_kernel, (*args, weight_ih, *dropout, dgates, dc0, products)
         else:
             of_team = products, team_flags
-            kernel, tensors = backward_kernel, (*given, weight_hr, weight_ih, *dropout, dgates, dc0, *of_team, dh_steps)
+            kernel, tensors = backward_kernel, (*args, weight_hr, weight_ih, *dropout, dgates, dc0, *of_team, dh_steps)
         launch(
             kernel,
             tensors,

@@ -45,8 +45,8 @@ def drop_kernel(
     mask = rows < B
     if LENGTHS:
         mask = mask & (t < tl.load(lengths + rows, mask=mask, other=0))
-    begin = tl.load(offsets + t) if PACKED else t.to(tl.int64) * step_stride
-    at = (begin + rows * row_stride) * H + places % H
+    step_offset = tl.load(offsets + t) if PACKED else t.to(tl.int64) * step_stride
+    at = (step_offset + rows * row_stride) * H + places % H
     tile = tl.load(x + at, mask=mask, other=0.0)
     tl.store(dropped + at, drop(tile, seed, keep, layer, t, places), mask=mask)
 
@@ -67,6 +67,6 @@ def dropout(x: Tensor, seed: Tensor, keep: Tensor, layer: int, B: int, layout: L
     if B > 0:
         flags = {name: layout.flags[name] for name in ("LENGTHS", "PACKED")}
         with on_device(x.device):
-            given = x, layout.lengths, layout.offsets, seed, keep, dropped, B, *layout.strides(T, B), layer
-            drop_kernel[(T, ceil_div(B * H, BLOCK))](*given, H, **flags, BLOCK=BLOCK, **OPTIONS)
+            args = x, layout.lengths, layout.offsets, seed, keep, dropped, B, *layout.strides(T, B), layer
+            drop_kernel[(T, ceil_div(B * H, BLOCK))](*args, H, **flags, BLOCK=BLOCK, **OPTIONS)
     return dropped

@@ -11,8 +11,8 @@ from .cell import cell_backward
 from .dropout import drop
 from .latency_forward import at_step, load_four, store_four
 from .launch import SIZES
+from .matmul import operand
 from .operands import behind_stores, fetch, load_operand, multiply, sum_last, sum_of_team, sum_parts, write_zeros
-from .product import operand
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def load_gate_columns(
     K_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of GATES gates, the given one first, the rows of a weight (4H, H), transposed, as operands: of each chunk (SPLIT,
+    """Of GATES gates, the args one first, the rows of a weight (4H, H), transposed, as operands: of each chunk (SPLIT,
     columns, a part)."""
     operands = ()
     for k in tl.static_range(GATES * CHUNKS):
@@ -72,46 +72,46 @@ def sum_quarters(x, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr
 @triton.jit(do_not_specialize=SIZES)
 def latency_backward_kernel(
     dy,  # (rows, D, H) in; rows = T * B, or the rows of the packed sequence; of a stack (rows, H), of its last layer
-    dhn,  # (M, B, H) in: gradient of each row's last h
-    weight_hh,  # (M, 4H, H) in: a matrix for each member
-    c0,  # (M, B, H) in
-    c,  # (rows, D, H), of a stack (M, rows, H) in: saved by forward
-    gates,  # (rows, D, 4H), of a stack (M, rows, 4H) in: saved by forward
+    dhn,  # (R, B, H) in: gradient of each row's last h
+    weight_hh,  # (R, 4H, H) in: a matrix for each recurrence
+    c0,  # (R, B, H) in
+    c,  # (rows, D, H), of a stack (R, rows, H) in: saved by forward
+    gates,  # (rows, D, 4H), of a stack (R, rows, 4H) in: saved by forward
     dc_steps,  # as c, in: gradient of c of every step, beside its part in h; only if DC_STEPS
-    dcn,  # (M, B, H) in: gradient of each row's last cell
-    c_reset,  # (M, B, H) in: the cell from which a reset row goes on; only if RESET
-    dc_reset,  # (M, B, H) in/out: its gradient, summed over the resets; only if RESET
+    dcn,  # (R, B, H) in: gradient of each row's last cell
+    c_reset,  # (R, B, H) in: the cell from which a reset row goes on; only if RESET
+    dc_reset,  # (R, B, H) in/out: its gradient, summed over the resets; only if RESET
     lengths,  # (B,) in: steps of each batch row; only if LENGTHS
     offsets,  # (T,) in: first row of each step; only if PACKED
     starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
     order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
-    weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
+    weight_ih,  # (R - 1, 4H, H) in: of the layers above the first; only if STACK
     seed,  # (1,) in: of the dropout between layers; only if DROP
     keep,  # (1,) in: the share of units that it keeps; only if DROP
-    dgates,  # as gates, out: w.r.t. the pre-activations, ABSENT at launch; by it programs exchange them
-    dc0,  # (M, B, H) out: gradient of c0; in between, where every step is a launch, of the cell before step_end
-    products,  # (M, TEAM, 2, B, H) int64 between the programs of a team, zero at launch; only if TEAM > 1
+    dgates,  # as gates, out: w.r.t. the pre-activations, SENTINEL at launch; by it programs exchange them
+    dc0,  # (R, B, H) out: gradient of c0; in between, where every step is a launch, of the cell before step_end
+    products,  # (R, TEAM, 2, B, H) int64 between the programs of a team, zero at launch; only if TEAM > 1
     zeros,  # (4H,) written by every program: what rows have that wait for nobody; only if some may
-    report,  # (4,) out: who waited in vain; only if TURNS
+    timeout_info,  # (4,) out: who waited in vain; only if MAX_SPINS
     T,
     B,
     total_rows,  # of a (rows, ...) tensor
     step_stride,  # rows of it from a step to the next, if not PACKED
     row_stride,  # rows of it from a batch row to the next
-    member_begin,  # first member of this launch
+    first_recurrence,  # first recurrence of this launch
     row_begin,  # first batch row of this launch, a multiple of BLOCK_B
     step_begin,  # steps [step_begin, step_end) in the order of this pass, from the direction's last to its first; a
     step_end,  # layer of a stack is as many steps behind as layers are above it
     H: tl.constexpr,
     LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
     GRID: tl.constexpr,  # programs hand dgates to each other; neither: one launch a step
-    TURNS: tl.constexpr,  # bound of a wait, 0 for none
+    MAX_SPINS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second ran from the last step to the first
     REVERSE: tl.constexpr,  # a single direction ran so, and this pass runs from the first
     LENGTHS: tl.constexpr,  # each batch row has its own length
     PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
     RESET: tl.constexpr,  # rows are reset within the sequence
-    STACK: tl.constexpr,  # the members are layers, not directions
+    STACK: tl.constexpr,  # the recurrences are layers, not directions
     DROP: tl.constexpr,  # dropout between the layers
     DC_STEPS: tl.constexpr,  # the cells of all steps have a gradient of their own; not if STACK
     DOT: tl.constexpr,  # dtype of the matrix operands
@@ -130,9 +130,9 @@ def latency_backward_kernel(
     GATES: tl.constexpr = 4 // TEAM  # whose products this program makes
     # Of few units a warp has too few sums of its own to fill the time from one matrix instruction to the next.
     CHAINS: tl.constexpr = 1 if LOCAL else 4 if TEAM * BLOCK_H == 16 else 2 if TEAM * BLOCK_H == 32 else 1
-    member = 0
+    recurrence = 0
     if DIRECTIONS > 1 or STACK:
-        member = (member_begin + tl.program_id(2)).to(tl.int64)
+        recurrence = (first_recurrence + tl.program_id(2)).to(tl.int64)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     # Past the last batch row a program computes this once more, and stores nothing.
     rows = row_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -141,30 +141,30 @@ def latency_backward_kernel(
     if LENGTHS and not PACKED:
         rows = tl.load(order + rows)
     mask = real_rows[:, None] & (units < H)[None, :]
-    states = member * B + rows  # the member's rows in a (M, B, H) tensor
+    states = recurrence * B + rows  # the recurrence's rows in a (R, B, H) tensor
     state = states[:, None] * H + units[None, :]
 
-    # Where this member's rows lie among those of all: step t's at places, from the step's first on.
-    lanes = rows * row_stride
-    places = lanes * DIRECTIONS + member
-    backwards = member > 0 if DIRECTIONS > 1 else REVERSE
+    # Where this recurrence's rows lie among those of all: step t's at row_offsets, from the step's first on.
+    batch_offsets = rows * row_stride
+    row_offsets = batch_offsets * DIRECTIONS + recurrence
+    backwards = recurrence > 0 if DIRECTIONS > 1 else REVERSE
     last_layer = True
     if STACK:
         depth = tl.num_programs(2) - 1 - tl.program_id(2)
         last_layer = depth == 0
-        places = member * total_rows + lanes
+        row_offsets = recurrence * total_rows + batch_offsets
 
     # The rows of W_hh^T that this program multiplies: of all gates for its own units, or of one for its whole team's.
     gate_of_team = tl.program_id(0) % TEAM
     team_units = tl.program_id(0) // TEAM * (TEAM * BLOCK_H) + tl.arange(0, TEAM * BLOCK_H)
-    of_weight = weight_hh + member * (4 * H * H)
+    of_weight = weight_hh + recurrence * (4 * H * H)
     if LOCAL:
         weights = (load_gates(of_weight, H, BLOCK_H, SPLIT, PRECISION),)
     else:
         weights = load_gate_columns(of_weight, team_units, gate_of_team, H, CHUNKS, GATES, SPLIT, K_WIDTH, PRECISION)
     if STACK:
-        above_places = places + total_rows
-        of_weight = weight_ih + tl.minimum(member, tl.num_programs(2) - 2) * (4 * H * H)
+        above_row_offsets = row_offsets + total_rows
+        of_weight = weight_ih + tl.minimum(recurrence, tl.num_programs(2) - 2) * (4 * H * H)
         weights_above = load_gate_columns(
             of_weight, team_units, gate_of_team, H, CHUNKS, GATES, SPLIT, K_WIDTH, PRECISION
         )
@@ -175,7 +175,7 @@ def latency_backward_kernel(
         team_mask = real_rows[:, None] & (team_units < H)[None, :]
         own = rows[:, None] * H + tl.minimum(units, H - 1)[None, :]
         part = B.to(tl.int64) * H
-        products += member * (2 * TEAM) * part
+        products += recurrence * (2 * TEAM) * part
     if zeros is not None:
         write_zeros(zeros, 4 * H, CHUNK)
 
@@ -189,51 +189,51 @@ def latency_backward_kernel(
         dc += tl.load(dc0 + state, mask=mask & (step_begin > 0), other=0.0)
     if RESET:
         dc_reset_tile = tl.load(dc_reset + state, mask=mask, other=0.0)
-        starts += lanes if STACK else member * total_rows + lanes
+        starts += batch_offsets if STACK else recurrence * total_rows + batch_offsets
 
     # The first step, and what it takes: of dgates none, or those that the launch before has left.
-    t, begin = at_step(last - step_begin, last, backwards, step_stride, offsets)
-    t_prev, begin_prev = at_step(last - step_begin - 1, last, backwards, step_stride, offsets)
+    t, step_offset = at_step(last - step_begin, last, backwards, step_stride, offsets)
+    t_prev, prev_step_offset = at_step(last - step_begin - 1, last, backwards, step_stride, offsets)
     active_rows = real_rows & (step_begin < step_end)
-    linked_rows = active_rows & (step_begin > 0)
+    next_mask = active_rows & (step_begin > 0)
     has_prev = step_begin < last
     if LENGTHS:
         active_rows = active_rows & (t < length)
         has_prev = has_prev & (t_prev < length)
-    begin_next = begin
+    next_step_offset = step_offset
     if not (LOCAL or GRID):
-        t_next, begin_next = at_step(last - step_begin + 1, last, backwards, step_stride, offsets)
+        t_next, next_step_offset = at_step(last - step_begin + 1, last, backwards, step_stride, offsets)
         if LENGTHS:
-            linked_rows = linked_rows & (t < length) & (t_next < length)
-    ending_rows = active_rows & ~linked_rows
-    c_rows = tl.where(has_prev, c + (begin_prev * DIRECTIONS + places) * H, c0 + states * H)
+            next_mask = next_mask & (t < length) & (t_next < length)
+    ending_rows = active_rows & ~next_mask
+    c_rows = tl.where(has_prev, c + (prev_step_offset * DIRECTIONS + row_offsets) * H, c0 + states * H)
     if RESET:
-        start = tl.load(starts + begin, mask=active_rows, other=0) != 0
+        start = tl.load(starts + step_offset, mask=active_rows, other=0) != 0
         c_rows = tl.where(start, c_reset + states * H, c_rows)
-        cut_rows = tl.load(starts + begin_next, mask=linked_rows, other=0) != 0
+        cut_rows = tl.load(starts + next_step_offset, mask=next_mask, other=0) != 0
     active = mask & active_rows[:, None]
-    gate = (begin * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
+    gate = (step_offset * DIRECTIONS + row_offsets)[:, None] * (4 * H) + units[None, :]
     # Loaded as in the loop: the compiler then has the weight in one layout alone.
     if LOCAL:
         i, f, g, o = load_four(dgates, gate, mask & (step_begin > 0), H)
         x = (gates_in_parts(i, f, g, o, SPLIT, PRECISION),)
     else:
-        dgates_rows = dgates + (begin_next * DIRECTIONS + places) * (4 * H) + gate_of_team * H
-        before = dgates_rows, linked_rows, zeros, step_begin, report
+        dgates_rows = dgates + (next_step_offset * DIRECTIONS + row_offsets) * (4 * H) + gate_of_team * H
+        before = dgates_rows, next_mask, zeros, step_begin, timeout_info
         HOW: tl.constexpr = "zero" if GRID else "load"
-        x = fetch(*before, HOW, H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
+        x = fetch(*before, HOW, H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, MAX_SPINS, GATES)
     zero = tl.zeros((SPLIT, 4 * BLOCK_H // SPLIT if LOCAL else TEAM * BLOCK_H, BLOCK_B), ACC)
     recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)
     if RESET:
         # Behind the product: Triton lays out its operands by the narrowest element that their addresses depend on.
         recurrent = tl.where(cut_rows[None, None, :], 0.0, recurrent)
     if STACK:
-        above = dgates + (begin + above_places) * (4 * H) + gate_of_team * H
-        awaited = above, active_rows & ~last_layer, zeros, step_begin + 1, report
-        x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
+        above = dgates + (step_offset + above_row_offsets) * (4 * H) + gate_of_team * H
+        awaited = above, active_rows & ~last_layer, zeros, step_begin + 1, timeout_info
+        x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, MAX_SPINS, GATES)
         of_above = multiply(weights_above, x, zero, DOT, PRECISION, CHAINS)
-    hidden = (begin * DIRECTIONS + places)[:, None] * H + units[None, :]
-    of_dy = hidden - member * total_rows * H if STACK else hidden
+    hidden = (step_offset * DIRECTIONS + row_offsets)[:, None] * H + units[None, :]
+    of_dy = hidden - recurrence * total_rows * H if STACK else hidden
     i, f, g, o = load_four(gates, gate, active, H)
     c_t = tl.load(c + hidden, mask=active, other=0.0)
     c_prev = tl.load(c_rows[:, None] + units[None, :], mask=active, other=0.0)
@@ -246,7 +246,7 @@ def latency_backward_kernel(
         if STACK:
             if DROP:
                 dh = sum_parts(of_above, SPLIT, TEAM * BLOCK_H, BLOCK_B)
-                dh = drop(dh, seed, keep, member, t, rows[:, None] * H + team_units[None, :])
+                dh = drop(dh, seed, keep, recurrence, t, rows[:, None] * H + team_units[None, :])
                 dh += sum_parts(recurrent, SPLIT, TEAM * BLOCK_H, BLOCK_B)
             else:
                 dh = sum_parts(recurrent + of_above, SPLIT, TEAM * BLOCK_H, BLOCK_B)
@@ -256,7 +256,9 @@ def latency_backward_kernel(
             dh = sum_parts(recurrent, SPLIT, TEAM * BLOCK_H, BLOCK_B)
         if TEAM > 1:
             of_step = products + step % 2 * part
-            dh = sum_of_team(dh, of_step, gate_of_team, 2 * part, of_team, team_mask, own, step, report, TEAM, TURNS)
+            dh = sum_of_team(
+                dh, of_step, gate_of_team, 2 * part, of_team, team_mask, own, step, timeout_info, TEAM, MAX_SPINS
+            )
         dh += dh_t  # (5)
         if DC_STEPS:
             dc += dc_t.to(ACC)
@@ -276,25 +278,25 @@ def latency_backward_kernel(
             dg, do = tl.where(linked, dg, 0.0), tl.where(linked, do, 0.0)
         if LOCAL or GRID:
             # What the step before in time takes, as far as it waits for nobody; behind the last one this once more.
-            begin_next = begin
-            t, begin = t_prev, begin_prev
-            t_prev, begin_prev = at_step(last - step - 2, last, backwards, step_stride, offsets)
-            linked_rows = active_rows
+            next_step_offset = step_offset
+            t, step_offset = t_prev, prev_step_offset
+            t_prev, prev_step_offset = at_step(last - step - 2, last, backwards, step_stride, offsets)
+            next_mask = active_rows
             has_prev = step + 1 < last
             if LENGTHS:
                 active_rows = real_rows & (t < length)
-                linked_rows = linked_rows & active_rows
+                next_mask = next_mask & active_rows
                 has_prev = has_prev & (t_prev < length)
-                ending_rows = active_rows & ~linked_rows
-            c_rows = tl.where(has_prev, c + (begin_prev * DIRECTIONS + places) * H, c0 + states * H)
+                ending_rows = active_rows & ~next_mask
+            c_rows = tl.where(has_prev, c + (prev_step_offset * DIRECTIONS + row_offsets) * H, c0 + states * H)
             if RESET:
-                linked_rows = linked_rows & ~start
-                start = tl.load(starts + begin, mask=active_rows, other=0) != 0
+                next_mask = next_mask & ~start
+                start = tl.load(starts + step_offset, mask=active_rows, other=0) != 0
                 c_rows = tl.where(start, c_reset + states * H, c_rows)
             active = mask & active_rows[:, None]
-            gate = (begin * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
-            hidden = (begin * DIRECTIONS + places)[:, None] * H + units[None, :]
-            of_dy = hidden - member * total_rows * H if STACK else hidden
+            gate = (step_offset * DIRECTIONS + row_offsets)[:, None] * (4 * H) + units[None, :]
+            hidden = (step_offset * DIRECTIONS + row_offsets)[:, None] * H + units[None, :]
+            of_dy = hidden - recurrence * total_rows * H if STACK else hidden
             i, f, g, o = load_four(gates, gate, active, H)
             if LENGTHS or RESET:
                 c_t = tl.load(c + hidden, mask=active, other=0.0)
@@ -311,19 +313,19 @@ def latency_backward_kernel(
                 recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)
             if STACK:
                 # The layer above is ahead: its part of the sum is made while this layer's own dgates are on the way.
-                above = behind_stores(dgates + begin * (4 * H) + gate_of_team * H) + above_places * (4 * H)
-                awaited = above, active_rows & ~last_layer, zeros, step + 2, report
-                x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
+                above = behind_stores(dgates + step_offset * (4 * H) + gate_of_team * H) + above_row_offsets * (4 * H)
+                awaited = above, active_rows & ~last_layer, zeros, step + 2, timeout_info
+                x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, MAX_SPINS, GATES)
                 of_above = multiply(weights_above, x, zero, DOT, PRECISION, CHAINS)
             if GRID:
-                dgates_rows = behind_stores(dgates + begin_next * (DIRECTIONS * 4 * H) + gate_of_team * H)
-                dgates_rows += places * (4 * H)
+                dgates_rows = behind_stores(dgates + next_step_offset * (DIRECTIONS * 4 * H) + gate_of_team * H)
+                dgates_rows += row_offsets * (4 * H)
                 x = fetch(
                     dgates_rows,
-                    linked_rows,
+                    next_mask,
                     zeros,
                     step + 1,
-                    report,
+                    timeout_info,
                     "await",
                     H,
                     CHUNKS,
@@ -331,7 +333,7 @@ def latency_backward_kernel(
                     K_WIDTH,
                     PAIRS,
                     PRECISION,
-                    TURNS,
+                    MAX_SPINS,
                     GATES,
                 )
                 recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)

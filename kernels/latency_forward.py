@@ -11,8 +11,8 @@ import triton.language as tl
 from .cell import cell_forward, four
 from .dropout import drop
 from .launch import SIZES
+from .matmul import operand
 from .operands import behind_stores, fetch, load_operand, multiply, sum_gates, write_zeros
-from .product import operand
 
 
 @triton.jit
@@ -27,9 +27,9 @@ def load_gate_rows(
 ):
     """The rows of a weight (4H, H) for this program's units, gate by gate, as operands: of each chunk (SPLIT,
     4 * BLOCK_H, a part)."""
-    places = tl.arange(0, 4 * BLOCK_H)
-    units = tl.program_id(0) * BLOCK_H + places % BLOCK_H
-    rows = weight + (places // BLOCK_H * H + units).to(tl.int64) * H
+    index = tl.arange(0, 4 * BLOCK_H)
+    units = tl.program_id(0) * BLOCK_H + index % BLOCK_H
+    rows = weight + (index // BLOCK_H * H + units).to(tl.int64) * H
     operands = ()
     for k in tl.static_range(CHUNKS):
         operands = operands + (load_operand(rows, units < H, 1, k, H, SPLIT, K_WIDTH, PRECISION),)
@@ -42,10 +42,10 @@ def load_whole(weight, H: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constex
     units after others: (SPLIT, units, BLOCK_H)."""
     tl.static_assert(SPLIT % 4 == 0)
     UNITS: tl.constexpr = 4 * BLOCK_H // SPLIT
-    places = tl.arange(0, SPLIT)[:, None, None] * UNITS + tl.arange(0, UNITS)[None, None, :]
+    index = tl.arange(0, SPLIT)[:, None, None] * UNITS + tl.arange(0, UNITS)[None, None, :]
     columns = tl.arange(0, BLOCK_H)[None, :, None]
-    at = (places // BLOCK_H * H + places % BLOCK_H) * H + columns
-    x = tl.load(weight + at, mask=(places % BLOCK_H < H) & (columns < H), other=0.0)
+    at = (index // BLOCK_H * H + index % BLOCK_H) * H + columns
+    x = tl.load(weight + at, mask=(index % BLOCK_H < H) & (columns < H), other=0.0)
     # Transposed, and back: Triton 3.6 would leave a weight that is loaded as it is in shared memory.
     return tl.permute(operand(x, PRECISION, True), (0, 2, 1))
 
@@ -75,7 +75,7 @@ def at_step(step, last, backwards, step_stride, offsets):
 
 @triton.jit
 def load_four(gates, at, mask, H: tl.constexpr):
-    """Of all four gates what lies at the places of i: i, f, g, o."""
+    """Of all four gates what lies at the row_offsets of i: i, f, g, o."""
     i = tl.load(gates + at, mask=mask, other=0.0)
     f = tl.load(gates + at + H, mask=mask, other=0.0)
     g = tl.load(gates + at + 2 * H, mask=mask, other=0.0)
@@ -95,45 +95,45 @@ def store_four(gates, at, i, f, g, o, mask, H: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def latency_forward_kernel(
     input_gates,  # (rows, D, 4H) in: x W_ih^T + b; rows = T * B, or the rows of the packed sequence; D = 1 in a stack
-    weight_hh,  # (M, 4H, H) in: a matrix for each member
-    h0,  # (M, B, H) in
-    c0,  # (M, B, H) in
-    c_reset,  # (M, B, H) in: the cell from which a reset row goes on, its h being 0; only if RESET
+    weight_hh,  # (R, 4H, H) in: a matrix for each recurrence
+    h0,  # (R, B, H) in
+    c0,  # (R, B, H) in
+    c_reset,  # (R, B, H) in: the cell from which a reset row goes on, its h being 0; only if RESET
     lengths,  # (B,) in: steps of each batch row; only if LENGTHS
     offsets,  # (T,) in: first row of each step; only if PACKED
     starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
     order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
-    weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
-    bias,  # (M - 1, 4H) in: of the same; only if STACK
+    weight_ih,  # (R - 1, 4H, H) in: of the layers above the first; only if STACK
+    bias,  # (R - 1, 4H) in: of the same; only if STACK
     seed,  # (1,) in: of the dropout between layers; only if DROP
     keep,  # (1,) in: the share of units that it keeps; only if DROP
-    y,  # (rows, D, H), of a stack (M, rows, H) out: h of every step, ABSENT at launch; by it programs exchange h
-    dropped,  # (M - 1, rows, H) out: y with dropout, for the layer above, ABSENT at launch; only if DROP
-    c,  # (rows, D, H), of a stack (M, rows, H) out: c of every step; only if SAVE
-    gates,  # (rows, D, 4H), of a stack (M, rows, 4H) out: activated gates; only if SAVE
-    hn,  # (M, B, H) out: each row's last h
-    cn,  # (M, B, H) out: each row's last cell; in between, where every step is a launch, the one after step_end
+    y,  # (rows, D, H), of a stack (R, rows, H) out: h of every step, SENTINEL at launch; by it programs exchange h
+    dropped,  # (R - 1, rows, H) out: y with dropout, for the layer above, SENTINEL at launch; only if DROP
+    c,  # (rows, D, H), of a stack (R, rows, H) out: c of every step; only if SAVE
+    gates,  # (rows, D, 4H), of a stack (R, rows, 4H) out: activated gates; only if SAVE
+    hn,  # (R, B, H) out: each row's last h
+    cn,  # (R, B, H) out: each row's last cell; in between, where every step is a launch, the one after step_end
     zeros,  # (4H,) written by every program: what rows have that wait for nobody; only if some may
-    report,  # (4,) out: who waited in vain; only if TURNS
+    timeout_info,  # (4,) out: who waited in vain; only if MAX_SPINS
     T,
     B,
     total_rows,  # of a (rows, ...) tensor
     step_stride,  # rows of it from a step to the next, if not PACKED
     row_stride,  # rows of it from a batch row to the next
-    member_begin,  # first member of this launch
+    first_recurrence,  # first recurrence of this launch
     row_begin,  # first batch row of this launch, a multiple of BLOCK_B
-    step_begin,  # steps [step_begin, step_end) in the direction's own order; layer m of a stack is m steps behind
+    step_begin,  # steps [step_begin, step_end) in the direction's own order; layer r of a stack is r steps behind
     step_end,
     H: tl.constexpr,
     LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
     GRID: tl.constexpr,  # programs hand h to each other; neither: one launch a step
-    TURNS: tl.constexpr,  # bound of a wait, 0 for none
+    MAX_SPINS: tl.constexpr,  # bound of a wait, 0 for none
     DIRECTIONS: tl.constexpr,  # D; of two the second runs from the last step to the first
     REVERSE: tl.constexpr,  # a single direction runs so
     LENGTHS: tl.constexpr,  # each batch row has its own length
     PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
     RESET: tl.constexpr,  # rows are reset within the sequence
-    STACK: tl.constexpr,  # the members are layers, not directions
+    STACK: tl.constexpr,  # the recurrences are layers, not directions
     DROP: tl.constexpr,  # dropout between the layers
     SAVE: tl.constexpr,  # keep c and gates for backward
     DOT: tl.constexpr,  # dtype of the matrix operands
@@ -148,9 +148,9 @@ def latency_forward_kernel(
     CHUNK: tl.constexpr = SPLIT * (512 // y.dtype.element_ty.primitive_bitwidth)  # columns that one product sums
     CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
     LATE: tl.constexpr = LENGTHS and (DIRECTIONS > 1 or REVERSE) and not LOCAL  # rows may begin after others
-    member = 0
+    recurrence = 0
     if DIRECTIONS > 1 or STACK:
-        member = (member_begin + tl.program_id(2)).to(tl.int64)
+        recurrence = (first_recurrence + tl.program_id(2)).to(tl.int64)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     real_units = units < H
     # Past the last batch row a program computes this once more, and stores nothing.
@@ -160,32 +160,32 @@ def latency_forward_kernel(
     if LENGTHS and not PACKED:
         rows = tl.load(order + rows)
     mask = real_rows[:, None] & real_units[None, :]
-    states = member * B + rows  # the member's rows in a (M, B, H) tensor
+    states = recurrence * B + rows  # the recurrence's rows in a (R, B, H) tensor
     state = states[:, None] * H + units[None, :]
 
-    # Where this member's rows lie among those of all: step t's at places, from the step's first on.
-    lanes = rows * row_stride
-    places = lanes * DIRECTIONS + member
-    backwards = member > 0 if DIRECTIONS > 1 else REVERSE
+    # Where this recurrence's rows lie among those of all: step t's at row_offsets, from the step's first on.
+    batch_offsets = rows * row_stride
+    row_offsets = batch_offsets * DIRECTIONS + recurrence
+    backwards = recurrence > 0 if DIRECTIONS > 1 else REVERSE
     first_layer = True
     if STACK:
-        first_layer = member == 0
-        places = member * total_rows + lanes
-    of_weight = weight_hh + member * (4 * H * H)
+        first_layer = recurrence == 0
+        row_offsets = recurrence * total_rows + batch_offsets
+    of_weight = weight_hh + recurrence * (4 * H * H)
     if LOCAL:
         weights = (load_whole(of_weight, H, BLOCK_H, SPLIT, PRECISION),)
     else:
         weights = load_gate_rows(of_weight, H, CHUNKS, BLOCK_H, SPLIT, K_WIDTH, PRECISION)
     if STACK:
-        above = member > 0
-        below = tl.maximum(member - 1, 0)
-        below_places = places - total_rows
+        above = recurrence > 0
+        below = tl.maximum(recurrence - 1, 0)
+        below_row_offsets = row_offsets - total_rows
         below_y = dropped if DROP else y
         of_weight = weight_ih + below * (4 * H * H)
         weights_below = load_gate_rows(of_weight, H, CHUNKS, BLOCK_H, SPLIT, K_WIDTH, PRECISION)
         bias_i, bias_f, bias_g, bias_o = load_four(bias + below * (4 * H), units, real_units & above, H)
-        step_begin = tl.maximum(step_begin - member.to(tl.int32), 0)
-        step_end = tl.minimum(step_end - member.to(tl.int32), T)
+        step_begin = tl.maximum(step_begin - recurrence.to(tl.int32), 0)
+        step_end = tl.minimum(step_end - recurrence.to(tl.int32), T)
     if zeros is not None:
         write_zeros(zeros, H, CHUNK)
 
@@ -199,11 +199,11 @@ def latency_forward_kernel(
         c_tile += tl.load(cn + state, mask=mask & (step_begin > 0), other=0.0)
     if RESET:
         c_reset_tile = tl.load(c_reset + state, mask=mask, other=0.0)
-        starts += lanes if STACK else member * total_rows + lanes
+        starts += batch_offsets if STACK else recurrence * total_rows + batch_offsets
 
     # The first step's product, with h0 or with what the launch before has left.
-    t, begin = at_step(step_begin, last, backwards, step_stride, offsets)
-    t_next, begin_next = at_step(step_begin + 1, last, backwards, step_stride, offsets)
+    t, step_offset = at_step(step_begin, last, backwards, step_stride, offsets)
+    t_next, next_step_offset = at_step(step_begin + 1, last, backwards, step_stride, offsets)
     active_rows = real_rows & (step_begin < step_end)
     next_rows = active_rows
     if LENGTHS:
@@ -213,32 +213,40 @@ def latency_forward_kernel(
     if LOCAL:
         h_tile = tl.load(h0 + state, mask=mask, other=0.0)
     elif not GRID:
-        t_prev, begin_prev = at_step(step_begin - 1, last, backwards, step_stride, offsets)
+        t_prev, prev_step_offset = at_step(step_begin - 1, last, backwards, step_stride, offsets)
         has_prev = active_rows & (step_begin > 0)
         if LENGTHS:
             has_prev = has_prev & (t_prev < length)
-        h_rows = tl.where(has_prev, y + (begin_prev * DIRECTIONS + places) * H, h_rows)
+        h_rows = tl.where(has_prev, y + (prev_step_offset * DIRECTIONS + row_offsets) * H, h_rows)
     # Fetched as in the loop: the compiler then has the weight in one layout alone.
     if LOCAL:
         x = (for_all_parts(h_tile, SPLIT, PRECISION),)
     else:
-        x = fetch(h_rows, None, None, step_begin, report, "load", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS)
+        x = fetch(
+            h_rows, None, None, step_begin, timeout_info, "load", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, MAX_SPINS
+        )
     zero = tl.zeros((SPLIT, 4 * BLOCK_H // SPLIT if LOCAL else 4 * BLOCK_H, BLOCK_B), ACC)
     recurrent = multiply(weights, x, zero, DOT, PRECISION)
     if RESET:
-        start = tl.load(starts + begin, mask=active_rows, other=0) != 0
-        start_next = tl.load(starts + begin_next, mask=next_rows, other=0) != 0
+        start = tl.load(starts + step_offset, mask=active_rows, other=0) != 0
+        start_next = tl.load(starts + next_step_offset, mask=next_rows, other=0) != 0
         recurrent = tl.where(start[None, None, :], 0.0, recurrent)
     if LATE:
         # Of rows that begin later this is the product of their first step.
         first_i, first_f, first_g, first_o = sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)
         late_rows = real_rows != real_rows
     if STACK:
-        awaited = below_y + begin * H + below_places * H, active_rows & above, zeros, step_begin + 1, report
-        x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS)
+        awaited = (
+            below_y + step_offset * H + below_row_offsets * H,
+            active_rows & above,
+            zeros,
+            step_begin + 1,
+            timeout_info,
+        )
+        x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, MAX_SPINS)
         recurrent = multiply(weights_below, x, recurrent, DOT, PRECISION)
     active = mask & active_rows[:, None]
-    gate = (begin * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
+    gate = (step_offset * DIRECTIONS + row_offsets)[:, None] * (4 * H) + units[None, :]
     pre_i, pre_f, pre_g, pre_o = load_four(input_gates, gate, active & first_layer, H)
 
     for step in range(step_begin, step_end):
@@ -262,18 +270,18 @@ def latency_forward_kernel(
         i, f, g, o, c_next, h = cell_forward(rec_i + of_i, rec_f + of_f, rec_g + of_g, rec_o + of_o, c_tile)
         c_tile = tl.where(active, c_next, c_tile)
         h = h.to(y.dtype.element_ty)
-        hidden = (begin * DIRECTIONS + places)[:, None] * H + units[None, :]
+        hidden = (step_offset * DIRECTIONS + row_offsets)[:, None] * H + units[None, :]
         tl.store(y + hidden, h, mask=active)
         if DROP:
-            h_dropped = drop(h, seed, keep, member, t, rows[:, None] * H + units[None, :])
-            tl.store(dropped + hidden, h_dropped, mask=active & (member < tl.num_programs(2) - 1))
+            h_dropped = drop(h, seed, keep, recurrence, t, rows[:, None] * H + units[None, :])
+            tl.store(dropped + hidden, h_dropped, mask=active & (recurrence < tl.num_programs(2) - 1))
 
         # What the next step takes, as far as it waits for nobody; behind the last one this once more, for nothing.
         awaited_rows = active_rows & next_rows
         if RESET:
             awaited_rows = awaited_rows & ~start_next
         next = mask & next_rows[:, None]
-        gate_next = (begin_next * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
+        gate_next = (next_step_offset * DIRECTIONS + row_offsets)[:, None] * (4 * H) + units[None, :]
         if LOCAL or GRID:
             pre_i, pre_f, pre_g, pre_o = load_four(input_gates, gate_next, next & first_layer, H)
         if SAVE:
@@ -289,17 +297,17 @@ def latency_forward_kernel(
             recurrent = zero
             if STACK:
                 # The layer below is ahead: its part of the sum is made while this layer's own h is on the way.
-                x_rows = behind_stores(below_y + begin_next * H) + below_places * H
-                awaited = x_rows, next_rows & above, zeros, step + 2, report
-                x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS)
+                x_rows = behind_stores(below_y + next_step_offset * H) + below_row_offsets * H
+                awaited = x_rows, next_rows & above, zeros, step + 2, timeout_info
+                x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, MAX_SPINS)
                 recurrent = multiply(weights_below, x, recurrent, DOT, PRECISION)
-            h_rows = behind_stores(y + begin * (DIRECTIONS * H)) + places * H
+            h_rows = behind_stores(y + step_offset * (DIRECTIONS * H)) + row_offsets * H
             x = fetch(
                 h_rows,
                 awaited_rows,
                 zeros,
                 step + 1,
-                report,
+                timeout_info,
                 "await",
                 H,
                 CHUNKS,
@@ -307,21 +315,21 @@ def latency_forward_kernel(
                 K_WIDTH,
                 PAIRS,
                 PRECISION,
-                TURNS,
+                MAX_SPINS,
             )
             recurrent = multiply(weights, x, recurrent, DOT, PRECISION)
         if LATE:
             late_rows = next_rows & ~active_rows
             if RESET:
                 late_rows = late_rows & ~start_next
-        t, begin, active_rows, active, gate = t_next, begin_next, next_rows, next, gate_next
+        t, step_offset, active_rows, active, gate = t_next, next_step_offset, next_rows, next, gate_next
         # A step ahead, because addresses that wait for these loads would make everyone wait.
-        t_next, begin_next = at_step(step + 2, last, backwards, step_stride, offsets)
+        t_next, next_step_offset = at_step(step + 2, last, backwards, step_stride, offsets)
         if LENGTHS:
             next_rows = real_rows & (t_next < length)
         if RESET:
             start = start_next
-            start_next = tl.load(starts + begin_next, mask=next_rows, other=0) != 0
+            start_next = tl.load(starts + next_step_offset, mask=next_rows, other=0) != 0
 
     tl.store(cn + state, c_tile, mask=mask)
     # From this program's part of y, which may be of other threads than these.
@@ -330,7 +338,7 @@ def latency_forward_kernel(
     if LENGTHS:
         steps = length
     end = tl.where(backwards, 0, steps - 1)
-    begin = end.to(tl.int64) * step_stride if offsets is None else tl.load(offsets + end, mask=real_rows, other=0)
-    h_rows = tl.where(steps > 0, y + (begin * DIRECTIONS + places) * H, h0 + states * H)
+    step_offset = end.to(tl.int64) * step_stride if offsets is None else tl.load(offsets + end, mask=real_rows, other=0)
+    h_rows = tl.where(steps > 0, y + (step_offset * DIRECTIONS + row_offsets) * H, h0 + states * H)
     h = tl.load(h_rows[:, None] + units[None, :], mask=mask, other=0.0)
     tl.store(hn + state, h, mask=mask)

@@ -14,8 +14,8 @@ from triton.compiler import CompiledKernel
 
 from .environment import DEBUG, VERSION, interpreted
 from .layout import Layout
-from .plan import Plan, by_steps, cuda_device, refuse
-from .tiles import Tiles, alone, ceil_div, programs_of
+from .plan import Plan, as_per_step, cuda_device, disable_grid
+from .tiles import Tiles, ceil_div, programs_of, without_exchange
 
 # The interpreter multiplies bfloat16 bit patterns as integers: there the operands are widened, which is exact.
 DOT = {
@@ -29,11 +29,11 @@ DOT = {
 OPTIONS = {"enable_fp_fusion": True}
 
 # Turns that a wait for a step flag may take under FUSED_LSTM_DEBUG=1, some seconds; without it a wait has no bound.
-TURNS = 10_000_000 if DEBUG else 0
+MAX_SPINS = 10_000_000 if DEBUG else 0
 
 
 # The integers that both kernels take. None is a constant of theirs: no size but H compiles anything.
-SIZES = ["T", "B", "total_rows", "step_stride", "row_stride", "member_begin", "row_begin", "step_begin", "step_end"]
+SIZES = ["T", "B", "total_rows", "step_stride", "row_stride", "first_recurrence", "row_begin", "step_begin", "step_end"]
 
 # The interpreter keeps the program's position in globals: two threads cannot be in it at once.
 _INTERPRETER = threading.RLock()
@@ -44,8 +44,8 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else _INTERPRETER
 
 
-def exchanged(like: Tensor, shape: tuple[int, ...], tiles: Tiles, layout: Layout) -> Tensor:
-    """The buffer of h or dgates of all steps: zero past the rows' lengths, and elsewhere ABSENT if they are polled."""
+def alloc_exchange_buffer(like: Tensor, shape: tuple[int, ...], tiles: Tiles, layout: Layout) -> Tensor:
+    """The buffer of h or dgates of all steps: zero past the rows' lengths, and elsewhere SENTINEL if it is polled."""
     if not tiles.poll:
         return like.new_zeros(shape) if layout.padded else like.new_empty(shape)
     buffer = like.new_empty(shape)
@@ -85,7 +85,7 @@ def specialization(
         "OUT": out,
         "LOCAL": plan.mode == "local",
         "GRID": plan.mode == "grid",
-        "TURNS": TURNS if plan.mode == "grid" else 0,
+        "MAX_SPINS": MAX_SPINS if plan.mode == "grid" else 0,
         "DOT": DOT[dtype],
         "PRECISION": plan.precision,
         "BLOCK_B": tiles.batch,
@@ -143,12 +143,12 @@ def specialized(
     kernel: Any, plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype, out: int, **flags: Any
 ) -> Specialized:
     """A kernel as a plan runs it. out: features of h; flags: further constexpr arguments."""
-    return _specialized(kernel, TURNS, tuple(flags.items()), plan, tiles, H, dtype, out)
+    return _specialized(kernel, MAX_SPINS, tuple(flags.items()), plan, tiles, H, dtype, out)
 
 
 @cache
-def _specialized(kernel: Any, turns: int, flags: tuple[tuple[str, Any], ...], *plan: Any) -> Specialized:
-    """specialized(); turns: what specialization() reads beside its own."""
+def _specialized(kernel: Any, spins: int, flags: tuple[tuple[str, Any], ...], *plan: Any) -> Specialized:
+    """specialized(); spins: what specialization() reads beside its own."""
     constants, options = specialization(*plan)
     constants |= flags
     # In the kernel's order, of which it has not every one.
@@ -163,62 +163,62 @@ def launch(
     layout: Layout,
     states: Tensor,
     out: int,
-    halves: tuple[str, str],
+    phases: tuple[str, str],
     reverse: bool,
     **flags: bool,
 ) -> None:
-    """Launches a recurrence kernel over all members, steps and batch rows, in the plan's mode, on the tensors' device.
+    """Launches a kernel over all recurrences, steps and batch rows, in the plan's mode, on the tensors' device.
 
     Args:
         tensors: in the kernel's order, but what programs exchange by beside them; the first one lies as `layout` says.
-        states: (M, B, H), or (B, H) of a single member. out: features of h.
-        halves: of a step behind a projection, "CELL" and "PROJECT" in their order.
+        states: (M, B, H), or (B, H) of a single recurrence. out: features of h.
+        phases: of a step behind a projection, "CELL" and "PROJECT" in their order.
 
     Raises:
         RuntimeError: under FUSED_LSTM_DEBUG=1, a program that waited in vain for another, and at which step.
     """
     device, stacked = states.device, flags["STACK"]
     B, H = states.shape[-2:]
-    members = states.shape[0] if states.dim() == 3 else 1
+    recurrences = states.shape[0] if states.dim() == 3 else 1
     T = layout.steps(tensors[0].shape)
     unit_blocks, batch_groups = programs_of(tiles, H, B)
-    step_flags = report = None
-    held = weight_in_registers(plan, tiles)
-    zeros = tensors[0].new_empty(4 * H) if held and some_wait_for_nobody(plan, flags | layout.flags) else None
-    at_once = members, batch_groups
+    step_flags = timeout_info = None
+    in_registers = weight_in_registers(plan, tiles)
+    zeros = tensors[0].new_empty(4 * H) if in_registers and some_wait_for_nobody(plan, flags | layout.flags) else None
+    at_once = recurrences, batch_groups
     if plan.mode == "grid":
         if not tiles.poll:
-            step_flags = torch.zeros((members, batch_groups, T), dtype=torch.int32, device=device)
-        report = torch.zeros(4, dtype=torch.int32, device=device) if TURNS else None
-        at_once = resident_at_once(plan.resident // unit_blocks, members, batch_groups, stacked)
-    last = T + members - 1 if stacked else T  # each layer is a step behind the one that it takes from
+            step_flags = torch.zeros((recurrences, batch_groups, T), dtype=torch.int32, device=device)
+        timeout_info = torch.zeros(4, dtype=torch.int32, device=device) if MAX_SPINS else None
+        at_once = max_coresident(plan.resident // unit_blocks, recurrences, batch_groups, stacked)
+    last = T + recurrences - 1 if stacked else T  # each layer is a step behind the one that it takes from
     steps = [(step, step + 1) for step in range(last)] if plan.mode == "step" else [(0, last)]
-    directions = 1 if stacked else members
-    if held:
+    directions = 1 if stacked else recurrences
+    if in_registers:
         flags["PAIRS"] = device.type == "cuda" and compares_pairs(cuda_device(device).capability)
     flags |= {"DIRECTIONS": directions, "REVERSE": reverse, "CELL": True, "PROJECT": out < H, **layout.flags}
     parts = [(unit_blocks, flags)]  # of a step
     if out < H:
         blocks = {"CELL": unit_blocks, "PROJECT": ceil_div(out, tiles.features)}
-        parts = [(blocks[half], flags | dict.fromkeys(halves, False) | {half: True}) for half in halves]
+        parts = [(blocks[phase], flags | dict.fromkeys(phases, False) | {phase: True}) for phase in phases]
     kernels = [(blocks, specialized(kernel, plan, tiles, H, tensors[0].dtype, out, **part)) for blocks, part in parts]
     sizes = T, B, tensors[0].shape[:-1].numel(), *layout.strides(T, B)
-    given = *tensors, zeros if held else step_flags, report
+    args = *tensors, zeros if in_registers else step_flags, timeout_info
     with on_device(device):
-        for member, group in product(range(0, members, at_once[0]), range(0, batch_groups, at_once[1])):
-            programs = min(at_once[1], batch_groups - group), min(at_once[0], members - member)
+        for recurrence, group in product(range(0, recurrences, at_once[0]), range(0, batch_groups, at_once[1])):
+            programs = min(at_once[1], batch_groups - group), min(at_once[0], recurrences - recurrence)
             for turn, (blocks, part) in product(steps, kernels):
                 try:
-                    part.launch((blocks, *programs), device, given, (*sizes, member, group * tiles.batch, *turn))
+                    part.launch((blocks, *programs), device, args, (*sizes, recurrence, group * tiles.batch, *turn))
                 except RuntimeError as error:
-                    if plan.mode != "grid" or (member, group) != (0, 0) or "cooperative" not in str(error):
+                    if plan.mode != "grid" or (recurrence, group) != (0, 0) or "cooperative" not in str(error):
                         raise
                     # The device refused before anything ran. The form that needs no company takes over for good.
-                    refuse(device, str(error))
-                    plan, tiles = by_steps(plan, str(error)), alone(tiles)
-                    return launch(kernel, tensors, plan, tiles, layout, states, out, halves, reverse, **flags)
-    if report is not None:
-        stuck, program, group, step = report.tolist()
+                    disable_grid(device, str(error))
+                    plan, tiles = as_per_step(plan, str(error)), without_exchange(tiles)
+                    return launch(kernel, tensors, plan, tiles, layout, states, out, phases, reverse, **flags)
+    if timeout_info is not None:
+        stuck, program, group, step = timeout_info.tolist()
         if stuck:
             raise RuntimeError(
                 f"program {program} of batch group {group} waited in vain for step {step - 1} of the others, "
@@ -226,11 +226,13 @@ def launch(
             )
 
 
-def resident_at_once(slots: int, members: int, batch_groups: int, stacked: bool) -> tuple[int, int]:
-    """How many members and batch groups a launch has where `slots` groups of a member can be resident; the others
-    follow in further launches. Layers of a stack wait for each other, so all are in each launch."""
-    both = members, max(1, min(batch_groups, slots // members))
+def max_coresident(slots: int, recurrences: int, batch_groups: int, stacked: bool) -> tuple[int, int]:
+    """How many recurrences and batch groups a launch has where `slots` groups of a recurrence can be resident; the
+    others follow in further launches. Layers of a stack wait for each other, so all are in each launch."""
+    both = recurrences, max(1, min(batch_groups, slots // recurrences))
     single = 1, max(1, min(batch_groups, slots))
-    if stacked or (slots >= members and ceil_div(batch_groups, both[1]) <= members * ceil_div(batch_groups, single[1])):
+    if stacked or (
+        slots >= recurrences and ceil_div(batch_groups, both[1]) <= recurrences * ceil_div(batch_groups, single[1])
+    ):
         return both
     return single

@@ -83,4 +83,4 @@ class Stack(NamedTuple):
         return {"STACK": self.weight_ih is not None, "DROP": self.seed is not None}
 
 
-ALONE = Stack()  # one layer
+NO_STACK = Stack()  # one layer

@@ -8,8 +8,8 @@ from torch import Tensor
 from .cell import cell_forward, split_gates
 from .forward import gate_rows
 from .launch import on_device, specialized
+from .matmul import dot, load_columns, load_weight
 from .plan import Plan
-from .product import dot, load_columns, load_weight
 from .tiles import programs_of
 
 

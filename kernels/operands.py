@@ -13,22 +13,22 @@ import triton.language as tl
 
 from .cell import four
 from .environment import interpreted
-from .product import operand
-from .sync import complain
+from .matmul import operand
+from .sync import record_timeout
 
 INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.constexpr_function
-def words(how, chunks, bits, pairs, precision, turns):
+def words(how, chunks, bits, pairs, precision, spins):
     """PTX that makes four words of each of `chunks` addresses, an operand() in `precision` of elements of `bits` bits.
 
     how: "await", the 16 bytes behind an address as soon as none of their elements has all bits one; "load", these bytes
         as they are; "zero", zeros. All loads are on their way together; those that await are relaxed, so that each
         looks into L2.
     pairs: the device compares two elements of 16 bits in one instruction.
-    turns: with them the loop ends after so many, or when there is a report.
-    Operands: the words out; the addresses in, with turns also the report's.
+    spins: with them the loop ends after so many, or when there is a timeout_info.
+    Operands: the words out; the addresses in, with spins also the timeout_info's.
     """
     out = [f"${word}" for word in range(4 * chunks)]
     fours = [", ".join(out[4 * k : 4 * k + 4]) for k in range(chunks)]
@@ -54,21 +54,21 @@ def words(how, chunks, bits, pairs, precision, turns):
             test += ["shr.u32 other, largest, 16;", "and.b32 largest, largest, 0xffff;"]
             test += ["max.u32 largest, largest, other;"]
         test += [f"setp.eq.u32 absent, largest, {2**bits - 1:#x};"]
-    return spin(loads + test, turns, f"${5 * chunks}", [".reg .b32 largest;"], rounding)
+    return spin(loads + test, spins, f"${5 * chunks}", [".reg .b32 largest;"], rounding)
 
 
 @triton.constexpr_function
-def spin(turn, turns, report, registers, end):
-    """PTX that repeats the lines of `turn` until they leave `absent` false, with `turns` at most so many times and not
-    after a report; then the lines of `end`."""
+def spin(turn, spins, timeout_info, registers, end):
+    """PTX that repeats the lines of `turn` until they leave `absent` false, with `spins` at most so many times and not
+    after a timeout_info; then the lines of `end`."""
     registers = [*registers, ".reg .pred absent, more;", ".reg .b32 other;"]
     repeat = ["@absent bra again;"]
-    if turns:
+    if spins:
         registers += [".reg .b32 count;", "mov.b32 count, 0;"]
         repeat = [
             "add.u32 count, count, 1;",
-            f"setp.lt.and.u32 more, count, {turns}, absent;",
-            f"ld.relaxed.gpu.global.b32 other, [{report}];",
+            f"setp.lt.and.u32 more, count, {spins}, absent;",
+            f"ld.relaxed.gpu.global.b32 other, [{timeout_info}];",
             "setp.eq.and.u32 more, other, 0, more;",
             "@more bra again;",
         ]
@@ -76,10 +76,10 @@ def spin(turn, turns, report, registers, end):
 
 
 @triton.constexpr_function
-def word_registers(chunks, turns):
+def word_registers(chunks, spins):
     """The constraints of the operands of words()."""
     # Early clobbers: the loop reads the addresses again after it has written words.
-    return ",".join(["=&r"] * (4 * chunks) + ["l"] * (chunks + (turns > 0)))
+    return ",".join(["=&r"] * (4 * chunks) + ["l"] * (chunks + (spins > 0)))
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def fetch(
     counting,
     zeros,
     step,
-    report,
+    timeout_info,
     HOW: tl.constexpr,
     K: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -211,7 +211,7 @@ def fetch(
     K_WIDTH: tl.constexpr,
     PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
-    TURNS: tl.constexpr,
+    MAX_SPINS: tl.constexpr,
     GATES: tl.constexpr = 1,
 ):
     """The chunks of rows, pointers (M,) to whole 16 bytes: operands (SPLIT, M, a part). Of each of GATES gates K
@@ -220,9 +220,9 @@ def fetch(
 
     HOW: "await" them until other programs have written them, "load" what is there, or "zero" for all.
 
-    What is awaited is its own flag. Before the launch it is filled with ABSENT, all bits one: a NaN, but none that
+    What is awaited is its own flag. Before the launch it is filled with SENTINEL, all bits one: a NaN, but none that
     arithmetic gives (PTX: 0x7fffffff, in 16 bit 0x7fff). An element that is another has come, in whatever order they
-    come, so that nothing has to be ordered before or after it. TURNS as in sync.wait().
+    come, so that nothing has to be ordered before or after it. MAX_SPINS as in sync.wait().
     """
     M: tl.constexpr = rows.shape[0]
     TYPE: tl.constexpr = rows.dtype.element_ty
@@ -234,7 +234,7 @@ def fetch(
     operands = ()
     if INTERPRETED:  # which has no inline assembly
         WORD: tl.constexpr = tl.int16 if BITS == 16 else tl.int32 if BITS == 32 else tl.int64
-        missing, turns = 1, 0
+        missing, spins = 1, 0
         while missing > 0:
             operands = ()
             missing = 0
@@ -248,13 +248,13 @@ def fetch(
                     absent = (x.to(WORD, bitcast=True) == -1).to(tl.int32)
                     missing += tl.max(tl.reshape(absent, (SPLIT * M * PART,)), 0)
                 operands = operands + (in_registers(operand(x, PRECISION), SPLIT, M, BITS, K_WIDTH),)
-            if HOW == "await" and TURNS > 0:
-                turns += 1
-                if (turns > TURNS) | (tl.load(report, volatile=True) > 0):
-                    complain(step, report)
+            if HOW == "await" and MAX_SPINS > 0:
+                spins += 1
+                if (spins > MAX_SPINS) | (tl.load(timeout_info, volatile=True) > 0):
+                    record_timeout(step, timeout_info)
                     missing = 0
     else:
-        LIMIT: tl.constexpr = TURNS if HOW == "await" else 0
+        LIMIT: tl.constexpr = MAX_SPINS if HOW == "await" else 0
         addresses = ()
         for k in tl.static_range(GATES * CHUNKS):
             parts = (k % CHUNKS * SPLIT + tl.arange(0, SPLIT))[:, None, None] * PART
@@ -263,7 +263,7 @@ def fetch(
                 columns = tl.minimum(columns, K - FOUR)
             addresses = addresses + ((rows[None, :, None] + (k // CHUNKS * K + columns)).to(tl.int64),)
         if LIMIT > 0:
-            addresses = addresses + (report.to(tl.int64),)
+            addresses = addresses + (timeout_info.to(tl.int64),)
         fours = tl.inline_asm_elementwise(
             words(HOW, GATES * CHUNKS, BITS, PAIRS, PRECISION, LIMIT),
             word_registers(GATES * CHUNKS, LIMIT),
@@ -288,30 +288,30 @@ def fetch(
                 else:
                     absent |= fours[k] == -1
             if tl.max(tl.reshape(absent.to(tl.int32), (4 * SPLIT * M,)), 0) > 0:
-                complain(step, report)
+                record_timeout(step, timeout_info)
     return operands
 
 
 @triton.constexpr_function
-def spin_for_parts(parts, turns):
+def spin_for_parts(parts, spins):
     """The loop in PTX that loads 64 bits behind each of `parts` addresses until all have the tag above their float32.
 
-    Operands: the floats out, the addresses and the tag in; with turns, as words(), also whether one is absent out, and
-    the address of the report in."""
-    first = parts + (turns > 0)  # of the operands in
+    Operands: the floats out, the addresses and the tag in; with spins, as words(), also whether one is absent out, and
+    the address of the timeout_info in."""
+    first = parts + (spins > 0)  # of the operands in
     registers = [f".reg .b64 word{k};" for k in range(parts)] + [f".reg .b32 tag{k};" for k in range(parts)]
     turn = [f"ld.relaxed.gpu.global.b64 word{k}, [${first + k}];" for k in range(parts)]
     turn += [f"mov.b64 {{${k}, tag{k}}}, word{k};" for k in range(parts)]
     turn += [f"setp.ne.s32 absent, tag0, ${first + parts};"]
     turn += [f"setp.ne.or.s32 absent, tag{k}, ${first + parts}, absent;" for k in range(1, parts)]
-    end = [f"selp.b32 ${parts}, 1, 0, absent;"] if turns else []
-    return spin(turn, turns, f"${first + parts + 1}", registers, end)
+    end = [f"selp.b32 ${parts}, 1, 0, absent;"] if spins else []
+    return spin(turn, spins, f"${first + parts + 1}", registers, end)
 
 
 @triton.constexpr_function
-def part_registers(parts, turns):
+def part_registers(parts, spins):
     """The constraints of spin_for_parts()'s operands."""
-    return ",".join(["=&f"] * parts + ["=&r"] * (turns > 0) + ["l"] * parts + ["r"] + ["l"] * (turns > 0))
+    return ",".join(["=&f"] * parts + ["=&r"] * (spins > 0) + ["l"] * parts + ["r"] + ["l"] * (spins > 0))
 
 
 @triton.jit
@@ -324,18 +324,18 @@ def sum_of_team(
     mask,
     own,  # (batch rows, units): those of this program
     step,
-    report,
+    timeout_info,
     TEAM: tl.constexpr,
-    TURNS: tl.constexpr,
+    MAX_SPINS: tl.constexpr,
 ):
     """Gives this program's part to its team and returns the sum of all its programs' for its own units, (batch rows,
     units). A part is a word of 64 bits, which arrives as one: a tag, by which it is known to be this step's, and a
-    float32. A program may be a step ahead of its team, not two: two sets of `products` take turns."""
+    float32. A program may be a step ahead of its team, not two: two sets of `products` take spins."""
     bits = part.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     tag = tl.full((), 1, tl.int32) + step
     tl.store(products + gate * gate_stride + of_team, (tag.to(tl.int64) << 32) | bits, mask=mask)
     if INTERPRETED:
-        missing, turns = 1, 0
+        missing, spins = 1, 0
         while missing > 0:
             missing = 0
             sum = tl.zeros(own.shape, tl.float32)
@@ -344,10 +344,10 @@ def sum_of_team(
                 absent = (word >> 32) != tag
                 missing += tl.max(tl.max(absent.to(tl.int32), 1), 0)
                 sum += word.to(tl.int32).to(tl.float32, bitcast=True)
-            if TURNS > 0:
-                turns += 1
-                if (turns > TURNS) | (tl.load(report, volatile=True) > 0):
-                    complain(step + 1, report)
+            if MAX_SPINS > 0:
+                spins += 1
+                if (spins > MAX_SPINS) | (tl.load(timeout_info, volatile=True) > 0):
+                    record_timeout(step + 1, timeout_info)
                     missing = 0
         return sum
     else:
@@ -356,21 +356,21 @@ def sum_of_team(
         stride = gate_stride * 8
         at = begin.to(tl.int64)
         operands = (at, at + stride, at + 2 * stride, at + 3 * stride, tl.full(own.shape, 0, tl.int32) + tag)
-        if TURNS > 0:
+        if MAX_SPINS > 0:
             a, b, c, d, absent = tl.inline_asm_elementwise(
-                spin_for_parts(TEAM, TURNS),
-                part_registers(TEAM, TURNS),
-                operands + (report.to(tl.int64),),
+                spin_for_parts(TEAM, MAX_SPINS),
+                part_registers(TEAM, MAX_SPINS),
+                operands + (timeout_info.to(tl.int64),),
                 dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.int32),
                 is_pure=True,
                 pack=1,
             )
             if tl.max(tl.max(absent, 1), 0) > 0:
-                complain(step + 1, report)
+                record_timeout(step + 1, timeout_info)
         else:
             a, b, c, d = tl.inline_asm_elementwise(
-                spin_for_parts(TEAM, TURNS),
-                part_registers(TEAM, TURNS),
+                spin_for_parts(TEAM, MAX_SPINS),
+                part_registers(TEAM, MAX_SPINS),
                 operands,
                 dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
                 is_pure=True,

@@ -12,12 +12,12 @@ from .tiles import (
     Device,
     Tiles,
     aligned,
-    alone,
     ceil_div,
     grid_tiles,
     latency_tiles,
     next_power_of_2,
     projectable,
+    without_exchange,
 )
 
 
@@ -102,8 +102,8 @@ def choose(
         return on_torch(why)
     if device.type == "cuda":
         plan = choose_kernel(dtype, B, H, cuda_device(device), ieee, directions, layers, proj)
-        if plan.mode == "grid" and device in _refused:
-            return by_steps(plan, _refused[device])
+        if plan.mode == "grid" and device in _grid_disabled:
+            return as_per_step(plan, _grid_disabled[device])
         return plan
     return choose_interpreted(dtype, B, H, ieee, directions, layers, proj)
 
@@ -117,7 +117,7 @@ def choose_interpreted(dtype: torch.dtype, B: int, H: int, ieee: bool, direction
         # take less time than many.
         many = Tiles(batch=32, units=32, chunk=128, warps=4)
         few = replace(many, chunk=4 * 64 // dtype.itemsize, split=4, poll=True)
-        steps = by_steps(plan, "the interpreter runs programs one after another")
+        steps = as_per_step(plan, "the interpreter runs programs one after another")
         forward, backward = (few if tiles.poll else many for tiles in (plan.forward, plan.backward))
         return replace(steps, forward=forward, backward=backward)
     return plan
@@ -151,7 +151,7 @@ def choose_one_step(dtype: torch.dtype, device: torch.device, ieee: bool) -> Pla
     return Plan("one step", tiles, None, 0, precision, why)
 
 
-def keeping(plan: Plan, dtype: torch.dtype, H: int, P: int, chunk: int) -> Plan:
+def with_memory_estimate(plan: Plan, dtype: torch.dtype, H: int, P: int, chunk: int) -> Plan:
     """A plan that says what it keeps for backward; P: proj_size; chunk: 0 without recompute."""
     if plan.mode == "torch":
         return plan
@@ -187,18 +187,25 @@ def memory_of(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def by_steps(plan: Plan, reason: str) -> Plan:
+def as_per_step(plan: Plan, reason: str) -> Plan:
     """A grid plan with one launch a step instead."""
     why = f"one launch a step, because {reason}; {plan.why}"
-    return replace(plan, mode="step", forward=alone(plan.forward), backward=alone(plan.backward), resident=0, why=why)
+    return replace(
+        plan,
+        mode="step",
+        forward=without_exchange(plan.forward),
+        backward=without_exchange(plan.backward),
+        resident=0,
+        why=why,
+    )
 
 
-_refused: dict[torch.device, str] = {}
+_grid_disabled: dict[torch.device, str] = {}
 
 
-def refuse(device: torch.device, reason: str) -> None:
+def disable_grid(device: torch.device, reason: str) -> None:
     """Records that a device does not run all programs of a grid plan at once, as when it is shared with others."""
-    _refused[device] = reason
+    _grid_disabled[device] = reason
 
 
 @cache

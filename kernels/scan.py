@@ -90,6 +90,6 @@ def scan(
     if B > 0:
         flags = {"REVERSE": reverse, **layout.flags, "BLOCK": BLOCK}
         with on_device(pre.device):
-            given = pre, c0, c_reset, *layout.tensors[:3], pre, c, T, *layout.strides(T, B)
-            scan_kernel[(B, ceil_div(H, BLOCK))](*given, H, **flags, num_warps=1, **OPTIONS)
+            args = pre, c0, c_reset, *layout.tensors[:3], pre, c, T, *layout.strides(T, B)
+            scan_kernel[(B, ceil_div(H, BLOCK))](*args, H, **flags, num_warps=1, **OPTIONS)
     return c

@@ -259,10 +259,10 @@ class Explorer:
         named = dict(zip(executor.arg_names, tensors, strict=False))
         if not options.get("GRID"):
             return original(executor, *tensors, **options)
-        self.bounded = options["TURNS"] > 0
+        self.bounded = options["MAX_SPINS"] > 0
         names = "y", "dropped", "dgates", "products"
         exchanged = [named[name] for name in names if named.get(name) is not None]
-        member, group = named["member_begin"], named["row_begin"] // options["BLOCK_B"]
+        member, group = named["first_recurrence"], named["row_begin"] // options["BLOCK_B"]
         _, groups, members = executor.grid
         for flags in (named.get("flags"), named.get("team_flags")):
             own = () if flags is None else flags.view(-1, *flags.shape[-2:])[member : member + members]

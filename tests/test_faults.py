@@ -105,7 +105,11 @@ FAULTS = {
         "tanh without its series": ("tl.abs(x) < 0.25", "tl.abs(x) < 0.0", SMALL),
     },
     "kernels/forward.py": {
-        "stride of the input gates": ("gate = place[None, :] * (4 * H)", "gate = place[None, :] * (3 * H)", STEP),
+        "stride of the input gates": (
+            "gate = row_offset[None, :] * (4 * H)",
+            "gate = row_offset[None, :] * (3 * H)",
+            STEP,
+        ),
         "cell rounded to 16 bits": ("active, c_next, c_tile", "active, c_next.to(tl.float16).to(ACC), c_tile", STEP),
         "cell of rows that have ended": ("tl.where(active, c_next, c_tile)", "c_next", PACKED_STEP),
         "order of the reverse direction": (
@@ -113,20 +117,20 @@ FAULTS = {
             "t = step",
             REVERSE_STEP,
         ),
-        "a reset that keeps h": ("linked_rows = active_rows & ~start", "linked_rows = active_rows", RESET_STEP),
+        "a reset that keeps h": ("prev_mask = active_rows & ~start", "prev_mask = active_rows", RESET_STEP),
         "a reset that keeps c": ("tl.where(start[None, :], c_reset_tile, c_tile)", "c_tile", RESET_STEP),
         "hn from the wrong end": ("end = tl.where(backwards, 0, steps - 1)", "end = steps - 1", REVERSE_STEP),
         "end of a row without steps": ("tl.where(steps > 0, y +", "tl.where(steps >= 0, y +", WITHIN_LENGTHS),
         "cell of the launch before": ("mask & (step_begin > 0)", "mask & (step_begin > 1)", STEP),
         "cells of the padding": ("new_zeros if layout.padded else input_gates.new_empty", "new_empty", PADDED),
         "the layer below a step late": (
-            "(place - total_rows) * H",
-            "(begin_prev + places - total_rows) * H",
+            "(row_offset - total_rows) * H",
+            "(prev_step_offset + row_offsets - total_rows) * H",
             MEMBERS,
         ),
         "bias of the layer below": ("bias += below * (4 * H)", "bias += 0 * below", MEMBERS),
         "h without dropout for the layer above": ("(dropped if DROP else y)", "y", MEMBERS),
-        "the order of steps and rows": ("lanes = rows * row_stride", "lanes = rows", WITHIN),
+        "the order of steps and rows": ("batch_offsets = rows * row_stride", "batch_offsets = rows", WITHIN),
         "h of the wrong neighbour": (
             "t_prev = tl.where(backwards, t + 1, t - 1)",
             "t_prev = t",
@@ -141,8 +145,8 @@ FAULTS = {
             REVERSE_STEP,
         ),
         "the layer above a step late": (
-            "(place + total_rows) * (4 * H)",
-            "(begin_next + places + total_rows) * (4 * H)",
+            "(row_offset + total_rows) * (4 * H)",
+            "(next_step_offset + row_offsets + total_rows) * (4 * H)",
             MEMBERS,
         ),
         "dy for every layer": ("active & (depth == 0)", "active", MEMBERS),
@@ -162,8 +166,8 @@ FAULTS = {
             "o.to(ACC), c_prev * (step < last),",
             STEP,
         ),
-        "c0 taken from c": ("c0 + states * H)", "c + place * H)", STEP),
-        "dgates across a reset": ("linked_next = linked_next & (", "linked_next = linked_next | (", RESET_STEP),
+        "c0 taken from c": ("c0 + states * H)", "c + row_offset * H)", STEP),
+        "dgates across a reset": ("next_mask = next_mask & (", "next_mask = next_mask | (", RESET_STEP),
         "dc across a reset": ("dc_prev = tl.where(start[None, :], 0.0, dc_prev)", "dc_prev = dc_prev", RESET_STEP),
         "dc_reset dropped": (
             "dc_reset_tile += tl.where(start[None, :], dc_prev, 0.0)",
@@ -175,7 +179,7 @@ FAULTS = {
         "dhn dropped": ("active & (~has_next)[None, :]", "active & False", STEP),
         "dhn of the features dropped": ("dh += at_end.to(ACC)", "dh += 0 * at_end.to(ACC)", WITHIN),
         "features across a reset": (
-            "dgates_rows, linked_next, 0",
+            "dgates_rows, next_mask, 0",
             "dgates_rows, active_rows & has_next, 0",
             WITHIN_RESET,
         ),
@@ -192,15 +196,23 @@ FAULTS = {
         "h of rows that have ended": ("tl.where(active, h, h_tile)", "h", REVERSE),
         "order of the reverse direction": ("tl.where(backwards, last - step, step)", "step", REVERSE),
         "end of a row without steps": ("tl.where(steps > 0, y +", "tl.where(steps >= 0, y +", LENGTHS),
-        "the order of the steps and rows": ("lanes = rows * row_stride", "lanes = rows", LAYERS),
-        "the layer below a step late": ("below_y + begin * H + below", "below_y + begin_prev * H + below", ONE_LAUNCH),
+        "the order of the steps and rows": ("batch_offsets = rows * row_stride", "batch_offsets = rows", LAYERS),
+        "the layer below a step late": (
+            "below_y + step_offset * H + below",
+            "below_y + prev_step_offset * H + below",
+            ONE_LAUNCH,
+        ),
         "bias of the layer below": ("bias + below * (4 * H)", "bias + 0 * below", ONE_LAUNCH),
         "h without dropout for the layer above": ("below_y = dropped if DROP else y", "below_y = y", MASKS),
         "a reset that keeps h": ("tl.where(start[None, None, :], 0.0, recurrent)", "recurrent", RESET_POLLED),
         "a reset that keeps h in the program": ("tl.where(start_next[:, None], 0.0, h_tile)", "h_tile", RESET),
         "a reset that keeps c": ("tl.where(start[:, None], c_reset_tile, c_tile)", "c_tile", RESET),
         "two gates in each other's place": ("(3, 2, 0, 1)", "(3, 2, 1, 0)", ONE_ROW),
-        "half of the units of a gate": ("places // BLOCK_H * H + places % BLOCK_H", "places // BLOCK_H * H", ONE_ROW),
+        "half of the units of a gate": (
+            "index // BLOCK_H * H + index % BLOCK_H",
+            "index // BLOCK_H * H",
+            ONE_ROW,
+        ),
     },
     "kernels/latency_backward.py": {
         "dc of rows that have ended": ("tl.where(active, dc_prev, dc)", "dc_prev", PACKED),
@@ -226,7 +238,7 @@ FAULTS = {
     "kernels/sync.py": {
         "no acquire": ('sem="acquire"', 'sem="relaxed"', COMPILED),
     },
-    "kernels/product.py": {
+    "kernels/matmul.py": {
         "columns of the first chunk": ("k % CHUNKS * BLOCK_K + tl.arange", "tl.arange", STEP),
         "TF32 operands cut off": ("    x = operand(x, PRECISION, PIPELINED)\n", "", TF32),
     },

@@ -34,7 +34,7 @@ def same_as_triton():
     """Of every tensor another dtype, another alignment and none: the machine code is that which Triton itself takes."""
     plan = choose_kernel(torch.float32, B, H, H100, False)
     flags = {"DIRECTIONS": 1, "REVERSE": False, "CELL": True, "PROJECT": False, **layout.DENSE.flags}
-    flags |= {**layout.ALONE.flags, "SAVE": True, "PAIRS": True}
+    flags |= {**layout.NO_STACK.flags, "SAVE": True, "PAIRS": True}
     made = launch.specialized(latency_forward.latency_forward_kernel, plan, plan.forward, H, torch.float32, H, **flags)
     taken = ("input_gates", "weight_hh", "h0", "c0", "y", "c", "gates", "hn", "cn")
     given = {name: torch.empty(4 * T * B * H) for name in taken}

@@ -259,7 +259,7 @@ def test_addresses_past_2_31_elements(backward, mode, packed, reverse, addresses
     constants, options = specialization(PLANS[mode], tiles, H, torch.float32, H)
     total_rows = FAR + FAR * T if packed else T * B
     sizes = {"T": T, "B": B, "total_rows": total_rows, "step_stride": B, "row_stride": 1}
-    sizes |= {"member_begin": 0, "row_begin": 0, "step_begin": step, "step_end": step + 1}
+    sizes |= {"first_recurrence": 0, "row_begin": 0, "step_begin": step, "step_end": step + 1}
     arguments = dict.fromkeys(kernel.arg_names)  # None for what only the grid form takes
     arguments |= tensors | {"lengths": lengths, "offsets": offsets} | sizes | constants
     arguments |= {

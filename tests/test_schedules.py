@@ -124,7 +124,7 @@ def faulty(module, old, new):
     source = Path(module.__file__).read_text()
     if old not in source and old.replace("\n", "\n    ") in source:  # backward waits a level deeper
         old, new = (text.replace("\n", "\n    ") for text in (old, new))
-    for name in ("", "sync", "product", "operands"):
+    for name in ("", "sync", "matmul", "operands"):
         text = Path(module.__file__).with_name(f"{name}.py").read_text() if name else source
         if old in text:
             break
@@ -274,7 +274,7 @@ FAULTS_OF_MEMBERS = {
         "forward",
         "directions",
         WAIT,
-        WAIT.replace("step_flags", "flags + (1 - member) * T"),
+        WAIT.replace("step_flags", "flags + (1 - recurrence) * T"),
     ),
     "a wrong direction's counter, backward": (
         "backward",
@@ -322,8 +322,8 @@ def test_buffer_reused_a_step_too_early(plant):
     """h of step t goes where h of step t-1 lies, which slower programs of the group have not read yet."""
     module = plant(
         forward_module,
-        "hidden = place[None, :] * H",
-        "hidden = (tl.where(step > 1, begin_prev, begin) + places)[None, :] * H",
+        "hidden = row_offset[None, :] * H",
+        "hidden = (tl.where(step > 1, prev_step_offset, step_offset) + row_offsets)[None, :] * H",
     )
     with pytest.raises(Broken, match=r"overwrote|race"):
         run("uniform", 0, forward=module)
@@ -344,7 +344,7 @@ def test_a_failure_names_the_seed_that_repeats_it(plant):
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_debug_mode_reports_who_waits_in_vain(plant, which, monkeypatch):
     module = plant(MODULES[which], *FAULTS["a publish is missing"][:2])
-    monkeypatch.setattr(launch, "TURNS", 50)
+    monkeypatch.setattr(launch, "MAX_SPINS", 50)
     with pytest.raises(RuntimeError, match=r"program \d of batch group [01] waited in vain for step 1 of the others"):
         run("uniform", 0, memory=False, **{which: module})
 
@@ -352,11 +352,11 @@ def test_debug_mode_reports_who_waits_in_vain(plant, which, monkeypatch):
 @pytest.mark.parametrize("which,stored", [("forward", "y + hidden, h, mask="), ("backward", "dg, do, ")])
 def test_debug_mode_reports_who_polls_in_vain(plant_where_polled, which, stored, monkeypatch):
     plant_where_polled(which, f"{stored}active", f"{stored}active & (step < {T - 2})")
-    monkeypatch.setattr(launch, "TURNS", 50)
+    monkeypatch.setattr(launch, "MAX_SPINS", 50)
     with pytest.raises(RuntimeError, match=r"program \d of batch group [01] waited in vain for step 1 of the others"):
         run("uniform", 0, memory=False, plan=POLLING)
 
 
 def test_debug_mode_is_silent_where_all_is_well(monkeypatch):
-    monkeypatch.setattr(launch, "TURNS", 10_000)
+    monkeypatch.setattr(launch, "MAX_SPINS", 10_000)
     run("starve_one", 0)

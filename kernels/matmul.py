@@ -77,8 +77,8 @@ def load_columns(rows, active_rows, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def product(
-    held,  # the chunks of the weight that stay on chip
+def recurrent_matmul(
+    resident,  # the chunks of the weight that stay on chip
     weight,
     units,
     rows,
@@ -94,13 +94,13 @@ def product(
     PRECISION: tl.constexpr,
 ):
     """The weight's part of this program times the rows' columns: (units, batch rows)."""
-    HELD: tl.constexpr = len(held)
+    RESIDENT: tl.constexpr = len(resident)
     sum = tl.zeros((units.shape[0], active_rows.shape[0]), ACC)
-    for k in tl.static_range(HELD):
+    for k in tl.static_range(RESIDENT):
         tile = load_columns(rows, active_rows, first + k, K, BLOCK_K)
-        sum = dot(held[k], tile, sum, DOT, PRECISION)
-    if HELD < CHUNKS:
-        for k in tl.range(HELD, CHUNKS, num_stages=3):
+        sum = dot(resident[k], tile, sum, DOT, PRECISION)
+    if RESIDENT < CHUNKS:
+        for k in tl.range(RESIDENT, CHUNKS, num_stages=3):
             chunk = load_weight(weight, units, first + k, K, UNITS, TRANSPOSED, BLOCK_K, PRECISION, True)
             tile = load_columns(rows, active_rows, first + k, K, BLOCK_K)
             sum = dot(chunk, tile, sum, DOT, PRECISION, True)
