@@ -511,7 +511,7 @@ def arguments(kernel: CompiledKernel, sizes: Mapping[str, int]) -> tuple[dict[st
             bank[f"c[0x0][{at:#x}]"] = value >> 32 * word & emulate.WORD
             at += 4
 
-    for name, kind in re.findall(r"%(\w+): (!tt\.ptr<\w+>|i32|i64|f32)", signature):
+    for name, kind in re.findall(r"%([\w.]+): (!tt\.ptr<\w+>|i32|i64|f32)", signature):
         if "ptr" in kind:
             regions[name] = FIRST_REGION + len(regions)
             put(regions[name] << emulate.REGION_BITS, 8)

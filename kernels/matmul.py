@@ -1,4 +1,7 @@
-"""The product of a step behind a flag: its weight, of which chunks stay on chip, and the rows from other programs."""
+"""The matrix product of a step: a weight, of which chunks stay on chip, times rows that other programs have written."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -28,11 +31,53 @@ def operand(x, PRECISION: tl.constexpr, PIPELINED: tl.constexpr = False):
 
 
 @triton.jit
-def dot(weight, x, sum, DOT: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr = False):
-    """sum + weight x, with the operands in DOT and the sum in its own type. The weight, which most often stays for all
-    steps, is an operand() already."""
+def widened(x):
+    """x as tl.dot takes it: the interpreter would multiply the bit patterns of bfloat16, and float32 is exact."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def dot(weight, x, sum, PRECISION: tl.constexpr, PIPELINED: tl.constexpr = False):
+    """sum + weight x, in the sum's own type. The weight, which most often stays for all steps, is an operand()
+    already."""
     x = operand(x, PRECISION, PIPELINED)
-    return tl.dot(weight.to(DOT), x.to(DOT), sum, input_precision=PRECISION, out_dtype=sum.dtype)
+    return tl.dot(widened(weight), widened(x), sum, input_precision=PRECISION, out_dtype=sum.dtype)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The constants of a Weight."""
+
+    K: int  # columns that a product sums over, of each gate if TRANSPOSED
+    UNITS: int
+    BLOCK_K: int  # columns of a chunk
+    TRANSPOSED: bool = False  # a weight (GATES * K, UNITS) instead of (UNITS, K)
+    GATES: int = 1  # that it sums over
+
+    @property
+    def GATE_CHUNKS(self) -> int:
+        return -(-self.K // self.BLOCK_K)
+
+    @property
+    def CHUNKS(self) -> int:
+        """That it sums over."""
+        return self.GATES * self.GATE_CHUNKS
+
+
+@triton.constexpr_function
+def shape(K, UNITS, BLOCK_K, TRANSPOSED=False, GATES=1):
+    """A Shape, within a kernel."""
+    return Shape(K, UNITS, BLOCK_K, TRANSPOSED, GATES)
+
+
+class Weight(NamedTuple):
+    """A weight, and the part of it that a program multiplies."""
+
+    pointer: Any
+    units: Any  # (units,): those that the program multiplies; past the Shape's UNITS they have zeros
+    first: Any  # of the chunks of columns
 
 
 @triton.jit
@@ -43,65 +88,47 @@ def columns_of(k, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def load_weight(
-    weight,
-    units,
-    k,
-    K: tl.constexpr,
-    UNITS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PIPELINED: tl.constexpr = False,
-):
-    """Chunk k of a weight (UNITS, K), or TRANSPOSED of one (K of each gate, UNITS), for the units given, of which those
-    past the last have zeros, as an operand(): (units, BLOCK_K)."""
-    CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    columns = columns_of(k, K, BLOCK_K)[None, :]
-    mask = (units < UNITS)[:, None] & (columns < K)
-    if TRANSPOSED:
-        at = (k // CHUNKS * K + columns).to(tl.int64) * UNITS + units[:, None]
+def load_chunk(weight, k, SHAPE: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr = False):
+    """Chunk k of a Weight as an operand(): (units, BLOCK_K)."""
+    columns = columns_of(k, SHAPE.K, SHAPE.BLOCK_K)[None, :]
+    mask = (weight.units < SHAPE.UNITS)[:, None] & (columns < SHAPE.K)
+    if SHAPE.TRANSPOSED:
+        at = (k // SHAPE.GATE_CHUNKS * SHAPE.K + columns).to(tl.int64) * SHAPE.UNITS + weight.units[:, None]
     else:
-        at = units.to(tl.int64)[:, None] * K + columns
-    return operand(tl.load(weight + at, mask=mask, other=0.0), PRECISION, PIPELINED)
+        at = weight.units.to(tl.int64)[:, None] * SHAPE.K + columns
+    return operand(tl.load(weight.pointer + at, mask=mask, other=0.0), PRECISION, PIPELINED)
 
 
 @triton.jit
-def load_columns(rows, active_rows, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_chunks(weight, COUNT: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr):
+    """The first COUNT chunks of a Weight, to stay on chip for all steps."""
+    chunks = ()
+    for k in tl.static_range(COUNT):
+        chunks = chunks + (load_chunk(weight, weight.first + k, SHAPE, PRECISION),)
+    return chunks
+
+
+@triton.jit
+def load_columns(rows, mask, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """Chunk k of rows whose pointers are given, of h_{t-1} (K columns) or dgates_{t+1} (K of each gate; a chunk lies in
     one): (BLOCK_K, batch rows)."""
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     columns = columns_of(k, K, BLOCK_K)[:, None]
-    mask = (columns < K) & active_rows
-    return tl.load(rows + (k // CHUNKS * K + columns), mask=mask, other=0.0)
+    return tl.load(rows + (k // CHUNKS * K + columns), mask=(columns < K) & mask, other=0.0)
 
 
 @triton.jit
-def recurrent_matmul(
-    resident,  # the chunks of the weight that stay on chip
-    weight,
-    units,
-    rows,
-    active_rows,
-    first,  # of the chunks that are summed over
-    K: tl.constexpr,
-    UNITS: tl.constexpr,  # of the weight, as load_weight() takes them
-    TRANSPOSED: tl.constexpr,
-    ACC: tl.constexpr,
-    CHUNKS: tl.constexpr,  # that are summed over
-    BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The weight's part of this program times the rows' columns: (units, batch rows)."""
+def recurrent_matmul(weight, resident, rows, mask, SHAPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """A Weight times the columns of rows, pointers of which the masked ones count: (units, batch rows) in ACC. Its
+    first chunks are `resident`; the others are loaded."""
     RESIDENT: tl.constexpr = len(resident)
-    sum = tl.zeros((units.shape[0], active_rows.shape[0]), ACC)
+    sum = tl.zeros((weight.units.shape[0], mask.shape[0]), ACC)
     for k in tl.static_range(RESIDENT):
-        tile = load_columns(rows, active_rows, first + k, K, BLOCK_K)
-        sum = dot(resident[k], tile, sum, DOT, PRECISION)
-    if RESIDENT < CHUNKS:
-        for k in tl.range(RESIDENT, CHUNKS, num_stages=3):
-            chunk = load_weight(weight, units, first + k, K, UNITS, TRANSPOSED, BLOCK_K, PRECISION, True)
-            tile = load_columns(rows, active_rows, first + k, K, BLOCK_K)
-            sum = dot(chunk, tile, sum, DOT, PRECISION, True)
+        x = load_columns(rows, mask, weight.first + k, SHAPE.K, SHAPE.BLOCK_K)
+        sum = dot(resident[k], x, sum, PRECISION)
+    if RESIDENT < SHAPE.CHUNKS:
+        for k in tl.range(RESIDENT, SHAPE.CHUNKS, num_stages=3):
+            chunk = load_chunk(weight, weight.first + k, SHAPE, PRECISION, True)
+            x = load_columns(rows, mask, weight.first + k, SHAPE.K, SHAPE.BLOCK_K)
+            sum = dot(chunk, x, sum, PRECISION, True)
     return sum

@@ -1,7 +1,8 @@
 """Which kernel form runs a recurrence, with which tiles, and why."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -46,6 +47,10 @@ class Plan:
     layers: int = 1
     chunk: int = 0
     saved_bytes: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields: what launch.py keeps beside them is of this process."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def evidence(self) -> str:
@@ -145,7 +150,12 @@ def choose_one_step(dtype: torch.dtype, device: torch.device, ieee: bool) -> Pla
     why = why_torch(dtype, device)
     if why is not None:
         return on_torch(why)
-    precision = "ieee" if dtype != torch.float32 or device.type == "cpu" else "tf32x3" if ieee else "tf32"
+    return one_step_in("ieee" if dtype != torch.float32 or device.type == "cpu" else "tf32x3" if ieee else "tf32")
+
+
+@cache
+def one_step_in(precision: str) -> Plan:
+    """The plan of one step in a precision; one object, with which launch.py keeps what it has prepared."""
     tiles = Tiles(batch=16, units=16, chunk=64, warps=4)
     why = "one step without gradients: one launch a layer, which writes the new state alone"
     return Plan("one step", tiles, None, 0, precision, why)
@@ -187,6 +197,7 @@ def memory_of(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
+@cache
 def as_per_step(plan: Plan, reason: str) -> Plan:
     """A grid plan with one launch a step instead."""
     why = f"one launch a step, because {reason}; {plan.why}"

@@ -5,8 +5,18 @@ tensor is written; a step is complete when the counter has reached the number of
 group wait for each other, and a cooperative launch guarantees that all of them run.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Sync(NamedTuple):
+    """The tensors by which programs find out that others have written; what is None compiles away."""
+
+    flags: Any  # (R, batch groups, T) int32: the step flags; only of a grid without `poll`
+    timeout_info: Any  # (4,) int32 out: who waited in vain; only with MAX_SPINS
+    zeros: Any  # (4H,) written by every program: what rows have that wait for nobody; only with `poll`, if some may
 
 
 @triton.jit
@@ -39,6 +49,13 @@ def wait(flag, programs, step, timeout_info, MAX_SPINS: tl.constexpr):
             tl.atomic_add(flag, programs, sem="relaxed", scope="gpu")
     # No thread may read ahead of the one that performed the acquire.
     tl.debug_barrier()
+
+
+@triton.jit
+def wait_if(needed, flags, step, timeout_info, MAX_SPINS: tl.constexpr, BACK: tl.constexpr = 0):
+    """wait() for all programs of a group at a step, or so many before it, where it is needed."""
+    if needed:
+        wait(flags + step - BACK, tl.num_programs(0), step + 1 - BACK, timeout_info, MAX_SPINS)
 
 
 @triton.jit

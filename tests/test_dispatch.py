@@ -152,11 +152,11 @@ def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(kernel, tiles
         arg_names = real.arg_names
 
         def __getitem__(self, programs):
-            def run(*args, GRID, **options):
-                if GRID:
+            def run(*args, MODE, **options):
+                if MODE == "grid":
                     refused.append(programs)
                     raise RuntimeError(text)
-                real[programs](*args, GRID=GRID, **options)
+                real[programs](*args, MODE=MODE, **options)
 
             return run
 
