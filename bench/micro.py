@@ -17,8 +17,8 @@ import triton.language as tl
 
 from fused_lstm.kernels.cell import exp, sigmoid, tanh
 from fused_lstm.kernels.launch import DOT
+from fused_lstm.kernels.matmul import dot, load_columns, operand
 from fused_lstm.kernels.plan import choose_kernel, cuda_device
-from fused_lstm.kernels.product import dot, load_columns, operand
 from fused_lstm.kernels.sync import publish, wait
 from fused_lstm.kernels.tiles import H100, Device
 
@@ -26,7 +26,7 @@ from .cases import DTYPES
 from .timing import Times, alternate, graphed, on_host
 
 # Turns of a spin before it gives up: a second or so, where a wait takes a few turns.
-TURNS = 1_000_000
+MAX_SPINS = 1_000_000
 # Two slots of h serve all steps: a program writes the one of step s + 2 only after it has seen step s + 1 complete, and
 # every program wrote its part of that after reading step s.
 
@@ -34,23 +34,23 @@ TURNS = 1_000_000
 @triton.jit(do_not_specialize=["steps"])
 def counter_kernel(
     flags,  # (steps,) in/out: step flags, zero at launch
-    report,  # (4,) out: who waited in vain
+    timeout_info,  # (4,) out: who waited in vain
     steps,
-    TURNS: tl.constexpr,  # bound of a wait
+    MAX_SPINS: tl.constexpr,  # bound of a wait
 ):
     for step in range(steps):
         publish(flags + step)
-        wait(flags + step, tl.num_programs(0), step, report, TURNS)
+        wait(flags + step, tl.num_programs(0), step, timeout_info, MAX_SPINS)
 
 
 @triton.jit(do_not_specialize=["steps"])
 def poll_kernel(
     h,  # (2, B, H) in/out: 16-bit patterns of h, steps by turns; tagged 1 at launch
-    report,  # (4,) out: who waited in vain
+    timeout_info,  # (4,) out: who waited in vain
     steps,
     B: tl.constexpr,
     H: tl.constexpr,
-    TURNS: tl.constexpr,  # bound of all waits together
+    MAX_SPINS: tl.constexpr,  # bound of all waits together
     BLOCK_H: tl.constexpr,  # hidden units of a program
     WIDTH: tl.constexpr,  # H, rounded up to a power of two
 ):
@@ -65,15 +65,15 @@ def poll_kernel(
         tag = tl.cast(step // 2 % 2 * TAG, tl.int16)
         tl.store(slot + rows + units, tag)
         missing = 1
-        while (missing > 0) & (turns < TURNS):
+        while (missing > 0) & (turns < MAX_SPINS):
             # Volatile: from L2, and again at each turn. An element that carries the tag is of this step: no fence.
             seen = tl.load(slot + rows + columns, mask=columns < H, other=tag, volatile=True)
             missing = tl.max(tl.max(((seen & TAG) != tag).to(tl.int32), axis=1), axis=0)
             turns += 1
         if missing > 0:  # noqa: SIM102 (`and` would perform the exchange in any case)
-            if tl.atomic_cas(report, 0, 1) == 0:
-                tl.store(report + 1, tl.program_id(0))
-                tl.store(report + 3, step)
+            if tl.atomic_cas(timeout_info, 0, 1) == 0:
+                tl.store(timeout_info + 1, tl.program_id(0))
+                tl.store(timeout_info + 3, step)
 
 
 @triton.jit(do_not_specialize=["steps"])
@@ -81,11 +81,11 @@ def broadcast_kernel(
     h,  # (2, B, H) in/out: h, steps by turns: 1 in even steps, 2 in odd ones
     total,  # (programs,) out: sum of all that a program has read
     flags,  # (steps,) in/out: step flags, zero at launch
-    report,  # (4,) out: who waited in vain
+    timeout_info,  # (4,) out: who waited in vain
     steps,
     B: tl.constexpr,
     H: tl.constexpr,
-    TURNS: tl.constexpr,  # bound of a wait
+    MAX_SPINS: tl.constexpr,  # bound of a wait
     READ: tl.constexpr,  # read h; without, the rest of a step remains
     BLOCK_B: tl.constexpr,  # B, rounded up to a tile
     BLOCK_H: tl.constexpr,  # hidden units of a program
@@ -100,7 +100,7 @@ def broadcast_kernel(
         own = (tl.zeros((BLOCK_H, BLOCK_B), tl.float32) + 1 + step % 2).to(h.dtype.element_ty)
         tl.store(slot + rows[None, :] * H + units[:, None], own, mask=mask)
         publish(flags + step)
-        wait(flags + step, tl.num_programs(0), step, report, TURNS)
+        wait(flags + step, tl.num_programs(0), step, timeout_info, MAX_SPINS)
         if READ:
             for k in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
                 sum += load_columns(slot + rows * H, rows < B, k, H, BLOCK_K)
@@ -254,9 +254,9 @@ def timed(wrong: str, measure: Callable[[], Measured]) -> Measured:
     return measured
 
 
-def heard(report: torch.Tensor) -> None:
+def heard(timeout_info: torch.Tensor) -> None:
     """Raises Wrong if a program has waited in vain."""
-    stuck, program, _, step = report.tolist()
+    stuck, program, _, step = timeout_info.tolist()
     if stuck:
         raise Wrong(f"program {program} waited in vain at step {step}")
 
@@ -322,12 +322,14 @@ def exchange_items(lab: Lab) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def exchange(lab: Lab, name: str, params: dict[str, Any]) -> Measured:
     N, steps = params["N"], lab.steps(1000)
-    flags, report = lab.zeros(steps), lab.zeros(4)
+    flags, timeout_info = lab.zeros(steps), lab.zeros(4)
     if name == "counter":
 
         def call(steps: int) -> None:
             flags.zero_()
-            counter_kernel[(N,)](flags, report, steps, TURNS=TURNS, num_warps=4, launch_cooperative_grid=True)
+            counter_kernel[(N,)](
+                flags, timeout_info, steps, MAX_SPINS=MAX_SPINS, num_warps=4, launch_cooperative_grid=True
+            )
 
         call(steps)
         right = bool((flags == N).all())
@@ -335,19 +337,19 @@ def exchange(lab: Lab, name: str, params: dict[str, Any]) -> Measured:
         B, BLOCK_H = params["B"], params["units"]
         H = BLOCK_H * N
         h = lab.zeros(2, B, H, dtype=torch.int16)
-        sizes = {"B": B, "H": H, "TURNS": TURNS, "BLOCK_H": BLOCK_H, "WIDTH": triton.next_power_of_2(H)}
+        sizes = {"B": B, "H": H, "MAX_SPINS": MAX_SPINS, "BLOCK_H": BLOCK_H, "WIDTH": triton.next_power_of_2(H)}
 
         def call(steps: int) -> None:
             h.fill_(0x4000)
-            poll_kernel[(N,)](h, report, steps, **sizes, num_warps=8, launch_cooperative_grid=True)
+            poll_kernel[(N,)](h, timeout_info, steps, **sizes, num_warps=8, launch_cooperative_grid=True)
 
         call(2)
         right = bool((h == 0).all())
-    heard(report)
+    heard(timeout_info)
     if not right:
         raise Wrong("not every program has taken part in every step")
     times = lab.slope(call, steps)
-    heard(report)
+    heard(timeout_info)
     return times, times.median, "us a step"
 
 
@@ -359,23 +361,25 @@ def broadcast_items(lab: Lab) -> Iterator[tuple[str, dict[str, Any]]]:
 def broadcast(lab: Lab, name: str, params: dict[str, Any]) -> Measured:
     N, H, B, steps = params["N"], params["H"], params["B"], lab.steps(500)
     h, total = lab.zeros(2, B, H, dtype=torch.float16), lab.zeros(N, dtype=torch.float32)
-    flags, report = lab.zeros(steps), lab.zeros(4)
+    flags, timeout_info = lab.zeros(steps), lab.zeros(4)
     tiles = {"BLOCK_B": max(16, B), "BLOCK_H": triton.next_power_of_2(triton.cdiv(H, N)), "BLOCK_K": min(H, 128)}
 
     def call(READ: bool, steps: int) -> None:
         flags.zero_()
         options = {"num_warps": 8, "launch_cooperative_grid": True}
-        broadcast_kernel[(N,)](h, total, flags, report, steps, B=B, H=H, TURNS=TURNS, READ=READ, **tiles, **options)
+        broadcast_kernel[(N,)](
+            h, total, flags, timeout_info, steps, B=B, H=H, MAX_SPINS=MAX_SPINS, READ=READ, **tiles, **options
+        )
 
     call(True, steps)
-    heard(report)
+    heard(timeout_info)
     expected = torch.full_like(total, B * H * (steps + steps // 2))
     try:
         torch.testing.assert_close(total, expected, rtol=1e-4, atol=0)
     except AssertionError as error:
         raise Wrong(f"a program has read what is not of its step: {error}") from None
     times = lab.slope(partial(call, True), steps, less=partial(call, False))
-    heard(report)
+    heard(timeout_info)
     return times, params["bytes"] / times.median, "bytes/us"
 
 

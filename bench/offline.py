@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -39,17 +38,23 @@ from fused_lstm.kernels import (
     cell,
     dropout,
     forward,
+    gates,
     latency_backward,
     latency_forward,
     launch,
+    layout,
+    matmul,
     one_step,
     operands,
-    product,
+    polling,
+    rows,
+    saved,
     scan,
     sync,
+    team,
 )
 from fused_lstm.kernels.plan import Plan, choose_kernel, choose_one_step, projects
-from fused_lstm.kernels.tiles import A100, B200, H100, Tiles, alone
+from fused_lstm.kernels.tiles import A100, B200, H100, Tiles, without_exchange
 
 from . import model, simulate
 from .sass import disassemble, parse, time_loop, tool, width
@@ -66,7 +71,12 @@ DTYPES = {
     "tf32": (torch.float32, False),
     "fp32": (torch.float32, True),
 }
-SOURCES = (backward, cell, dropout, forward, latency_backward, latency_forward, launch, operands, product, sync)
+SOURCES = (
+    *(backward, cell, dropout, forward, gates, latency_backward, latency_forward, launch, matmul, operands),
+    *(polling, rows, saved, sync, team),
+)
+# By a kernel's argument the record that it is.
+RECORDS: dict[str, Any] = {"layout": layout.LayoutTensors, "stack": layout.Stack, "sync": sync.Sync}
 # With W_hh in shared memory, and in registers.
 KERNELS = {
     "forward": (forward.forward_kernel, latency_forward.latency_forward_kernel),
@@ -79,12 +89,14 @@ PRODUCTS = ("bf16", "tf32", "fp32")
 LAUNCHES = ((1, 1, 0), (1, 2, 0), (1, 4, 0))
 # Of projections in the kernel: H, and P.
 PROJECTIONS = tuple(pairs((1800, 2560, 4096), (136, 512, 1024)))
+# The phase of a kernel that projects, by the column `half`.
+PHASES = {"": "", "CELL": "cell", "PROJECT": "projection"}
 TENSOR_MEMORY = 512  # columns that a multiprocessor with tcgen05 has
 IN_ACCUMULATOR = {"cn", "c", "c0", "dc0", "c_reset", "dc_reset", "products", "keep"}
 INTEGER_POINTERS = {
     "flags": "*i32",
     "team_flags": "*i32",
-    "report": "*i32",
+    "timeout_info": "*i32",
     "lengths": "*i64",
     "offsets": "*i64",
     "order": "*i64",
@@ -141,16 +153,13 @@ def compile_kernel(
 ) -> CompiledKernel:
     """Compiles a kernel of KERNELS as its launcher would, for a capability such as (9, 0), without a GPU."""
     tiles = getattr(plan, name)
-    held = launch.weight_in_registers(plan, tiles)
-    kernel: Any = KERNELS[name][held]
+    in_registers = launch.weight_in_registers(plan, tiles)
+    kernel: Any = KERNELS[name][in_registers]
     stack = plan.layers > 1
-    flags = {"CELL": half != "PROJECT", "PROJECT": bool(out) and half != "CELL"}
-    flags |= {"DIRECTIONS": plan.directions, "REVERSE": reverse}
-    flags |= {"LENGTHS": packed or lengths, "PACKED": packed, "RESET": reset, "STACK": stack, "DROP": drop}
-    flags |= {"SAVE": save} if name == "forward" else {"DC_STEPS": False}
-    if held:
-        flags["PAIRS"] = launch.compares_pairs(capability)
-    made = launch.specialized(kernel, plan, tiles, H, dtype, out or H, **flags)
+    form = {"PHASE": PHASES[half], "DIRECTIONS": plan.directions, "REVERSE": reverse}
+    form["PAIRS"] = launch.compares_pairs(capability)
+    made = launch.specialized(kernel, plan, tiles, H, out or H, **form)
+    ragged = packed or lengths or reset
     taken = {
         ("c", "gates"): save or name == "backward",
         ("lengths",): packed or lengths,
@@ -164,12 +173,12 @@ def compile_kernel(
         ("products",): tiles.team > 1,
         ("weight_hr", "unprojected", "dh_steps"): bool(out),
         ("team_flags",): tiles.team > 1 and not tiles.poll,
-        ("report",): made.constants["TURNS"] > 0,
-        ("zeros",): launch.some_wait_for_nobody(plan, flags),
+        ("timeout_info",): made.constants["MAX_SPINS"] > 0,
+        ("zeros",): in_registers and (ragged or stack or plan.mode == "step"),
     }
     absent = [name for names, is_taken in taken.items() if not is_taken for name in names]
     in_accumulator = IN_ACCUMULATOR - ({"c0"} if name == "forward" else set())
-    if held:
+    if in_registers:
         in_accumulator -= {"products"}
     return compile_for(capability, kernel, dtype, made.constants, absent, made.options, in_accumulator)
 
@@ -183,25 +192,37 @@ def compile_for(
     options: dict[str, Any],
     in_accumulator: Iterable[str] = IN_ACCUMULATOR,
 ) -> CompiledKernel:
-    """Compiles any kernel, with its constexpr arguments; absent: the pointers that are None, of those it has."""
-    constants = constants | {name: None for name in absent if name in kernel.arg_names}
+    """Compiles any kernel, with its constexpr arguments; absent: the pointers that are None, of those it has and of
+    those in its records."""
+    given: dict[Any, Any] = dict(constants)
     signature, attributes = {}, {}
+
+    def pointer(name: str, path: tuple[int, ...]) -> str:
+        if name in absent:
+            given[path] = None
+            return "constexpr"
+        default = "*fp32" if name in in_accumulator else "*i64" if name == "products" else POINTERS[dtype]
+        # torch allocates at least this aligned, and the launcher tells the compiler so.
+        attributes[path] = [["tt.divisibility", 16]]
+        return INTEGER_POINTERS.get(name, default)
+
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument in (*launch.SIZES, "layer"):
             signature[argument] = "i32"
+        elif argument in RECORDS:
+            record = RECORDS[argument]
+            signature[argument] = record(*(pointer(name, (index, at)) for at, name in enumerate(record._fields)))
         else:
-            default = "*fp32" if argument in in_accumulator else "*i64" if argument == "products" else POINTERS[dtype]
-            signature[argument] = INTEGER_POINTERS.get(argument, default)
-            # torch allocates at least this aligned, and the launcher tells the compiler so.
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[argument] = pointer(argument, (index,))
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    return triton.compile(ASTSource(kernel, signature, given, attributes), target=target, options=options)
 
 
-# The flags of recompute's scan: of a packed sequence in reverse, and of rows with lengths and resets.
-SCANS = ({"REVERSE", "LENGTHS", "PACKED"}, {"LENGTHS", "RESET"})
+# Of recompute's scan: the direction, and what it takes: of a packed sequence in reverse, and of rows with lengths and
+# resets.
+SCANS = ((True, {"lengths", "offsets"}), (False, {"lengths", "starts", "c_reset"}))
 
 
 def beside(device: str, dtype: str, H: int) -> Iterator[Row]:
@@ -209,20 +230,18 @@ def beside(device: str, dtype: str, H: int) -> Iterator[Row]:
     one step of I = H."""
     (torch_dtype, ieee), capability = DTYPES[dtype], DEVICES[device].capability
     row = {"device": device, "dtype": dtype, "H": H}
-    of_flag = {"lengths": "LENGTHS", "offsets": "PACKED", "starts": "RESET", "c_reset": "RESET"}
-    for taken in SCANS:
-        absent = [pointer for pointer, flag in of_flag.items() if flag not in taken]
-        constants = {"H": H, "BLOCK": scan.BLOCK} | {flag: flag in taken for flag in {"REVERSE", *of_flag.values()}}
+    for reverse, taken in SCANS:
+        absent = {"lengths", "offsets", "starts", "order", "c_reset"} - taken
+        constants = {"H": H, "REVERSE": reverse, "BLOCK": scan.BLOCK}
         kernel = compile_for(capability, scan.scan_kernel, torch_dtype, constants, absent, {"num_warps": 1})
-        yield row | {"kernel": "scan", "flags": sorted(taken), "usage": usage(kernel)}
-    constants = {"H": H, "BLOCK": dropout.BLOCK, "LENGTHS": True, "PACKED": True}
+        yield row | {"kernel": "scan", "reverse": reverse, "takes": sorted(taken), "usage": usage(kernel)}
+    constants = {"H": H, "BLOCK": dropout.BLOCK}
     kernel = compile_for(capability, dropout.drop_kernel, torch_dtype, constants, (), {})
-    yield row | {"kernel": "dropout", "flags": ["LENGTHS", "PACKED"], "usage": usage(kernel)}
+    yield row | {"kernel": "dropout", "takes": ["lengths", "offsets"], "usage": usage(kernel)}
     plan = choose_one_step(torch_dtype, torch.device("cuda"), ieee)
-    flags = {"I": H, "BIAS": True, "ACC": tl.float32}
-    made = launch.specialized(one_step.one_step_kernel, plan, plan.forward, H, torch_dtype, H, **flags)
+    made = launch.specialized(one_step.one_step_kernel, plan, plan.forward, H, H, I=H)
     kernel = compile_for(capability, made.kernel, torch_dtype, made.constants, (), made.options, in_accumulator=())
-    yield row | {"kernel": "one step", "flags": [], "usage": usage(kernel)}
+    yield row | {"kernel": "one step", "takes": [], "usage": usage(kernel)}
 
 
 def usage(kernel: CompiledKernel) -> dict[str, int]:
@@ -370,7 +389,7 @@ def compiled(group: Row, simulate: bool = False, **flags: bool) -> Row:
             # In another order than the kernel's the operands pass through shared memory; where the parts of a row are
             # too short for it, Triton 3.6 and 3.7 then multiply what they should not.
             widths = set(re.findall(r"kWidth = (\d+)", kernel.asm["ttgir"]))
-            width = launch.operand_width(tiles.batch, dtype.itemsize)
+            width = operands.operand_width(tiles.batch, dtype.itemsize)
             assert widths == {str(width)}, f"operands of kWidth {widths}, not {width}"
         found = asdict(resources(kernel))
         row = group | {"resources": found}
@@ -587,7 +606,9 @@ def main() -> None:
         chosen = [group for H in args.H for group in groups(args.device, args.dtype, [H], batches, launches, ())]
     if args.refused:
         of_grid = [group for group in chosen if group["mode"] == "grid"]
-        chosen = [group | {"mode": "step", "tiles": asdict(alone(Tiles(**group["tiles"])))} for group in of_grid]
+        chosen = [
+            group | {"mode": "step", "tiles": asdict(without_exchange(Tiles(**group["tiles"])))} for group in of_grid
+        ]
     flags = {name: getattr(args, name) for name in ("reverse", "packed", "lengths", "reset", "drop")}
     flags["save"] = not args.inference
     failed = False

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from triton.compiler import CompiledKernel
 
-from fused_lstm.kernels.launch import SIZES, resident_at_once
+from fused_lstm.kernels.launch import SIZES, max_coresident
 from fused_lstm.kernels.plan import Plan
 from fused_lstm.kernels.tiles import H100, Device, ceil_div, programs_of
 
@@ -511,7 +511,7 @@ def arguments(kernel: CompiledKernel, sizes: Mapping[str, int]) -> tuple[dict[st
             bank[f"c[0x0][{at:#x}]"] = value >> 32 * word & emulate.WORD
             at += 4
 
-    for name, kind in re.findall(r"%(\w+): (!tt\.ptr<\w+>|i32|i64|f32)", signature):
+    for name, kind in re.findall(r"%([\w.]+): (!tt\.ptr<\w+>|i32|i64|f32)", signature):
         if "ptr" in kind:
             regions[name] = FIRST_REGION + len(regions)
             put(regions[name] << emulate.REGION_BITS, 8)
@@ -667,7 +667,7 @@ def launches_of(plan: Plan, name: str, H: int, B: int, device: Device) -> tuple[
     follow one another. Args as simulate_plan()."""
     members, stacked = max(plan.directions, plan.layers), plan.layers > 1
     blocks, groups = programs_of(getattr(plan, name), H, B)
-    at_once = resident_at_once(device.multiprocessors // blocks, members, groups, stacked)
+    at_once = max_coresident(device.multiprocessors // blocks, members, groups, stacked)
     count = ceil_div(members, at_once[0]) * ceil_div(groups, at_once[1]) if plan.mode == "grid" else 1
     return (blocks, at_once[1], at_once[0]), count
 

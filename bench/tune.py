@@ -25,7 +25,7 @@ from fused_lstm import reference
 from fused_lstm.kernels.backward import backward
 from fused_lstm.kernels.forward import forward
 from fused_lstm.kernels.layout import accumulator
-from fused_lstm.kernels.plan import Plan, by_steps, choose, choose_kernel
+from fused_lstm.kernels.plan import Plan, as_per_step, choose, choose_kernel
 from fused_lstm.kernels.tiles import Device, Tiles, programs_of
 
 from .absent import Compiler
@@ -58,7 +58,7 @@ def plan_for(lab: Lab, dtype: str, H: int, B: int) -> Plan:
     if not lab.dry:
         return plan
     plan = replace(plan, precision="ieee")
-    return by_steps(plan, "dry run") if plan.mode == "grid" else plan
+    return as_per_step(plan, "dry run") if plan.mode == "grid" else plan
 
 
 def candidates(plan: Plan, own: Tiles, dtype: str, H: int, B: int, hardware: Device) -> list[Tiles]:

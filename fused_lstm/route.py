@@ -22,10 +22,10 @@ from .kernels.plan import (
     choose_one_step,
     chunk_for,
     in_kernel,
-    keeping,
     layers_together,
     memory_of,
     on_torch,
+    with_memory_estimate,
 )
 
 # The switches of nn.LSTM's and of nn.LSTMCell's float32 products: on the way to the first torch.backends looks up a
@@ -211,7 +211,7 @@ def plan_of(form: Form) -> Plan:
     plan = choose(form.dtype, form.B, form.H, form.device, form.ieee, options.directions, groups[0], proj)
     if groups[0] > 1 and len(groups) > 1:
         plan = replace(plan, why=f"{plan.why}; the launches have {', '.join(map(str, groups))} layers")
-    return keeping(plan, form.dtype, form.H, form.P, chunk)
+    return with_memory_estimate(plan, form.dtype, form.H, form.P, chunk)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

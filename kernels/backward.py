@@ -1,5 +1,7 @@
 """The backward recurrence: the same loop backwards in time, and its launcher."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -7,266 +9,206 @@ from torch import Tensor
 
 from .cell import cell_backward
 from .dropout import drop
+from .gates import cast_gates, store_gates
 from .latency_backward import latency_backward_kernel
-from .launch import SIZES, exchanged, launch, weight_in_registers
-from .layout import ALONE, DENSE, Layout, Stack
+from .launch import SIZES, alloc_exchange_buffer, launch, weight_in_registers
+from .layout import DENSE, NO_STACK, Layout, Stack
+from .matmul import Weight, load_chunks, recurrent_matmul, shape
 from .plan import Plan
-from .product import load_weight, product
-from .sync import publish, wait
+from .rows import Sizes, locate_neighbours, rows_of_program
+from .saved import cells_before, cut, load_dh, load_saved
+from .sync import publish, wait_if
+from .team import Team, sum_behind_flag
 from .tiles import programs_of
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    dy,  # (rows, D, OUT) in; rows = T * B, or the rows of the packed sequence; of a stack (rows, H), of its last layer
-    dhn,  # (M, B, OUT) in: gradient of each row's last h
-    weight_hh,  # (M, 4H, OUT) in: a matrix for each member
-    c0,  # (M, B, H) in
-    c,  # (rows, D, H), of a stack (M, rows, H) in: saved by forward
-    gates,  # (rows, D, 4H), of a stack (M, rows, 4H) in: saved by forward
-    dc_steps,  # as c, in: gradient of c of every step, beside its part in h; only if DC_STEPS
-    dcn,  # (M, B, H) in: gradient of each row's last cell
-    c_reset,  # (M, B, H) in: the cell from which a reset row goes on; only if RESET
-    dc_reset,  # (M, B, H) in/out: its gradient, summed over the resets; only if RESET
-    lengths,  # (B,) in: steps of each batch row; only if LENGTHS
-    offsets,  # (T,) in: first row of each step; only if PACKED
-    starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
-    order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
-    weight_hr,  # (M, OUT, H) in: the projection; only if OUT < H
-    weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
-    seed,  # (1,) in: of the dropout between layers; only if DROP
-    keep,  # (1,) in: the share of units that it keeps; only if DROP
-    dgates,  # as gates, out: w.r.t. the pre-activations; also the buffer through which programs exchange it
-    dc0,  # (M, B, H) out: gradient of c0; in between, where every step is a launch, of the cell before step_end
-    products,  # (M, TEAM, B, H) between the programs of a team: each one's part of dh; only if TEAM > 1
-    team_flags,  # (M, batch groups, teams) in/out: who has written its part, zero at launch; only if TEAM > 1
-    dh_steps,  # (rows, D, OUT) out: the whole gradient of h, which the cells take; only if OUT < H
-    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID
-    report,  # (4,) out: who waited in vain; only if TURNS
+    # Inputs. rows: T * B, or the rows of the packed sequence; D: directions, 1 in a stack
+    dy,  # (rows, D, OUT), of a stack (rows, H), of its last layer
+    dhn,  # (R, B, OUT): gradient of each row's last h
+    weight_hh,  # (R, 4H, OUT): a matrix for each recurrence
+    c0,  # (R, B, H)
+    c,  # (rows, D, H), of a stack (R, rows, H): saved by forward
+    gates,  # (rows, D, 4H), of a stack (R, rows, 4H): saved by forward
+    dc_steps,  # as c: gradient of c of every step, beside its part in h; None: there is none; never of a stack
+    dcn,  # (R, B, H): gradient of each row's last cell
+    c_reset,  # (R, B, H): the cell from which a reset row goes on; only with layout.starts
+    dc_reset,  # (R, B, H), also an output: its gradient, summed over the resets; as c_reset
+    weight_hr,  # (R, OUT, H): the projection; only if OUT < H
+    layout,  # a LayoutTensors
+    stack,  # a Stack; of its weights the recurrences are layers, and without them directions
+    # Outputs
+    dgates,  # as gates: w.r.t. the pre-activations; also the buffer through which programs exchange it
+    dc0,  # (R, B, H): gradient of c0; in between, where every step is a launch, of the cell before step_end
+    dh_steps,  # (rows, D, OUT): the whole gradient of h, which the cells take; only if OUT < H
+    # Exchange
+    products,  # (R, 4, B, H) between the programs of a team: each one's part of dh; only of a team
+    team_flags,  # (R, batch groups, teams): how many have written their part, zero at launch; only of a team
+    sync,  # a Sync
+    # Sizes
     T,
     B,
     total_rows,  # of a (rows, ...) tensor
-    step_stride,  # rows of it from a step to the next, if not PACKED
+    step_stride,  # rows of it from a step to the next, if not packed
     row_stride,  # rows of it from a batch row to the next
-    member_begin,  # first member of this launch
-    row_begin,  # first batch row of this launch, a multiple of BLOCK_B
+    first_recurrence,  # of this launch
+    row_begin,  # first batch row of this launch, a multiple of the tiles' batch
     step_begin,  # steps [step_begin, step_end) in the order of this pass, from the direction's last to its first; a
     step_end,  # layer of a stack is as many steps behind as layers are above it
     H: tl.constexpr,
-    OUT: tl.constexpr,  # features of h: H, or fewer behind a projection, which GRID has not
-    GRID: tl.constexpr,  # programs hand dgates to each other; otherwise one launch a step
-    TURNS: tl.constexpr,  # bound of a wait, 0 for none
+    OUT: tl.constexpr,  # features of h: H, or fewer behind a projection, which no grid has
+    # Form
+    MODE: tl.constexpr,  # "grid": programs hand dgates to each other; "step": one launch a step
+    PHASE: tl.constexpr,  # of a step with a projection, "projection" (makes dh_steps) or "cell"; otherwise ""
     DIRECTIONS: tl.constexpr,  # D; of two the second ran from the last step to the first
     REVERSE: tl.constexpr,  # a single direction ran so, and this pass runs from the first
-    LENGTHS: tl.constexpr,  # each batch row has its own length
-    PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
-    RESET: tl.constexpr,  # rows are reset within the sequence
-    STACK: tl.constexpr,  # the members are layers, not directions
-    DROP: tl.constexpr,  # dropout between the layers
-    DC_STEPS: tl.constexpr,  # the cells of all steps have a gradient of their own; not if STACK
-    PROJECT: tl.constexpr,  # this launch makes dh_steps, if OUT < H
-    CELL: tl.constexpr,  # ... or goes through the projection and the cells
-    DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
-    BLOCK_B: tl.constexpr,  # batch rows of a program
-    BLOCK_H: tl.constexpr,  # hidden units of a program
-    BLOCK_P: tl.constexpr,  # features of dh_steps of a program, if PROJECT
-    TEAM: tl.constexpr,  # programs that share the products of all their units, a gate for each: 4; otherwise 1
-    KEPT: tl.constexpr,  # chunks of W_hh that stay on chip; the others are loaded at every step; 0: all stay
-    BLOCK_K: tl.constexpr,  # units of one gate that one product reduces over
+    TILES: tl.constexpr,  # Plan.backward
+    MAX_SPINS: tl.constexpr,  # bound of a wait, 0 for none
 ):
     ACC: tl.constexpr = dc0.dtype.element_ty
-    CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K  # of one gate
-    member = 0
+    STACK: tl.constexpr = stack.weight_ih is not None
+    TEAM: tl.constexpr = TILES.team
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_H: tl.constexpr = TILES.units
+    BLOCK_K: tl.constexpr = TILES.chunk
+    OF_ABOVE: tl.constexpr = shape(H, H, BLOCK_K, True, 4 // TEAM)
+    RESIDENT: tl.constexpr = (TILES.kept if TILES.kept > 0 else OF_ABOVE.CHUNKS) if MODE == "grid" else 0
+    recurrence = 0
     if DIRECTIONS > 1 or STACK:
-        member = (member_begin + tl.program_id(2)).to(tl.int64)
+        recurrence = (first_recurrence + tl.program_id(2)).to(tl.int64)
+    sizes = Sizes(T, B, total_rows, step_stride, row_stride)
+    rows = rows_of_program(layout, sizes, recurrence, row_begin, STACK, DIRECTIONS, REVERSE, BLOCK_B, False)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    rows = row_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    real_rows = rows < B
-    mask = (units < H)[:, None] & real_rows[None, :]
-    active_rows = real_rows
-    active = mask
-    rows = rows.to(tl.int64)
-    if LENGTHS and not PACKED:
-        rows = tl.load(order + rows, mask=real_rows, other=0)
-    states = member * B + rows  # the member's rows in a (M, B, H) tensor
-    state = states[None, :] * H + units[:, None]
-
-    # Where this member's rows lie among those of all: step t's at places, from the step's first on.
-    lanes = rows * row_stride
-    places = lanes * DIRECTIONS + member
-    backwards = member > 0 if DIRECTIONS > 1 else REVERSE
-    if STACK:
-        # The last layer takes dy, and has the products of the others with zeros for dgates.
-        depth = tl.num_programs(2) - 1 - tl.program_id(2)
-        places = member * total_rows + lanes
-    weight_hh += member * (4 * H * OUT)
-    group = member * tl.cdiv(B, BLOCK_B) + row_begin // BLOCK_B + tl.program_id(1)
-    if GRID:
-        step_flags = flags + group.to(tl.int64) * T
-        if STACK:
-            flags_above = step_flags + tl.cdiv(B, BLOCK_B) * T
+    mask = (units < H)[:, None] & rows.mask[None, :]
+    state = rows.states[None, :] * H + units[:, None]
+    group = recurrence * tl.cdiv(B, BLOCK_B) + row_begin // BLOCK_B + tl.program_id(1)
+    if MODE == "grid":
+        step_flags = sync.flags + group.to(tl.int64) * T
 
     # The chunks of W_hh^T that this program multiplies: those of all gates for its own units, or of one gate for the
     # units of its whole team. So many of them stay on chip for all steps.
-    team = tl.program_id(0) // TEAM
-    chunk_begin = tl.program_id(0) % TEAM * CHUNKS
-    team_units = team * TEAM * BLOCK_H + tl.arange(0, TEAM * BLOCK_H)
-    team_mask = (team_units < H)[:, None] & real_rows[None, :]
-    OWN: tl.constexpr = 4 // TEAM * CHUNKS
-    HELD: tl.constexpr = (KEPT if KEPT > 0 else OWN) if GRID else 0
-    weights = ()
-    for k in tl.static_range(HELD):
-        chunk = load_weight(weight_hh, team_units, chunk_begin + k, H, H, True, BLOCK_K, PRECISION)
-        weights = weights + (chunk,)
-    if PROJECT:
+    of_team = tl.program_id(0) // TEAM
+    gate_of_team = tl.program_id(0) % TEAM
+    team_units = of_team * TEAM * BLOCK_H + tl.arange(0, TEAM * BLOCK_H)
+    first = gate_of_team * OF_ABOVE.GATE_CHUNKS
+    weight = weight_hh + recurrence * (4 * H * OUT)
+    if PHASE == "projection":
+        BLOCK_P: tl.constexpr = TILES.features
         features = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    elif OUT < H:
-        PROJ_CHUNKS: tl.constexpr = (OUT + BLOCK_K - 1) // BLOCK_K
-        weight_hr += member * (OUT * H)
+        OF_OWN: tl.constexpr = shape(H, OUT, BLOCK_K, True, 4)
+        own = Weight(weight, features, 0)
+    elif PHASE == "cell":
+        OF_OWN: tl.constexpr = shape(OUT, H, BLOCK_K, True)
+        own = Weight(weight_hr + recurrence * (OUT * H), units, 0)
+    else:
+        OF_OWN: tl.constexpr = OF_ABOVE
+        own = Weight(weight, team_units, first)
+    own_chunks = load_chunks(own, RESIDENT, OF_OWN, PRECISION)
+    last_layer = True
     if STACK:
-        weight_ih += tl.minimum(member, tl.num_programs(2) - 2) * (4 * H * H)
-        weights_above = ()
-        for k in tl.static_range(HELD):
-            chunk = load_weight(weight_ih, team_units, chunk_begin + k, H, H, True, BLOCK_K, PRECISION)
-            weights_above = weights_above + (chunk,)
+        # The last layer takes dy, and has the products of the others with zeros for dgates. The layer above is ahead:
+        # its part of a sum is made while the own dgates are on the way.
+        depth = tl.num_programs(2) - 1 - tl.program_id(2)
+        last_layer = depth == 0
+        dy -= recurrence * total_rows * H
+        weight = stack.weight_ih + tl.minimum(recurrence, tl.num_programs(2) - 2) * (4 * H * H)
+        above = Weight(weight, team_units, first)
+        above_chunks = load_chunks(above, RESIDENT, OF_ABOVE, PRECISION)
+        if MODE == "grid":
+            flags_above = step_flags + tl.cdiv(B, BLOCK_B) * T
         step_begin = tl.maximum(step_begin - depth, 0)
         step_end = tl.minimum(step_end - depth, T)
-
-    if LENGTHS:
-        length = tl.load(lengths + rows, mask=real_rows, other=0)
-        last = tl.max(length) - 1
-        step_end = tl.minimum(step_end, last + 1)
-    else:
-        last = T - 1
+    team_states = rows.batch[None, :] * H + team_units[:, None]
+    if TEAM > 1:
+        team_mask = (team_units < H)[:, None] & rows.mask[None, :]
+        team_flag = team_flags + group * (tl.num_programs(0) // TEAM) + of_team
+        part = B.to(tl.int64) * H
+        of_rows, in_team = rows.batch[None, :] * H, team_units[:, None]
+        own_gate = recurrence * TEAM
+        team = Team(products, part, own_gate, gate_of_team, of_rows, in_team, team_mask, units[:, None], mask)
+    if layout.lengths is not None:
+        step_end = tl.minimum(step_end, rows.last + 1)
     dc = tl.load(dcn + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
-    if not GRID:
+    if MODE != "grid":
         dc += tl.load(dc0 + state, mask=mask & (step_begin > 0), other=0.0)
-    if RESET:
+    if layout.starts is not None:
         dc_reset_tile = tl.load(dc_reset + state, mask=mask, other=0.0)
 
     for step in range(step_begin, step_end):
-        # t_next comes after t in the direction's own order and was done in the previous turn; t_prev comes next here.
-        t = tl.where(backwards, step, last - step)
-        t_next = tl.where(backwards, t - 1, t + 1)
-        t_prev = tl.where(backwards, t + 1, t - 1)
-        has_next = real_rows & (step > 0)
-        has_prev = real_rows & (step < last)
-        if LENGTHS:
-            active_rows = real_rows & (t < length)
-            active = mask & active_rows[None, :]
-            has_next = has_next & (t_next < length)
-            has_prev = has_prev & (t_prev < length)
-        if PACKED:
-            begin = tl.load(offsets + t)
-            begin_next = tl.load(offsets + t_next, mask=step > 0, other=0)
-            begin_prev = tl.load(offsets + t_prev, mask=step < last, other=0)
+        # In the direction's own order `after` comes next, and was done in the turn before this one.
+        at, after, before = locate_neighbours(step, layout, rows)
+        next_rows, next_mask = dgates + after.rows * (4 * H), at.mask & after.mask & ~after.start
+        c_rows = cells_before(c, c0, c_reset, at, before, layout, rows, H)
+        if PHASE == "projection":
+            project_gradient(own, next_rows, next_mask, dy, dhn, dh_steps, at, after, rows, OF_OWN, ACC, PRECISION)
         else:
-            begin = t.to(tl.int64) * step_stride
-            begin_next = t_next.to(tl.int64) * step_stride
-            begin_prev = t_prev.to(tl.int64) * step_stride
-        place = begin * DIRECTIONS + places
-        c_rows = tl.where(has_prev, c + (begin_prev * DIRECTIONS + places) * H, c0 + states * H)
-        linked_next = active_rows & has_next
-        if RESET:
-            start_rows = starts + lanes if STACK else starts + member * total_rows + lanes
-            start = tl.load(start_rows + begin, mask=active_rows, other=0) != 0
-            c_rows = tl.where(start, c_reset + states * H, c_rows)
-            linked_next = linked_next & (tl.load(start_rows + begin_next, mask=has_next, other=0) == 0)
-
-        dgates_rows = dgates + (begin_next * DIRECTIONS + places) * (4 * H)
-        if PROJECT:
-            feature = place[None, :] * OUT + features[:, None]
-            features_of = (features < OUT)[:, None] & active_rows[None, :]
-            dh = tl.load(dy + feature, mask=features_of, other=0.0).to(ACC)
-            at_end = tl.load(
-                dhn + states[None, :] * OUT + features[:, None], mask=features_of & (~has_next)[None, :], other=0.0
-            )
-            taken = weights, weight_hh, features, dgates_rows, linked_next, 0
-            dh += product(*taken, H, OUT, True, ACC, OWN, BLOCK_K, DOT, PRECISION)
-            dh += at_end.to(ACC)
-            tl.store(dh_steps + feature, dh.to(dh_steps.dtype.element_ty), mask=features_of)
-
-        if CELL:
-            # All that does not wait for dgates of t_next is loaded before the flag is awaited.
-            gate = place[None, :] * (4 * H) + units[:, None]
-            hidden = place[None, :] * H + units[:, None]
-            i = tl.load(gates + gate, mask=active, other=0.0)
-            f = tl.load(gates + gate + H, mask=active, other=0.0)
-            g = tl.load(gates + gate + 2 * H, mask=active, other=0.0)
-            o = tl.load(gates + gate + 3 * H, mask=active, other=0.0)
-            c_t = tl.load(c + hidden, mask=active, other=0.0)
-            c_prev = tl.load(c_rows[None, :] + units[:, None], mask=active, other=0.0)
-            if STACK:
-                dy_t = tl.load(dy + hidden - member * total_rows * H, mask=active & (depth == 0), other=0.0)
-            elif OUT == H:
-                dy_t = tl.load(dy + hidden, mask=active, other=0.0)
-            if OUT == H:
-                dhn_t = tl.load(dhn + state, mask=active & (~has_next)[None, :], other=0.0)
-            if DC_STEPS:
-                dc += tl.load(dc_steps + hidden, mask=active, other=0.0).to(ACC)
-
-            if OUT < H:
-                taken = (), weight_hr, units, dh_steps + place * OUT, active_rows, 0
-                dh = product(*taken, OUT, H, True, ACC, PROJ_CHUNKS, BLOCK_K, DOT, PRECISION)
+            # All that does not wait for dgates of the step after is loaded before its flag is awaited.
+            active = mask if layout.lengths is None else mask & at.mask[None, :]
+            gate = at.rows[None, :] * (4 * H) + units[:, None]
+            hidden = at.rows[None, :] * H + units[:, None]
+            saved, c_t, c_prev = load_saved(gates + gate, c + hidden, c_rows[None, :] + units[:, None], active, H)
+            if PHASE == "cell":
+                next_rows, next_mask = dh_steps + at.rows * OUT, at.mask
             else:
-                if STACK:
-                    # The layer above is ahead: its part of the sum is made while the own dgates are on the way.
-                    if GRID:
-                        if depth > 0:
-                            wait(flags_above + step, tl.num_programs(0), step + 1, report, TURNS)
-                    above = dgates + (place + total_rows) * (4 * H)
-                    fed = active_rows & (depth > 0)
-                    taken = weights_above, weight_ih, team_units, above, fed, chunk_begin
-                    dh_above = product(*taken, H, H, True, ACC, OWN, BLOCK_K, DOT, PRECISION)
-                    if DROP:
-                        dh_above = drop(dh_above, seed, keep, member, t, rows[None, :] * H + team_units[:, None])
-                if GRID:
-                    if step > 0:
-                        wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
-                taken = weights, weight_hh, team_units, dgates_rows, linked_next, chunk_begin
-                dh = product(*taken, H, H, True, ACC, OWN, BLOCK_K, DOT, PRECISION)
-                if STACK:
-                    dh += dh_above
+                dy_t, dhn_t = load_dh(dy + hidden, active & last_layer, dhn + state, active & (~after.mask)[None, :])
+            if dc_steps is not None:
+                dc += tl.load(dc_steps + hidden, mask=active, other=0.0).to(ACC)
+            if STACK:  # (5')
+                if MODE == "grid":
+                    wait_if(depth > 0, flags_above, step, sync.timeout_info, MAX_SPINS)
+                rows_above, fed = dgates + (at.rows + total_rows) * (4 * H), at.mask & (depth > 0)
+                dh_above = recurrent_matmul(above, above_chunks, rows_above, fed, OF_ABOVE, ACC, PRECISION)
+                if stack.seed is not None:
+                    dh_above = drop(dh_above, stack.seed, stack.keep, recurrence, at.t, team_states)
+            if MODE == "grid":
+                wait_if(step > 0, step_flags, step, sync.timeout_info, MAX_SPINS, 1)
+            dh = recurrent_matmul(own, own_chunks, next_rows, next_mask, OF_OWN, ACC, PRECISION)
+            if STACK:
+                dh += dh_above
             if TEAM > 1:
-                # Everyone in the team writes its gate's part for all units, and sums the four parts of its own units.
-                # The next step overwrites them: by then the team has counted this one's dgates in, so has read them.
-                part, own = B.to(tl.int64) * H, rows[None, :] * H
-                tl.store(
-                    products + (member * TEAM + chunk_begin // CHUNKS) * part + own + team_units[:, None],
-                    dh,
-                    mask=team_mask,
-                )
-                team_flag = team_flags + group * (tl.num_programs(0) // TEAM) + team
-                publish(team_flag)
-                wait(team_flag, TEAM * (step + 1), step + 1, report, TURNS)
-                dh = tl.zeros((BLOCK_H, BLOCK_B), ACC)
-                for gate_of_team in tl.static_range(TEAM):
-                    of_gate = products + (member * TEAM + gate_of_team) * part
-                    dh += tl.load(of_gate + own + units[:, None], mask=mask, other=0.0)
-            if OUT == H:
-                dh += dy_t.to(ACC) + dhn_t.to(ACC)  # (5)
-
-            di, df, dg, do, dc_prev = cell_backward(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c_t, dh, dc)
-            if RESET:
-                dc_reset_tile += tl.where(start[None, :], dc_prev, 0.0)
-                dc_prev = tl.where(start[None, :], 0.0, dc_prev)
+                dh = sum_behind_flag(team, dh, team_flag, step, sync.timeout_info, TEAM, MAX_SPINS)
+            dh = dh if PHASE == "cell" else dh + (dy_t.to(ACC) + dhn_t.to(ACC))  # (5)
+            dgates_t, dc_prev = cell_backward(cast_gates(saved, ACC), c_prev, c_t, dh, dc)
+            if layout.starts is not None:
+                dc_prev, dc_reset_tile = cut(at.start[None, :], dc_prev, dc_reset_tile)
             dc = tl.where(active, dc_prev, dc)
-            di = di.to(dgates.dtype.element_ty)
-            df = df.to(dgates.dtype.element_ty)
-            dg = dg.to(dgates.dtype.element_ty)
-            do = do.to(dgates.dtype.element_ty)
-            tl.store(dgates + gate, di, mask=active)
-            tl.store(dgates + gate + H, df, mask=active)
-            tl.store(dgates + gate + 2 * H, dg, mask=active)
-            tl.store(dgates + gate + 3 * H, do, mask=active)
-            if GRID:
+            store_gates(dgates + gate, dgates_t, active, H)
+            if MODE == "grid":
                 publish(step_flags + step)
 
-    if CELL:
+    if PHASE != "projection":
         tl.store(dc0 + state, dc, mask=mask)
-        if RESET:
+        if layout.starts is not None:
             tl.store(dc_reset + state, dc_reset_tile, mask=mask)
+
+
+@triton.jit
+def project_gradient(
+    weight,
+    next_rows,
+    next_mask,
+    dy,
+    dhn,
+    dh_steps,
+    at,
+    after,
+    rows,
+    SHAPE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(5p) of a step, dy' for the features that the program has of the weight."""
+    OUT: tl.constexpr = SHAPE.UNITS
+    feature = at.rows[None, :] * OUT + weight.units[:, None]
+    mask = (weight.units < OUT)[:, None] & at.mask[None, :]
+    dh = tl.load(dy + feature, mask=mask, other=0.0).to(ACC)
+    at_end = dhn + rows.states[None, :] * OUT + weight.units[:, None]
+    at_end = tl.load(at_end, mask=mask & (~after.mask)[None, :], other=0.0)
+    dh += recurrent_matmul(weight, (), next_rows, next_mask, SHAPE, ACC, PRECISION)
+    dh += at_end.to(ACC)
+    tl.store(dh_steps + feature, dh.to(dh_steps.dtype.element_ty), mask=mask)
 
 
 def backward(
@@ -282,7 +224,7 @@ def backward(
     reverse: bool = False,
     layout: Layout = DENSE,
     c_reset: Tensor | None = None,
-    stack: Stack = ALONE,
+    stack: Stack = NO_STACK,
     weight_hr: Tensor | None = None,
     dc_steps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -292,7 +234,7 @@ def backward(
         dy: as forward()'s y, contiguous; of a stack that of its last layer.
         dhn, dcn: as h0 and c0, gradients of each row's last h and c.
         weight_hh: as given to forward().
-        c0: (M, B, H) in the accumulator's dtype.
+        c0: (R, B, H) in the accumulator's dtype.
         c, gates: as saved by forward().
         plan, reverse, layout, c_reset, stack, weight_hr: as given to forward().
         dc_steps: as c, the gradient of the cells of all steps; None: they have none. Not of a stack.
@@ -304,37 +246,26 @@ def backward(
         dh_steps: as dy, the gradient of h with what comes from the steps after; None without a projection.
     """
     B, H = c0.shape[-2:]
-    dgates = exchanged(gates, gates.shape, plan.backward, layout)
+    tiles, lead = plan.backward, c0.shape[:-2]
+    dgates = alloc_exchange_buffer(gates, gates.shape, tiles, layout)
     dc0 = c0.new_empty(c0.shape)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
-    team, poll = plan.backward.team, plan.backward.poll
+    dh_steps = None if weight_hr is None else alloc_exchange_buffer(dy, dy.shape, tiles, layout)
     products = team_flags = None
-    if team > 1 and poll:
-        products = c0.new_zeros((*c0.shape[:-2], team, 2, B, H), dtype=torch.int64)
-    elif team > 1:
-        products = c0.new_empty((*c0.shape[:-2], team, B, H))
-        programs, groups = programs_of(plan.backward, H, B)
-        team_flags = c0.new_zeros((*c0.shape[:-2], groups, programs // team), dtype=torch.int32)
-    dh_steps = None if weight_hr is None else exchanged(dy, dy.shape, plan.backward, layout)
+    if tiles.team > 1 and tiles.poll:
+        products = c0.new_zeros((*lead, tiles.team, 2, B, H), dtype=torch.int64)
+    elif tiles.team > 1:
+        products = c0.new_empty((*lead, tiles.team, B, H))
+        programs, groups = programs_of(tiles, H, B)
+        team_flags = c0.new_zeros((*lead, groups, programs // tiles.team), dtype=torch.int32)
     if B > 0:
-        weight_ih, _, *dropout = stack
-        given = dy, dhn, weight_hh, c0, c, gates, dc_steps, dcn, c_reset, dc_reset, *layout.tensors
-        if weight_in_registers(plan, plan.backward):
-            kernel, tensors = latency_backward_kernel, (*given, weight_ih, *dropout, dgates, dc0, products)
+        inputs = dy, dhn, weight_hh, c0, c, gates, dc_steps, dcn, c_reset, dc_reset
+        kernel: Any = latency_backward_kernel
+        if weight_in_registers(plan, tiles):
+            args = *inputs, layout.tensors, stack, dgates, dc0, products
         else:
-            of_team = products, team_flags
-            kernel, tensors = backward_kernel, (*given, weight_hr, weight_ih, *dropout, dgates, dc0, *of_team, dh_steps)
-        launch(
-            kernel,
-            tensors,
-            plan,
-            plan.backward,
-            layout,
-            c0,
-            dhn.shape[-1],
-            ("PROJECT", "CELL"),
-            reverse,
-            **stack.flags,
-            DC_STEPS=dc_steps is not None,
-        )
+            outputs = dgates, dc0, dh_steps, products, team_flags
+            kernel, args = backward_kernel, (*inputs, weight_hr, layout.tensors, stack, *outputs)
+        out, stacked = dhn.shape[-1], stack.weight_ih is not None
+        launch(kernel, args, plan, tiles, layout, c0, out, ("projection", "cell"), reverse, stacked)
     return dgates, dc0, dc_reset, dh_steps

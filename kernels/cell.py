@@ -1,10 +1,12 @@
-"""The LSTM cell on registers, forward and backward: the only place in the kernels where its equations stand.
+"""The LSTM cell on registers, forward and backward: its equations stand here and nowhere else in the kernels.
 
-The numbers in the comments are those of kernels/README.md. Tiles are (units, batch rows).
+The numbers in the comments are those of kernels/README.md. All tiles of a call have one shape.
 """
 
 import triton
 import triton.language as tl
+
+from .gates import Gates
 
 
 @triton.jit
@@ -37,39 +39,25 @@ def sigmoid(x):
 
 
 @triton.jit
-def cell_forward(pre_i, pre_f, pre_g, pre_o, c_prev):
+def cell_forward(pre, c_prev):
     """Pre-activations and c_{t-1} to the activated gates, c_t and h_t."""
-    i = sigmoid(pre_i)  # (2)
-    f = sigmoid(pre_f)
-    g = tanh(pre_g)
-    o = sigmoid(pre_o)
+    i = sigmoid(pre.i)  # (2)
+    f = sigmoid(pre.f)
+    g = tanh(pre.g)
+    o = sigmoid(pre.o)
     c = f * c_prev + i * g  # (3)
     h = o * tanh(c)  # (4)
-    return i, f, g, o, c, h
+    return Gates(i, f, g, o), c, h
 
 
 @triton.jit
-def cell_backward(i, f, g, o, c_prev, c, dh, dc):
+def cell_backward(gates, c_prev, c, dh, dc):
     """Saved gates and cells, dL/dh_t and the dL/dc_t that came from t+1, to dgates_t and the dL/dc_{t-1} it leaves."""
+    i, f, g, o = gates
     tanh_c = tanh(c)
     dc = dc + dh * o * (1.0 - tanh_c * tanh_c)  # (6)
     di = dc * g * i * (1.0 - i)  # (7)
     df = dc * c_prev * f * (1.0 - f)
     dg = dc * i * (1.0 - g * g)
     do = dh * tanh_c * o * (1.0 - o)
-    return di, df, dg, do, dc * f  # (8)
-
-
-@triton.jit
-def split_gates(x, UNITS: tl.constexpr, ROWS: tl.constexpr):
-    """(4 * UNITS, ROWS) with the four gates of a unit side by side, to four tiles (UNITS, ROWS): i, f, g, o."""
-    return four(tl.permute(tl.reshape(x, (UNITS, 2, 2, ROWS)), (0, 3, 1, 2)))
-
-
-@triton.jit
-def four(x):
-    """The gates of x, whose last two dimensions are 2 and 2: i, f, g, o."""
-    ig, fo = tl.split(x)
-    i, g = tl.split(ig)
-    f, o = tl.split(fo)
-    return i, f, g, o
+    return Gates(di, df, dg, do), dc * f  # (8)

@@ -25,8 +25,8 @@ def drop(x, seed, keep, layer, t, places):
 @triton.jit(do_not_specialize=["B", "step_stride", "row_stride", "layer"])
 def drop_kernel(
     x,  # (rows, H) in: y of a layer
-    lengths,  # (B,) in: steps of each batch row; only if LENGTHS
-    offsets,  # (T,) in: first row of each step; only if PACKED
+    lengths,  # (B,) in: steps of each batch row; None: all
+    offsets,  # (T,) in: first row of each step; None: not packed
     seed,  # (1,) in
     keep,  # (1,) in: the share of units that is kept
     dropped,  # (rows, H) out: what the layer above takes
@@ -35,18 +35,19 @@ def drop_kernel(
     row_stride,  # rows from a batch row to the next
     layer,
     H: tl.constexpr,
-    LENGTHS: tl.constexpr,  # each batch row has its own length
-    PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
     BLOCK: tl.constexpr,  # places in (B, H) of a program, which has one step
 ):
     t = tl.program_id(0)
     places = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rows = places // H
     mask = rows < B
-    if LENGTHS:
+    if lengths is not None:
         mask = mask & (t < tl.load(lengths + rows, mask=mask, other=0))
-    begin = tl.load(offsets + t) if PACKED else t.to(tl.int64) * step_stride
-    at = (begin + rows * row_stride) * H + places % H
+    if offsets is not None:
+        step_offset = tl.load(offsets + t)
+    else:
+        step_offset = t.to(tl.int64) * step_stride
+    at = (step_offset + rows * row_stride) * H + places % H
     tile = tl.load(x + at, mask=mask, other=0.0)
     tl.store(dropped + at, drop(tile, seed, keep, layer, t, places), mask=mask)
 
@@ -65,8 +66,7 @@ def dropout(x: Tensor, seed: Tensor, keep: Tensor, layer: int, B: int, layout: L
     T = layout.steps(x.shape)
     dropped = x.new_zeros(x.shape) if layout.padded else x.new_empty(x.shape)
     if B > 0:
-        flags = {name: layout.flags[name] for name in ("LENGTHS", "PACKED")}
         with on_device(x.device):
-            given = x, layout.lengths, layout.offsets, seed, keep, dropped, B, *layout.strides(T, B), layer
-            drop_kernel[(T, ceil_div(B * H, BLOCK))](*given, H, **flags, BLOCK=BLOCK, **OPTIONS)
+            args = x, layout.lengths, layout.offsets, seed, keep, dropped, B, *layout.strides(T, B), layer
+            drop_kernel[(T, ceil_div(B * H, BLOCK))](*args, H, BLOCK=BLOCK, **OPTIONS)
     return dropped

@@ -1,262 +1,185 @@
 """The forward recurrence: one kernel for the whole sequence, and its launcher.
 
-A launch has one or more members, each a recurrence of its own: the directions of a layer, or the layers of a stack, of
-which each takes what the one below has left a step ago.
+A launch has one or more recurrences: the directions of a layer, or the layers of a stack, each of which takes what the
+layer below has left a step ago.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cell import cell_forward, split_gates
+from .cell import cell_forward
 from .dropout import drop
+from .gates import add_gates, cast_gates, load_gates, split_gates, store_gates
 from .latency_forward import latency_forward_kernel
-from .launch import SIZES, exchanged, launch, weight_in_registers
-from .layout import ALONE, DENSE, Layout, Stack, accumulator
+from .launch import SIZES, alloc_exchange_buffer, launch, weight_in_registers
+from .layout import DENSE, NO_STACK, Layout, Stack, accumulator
+from .matmul import Weight, load_chunks, recurrent_matmul, shape
 from .plan import Plan
-from .product import load_weight, product
-from .sync import publish, wait
+from .rows import Sizes, last_h, locate, rows_of_program, time_before, time_of, with_starts
+from .sync import publish, wait_if
 
 
 @triton.jit
 def gate_rows(H: tl.constexpr, BLOCK_H: tl.constexpr):
     """The rows of a weight (4H, ...) for this program's units, a unit's four gates side by side; 4H past the last unit:
     (4 * BLOCK_H,)."""
-    place = tl.arange(0, 4 * BLOCK_H)
-    units = tl.program_id(0) * BLOCK_H + place // 4
-    return tl.where(units < H, place % 4 * H + units, 4 * H)
+    index = tl.arange(0, 4 * BLOCK_H)
+    units = tl.program_id(0) * BLOCK_H + index // 4
+    return tl.where(units < H, index % 4 * H + units, 4 * H)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    input_gates,  # (rows, D, 4H) in: x W_ih^T + b; rows = T * B, or the rows of the packed sequence; D = 1 in a stack
-    weight_hh,  # (M, 4H, OUT) in: a matrix for each member
-    h0,  # (M, B, OUT) in
-    c0,  # (M, B, H) in
-    c_reset,  # (M, B, H) in: the cell from which a reset row goes on, its h being 0; only if RESET
-    lengths,  # (B,) in: steps of each batch row; only if LENGTHS
-    offsets,  # (T,) in: first row of each step; only if PACKED
-    starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
-    order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
-    weight_hr,  # (M, OUT, H) in: the projection; only if OUT < H
-    weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
-    bias,  # (M - 1, 4H) in: of the same; only if STACK
-    seed,  # (1,) in: of the dropout between layers; only if DROP
-    keep,  # (1,) in: the share of units that it keeps; only if DROP
-    y,  # (rows, D, OUT), of a stack (M, rows, H) out: h of every step; also the buffer by which programs exchange it
-    dropped,  # (M - 1, rows, H) out: y with dropout, for the layer above; only if DROP
-    c,  # (rows, D, H), of a stack (M, rows, H) out: c of every step; only if SAVE
-    gates,  # (rows, D, 4H), of a stack (M, rows, 4H) out: activated gates; only if SAVE
-    hn,  # (M, B, OUT) out: each row's last h
-    cn,  # (M, B, H) out: each row's last cell; in between, where every step is a launch, the one after step_end
-    unprojected,  # (M, B, H) between the halves of a step: its o tanh c; only if OUT < H
-    flags,  # (M, batch groups, T) in/out: step flags, zero at launch; only if GRID
-    report,  # (4,) out: who waited in vain; only if TURNS
+    # Inputs. rows: T * B, or the rows of the packed sequence; D: directions, 1 in a stack
+    input_gates,  # (rows, D, 4H): x W_ih^T + b
+    weight_hh,  # (R, 4H, OUT): a matrix for each recurrence
+    h0,  # (R, B, OUT)
+    c0,  # (R, B, H)
+    c_reset,  # (R, B, H): the cell from which a reset row goes on, its h being 0; only with layout.starts
+    weight_hr,  # (R, OUT, H): the projection; only if OUT < H
+    layout,  # a LayoutTensors
+    stack,  # a Stack; of its weights the recurrences are layers, and without them directions
+    # Outputs
+    y,  # (rows, D, OUT), of a stack (R, rows, H): h of every step; also the buffer by which programs exchange it
+    dropped,  # (R - 1, rows, H): y with dropout, for the layer above; only with stack.seed
+    c,  # (rows, D, H), of a stack (R, rows, H): c of every step; None: nothing is kept for backward
+    gates,  # (rows, D, 4H), of a stack (R, rows, 4H): activated gates; as c
+    hn,  # (R, B, OUT): each row's last h
+    cn,  # (R, B, H): each row's last cell; in between, where every step is a launch, the one after step_end
+    unprojected,  # (R, B, H) between the launches of a step: its o tanh c; only if OUT < H
+    sync,  # a Sync
+    # Sizes
     T,
     B,
     total_rows,  # of a (rows, ...) tensor
-    step_stride,  # rows of it from a step to the next, if not PACKED
+    step_stride,  # rows of it from a step to the next, if not packed
     row_stride,  # rows of it from a batch row to the next
-    member_begin,  # first member of this launch
-    row_begin,  # first batch row of this launch, a multiple of BLOCK_B
-    step_begin,  # steps [step_begin, step_end) in the direction's own order; layer m of a stack is m steps behind
+    first_recurrence,  # of this launch
+    row_begin,  # first batch row of this launch, a multiple of the tiles' batch
+    step_begin,  # steps [step_begin, step_end) in the direction's own order; layer r of a stack is r steps behind
     step_end,
     H: tl.constexpr,
-    OUT: tl.constexpr,  # features of h: H, or fewer behind a projection, which GRID has not
-    GRID: tl.constexpr,  # programs hand h to each other; otherwise one launch a step
-    TURNS: tl.constexpr,  # bound of a wait, 0 for none
+    OUT: tl.constexpr,  # features of h: H, or fewer behind a projection, which no grid has
+    # Form
+    MODE: tl.constexpr,  # "grid": programs hand h to each other; "step": one launch a step
+    PHASE: tl.constexpr,  # of a step with a projection, "cell" or "projection"; otherwise ""
     DIRECTIONS: tl.constexpr,  # D; of two the second runs from the last step to the first
     REVERSE: tl.constexpr,  # a single direction runs so
-    LENGTHS: tl.constexpr,  # each batch row has its own length
-    PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
-    RESET: tl.constexpr,  # rows are reset within the sequence
-    STACK: tl.constexpr,  # the members are layers, not directions
-    DROP: tl.constexpr,  # dropout between the layers
-    SAVE: tl.constexpr,  # keep c and gates for backward
-    CELL: tl.constexpr,  # this launch has the cells
-    PROJECT: tl.constexpr,  # ... or the projection of what they gave, if OUT < H
-    DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
-    BLOCK_B: tl.constexpr,  # batch rows of a program
-    BLOCK_H: tl.constexpr,  # hidden units of a program
-    BLOCK_P: tl.constexpr,  # features that a program projects to, if PROJECT
-    KEPT: tl.constexpr,  # chunks of W_hh that stay on chip; the others are loaded at every step; 0: all stay
-    BLOCK_K: tl.constexpr,  # units of h that one product reduces over
+    TILES: tl.constexpr,  # Plan.forward
+    MAX_SPINS: tl.constexpr,  # bound of a wait, 0 for none
 ):
     ACC: tl.constexpr = cn.dtype.element_ty
-    CHUNKS: tl.constexpr = (OUT + BLOCK_K - 1) // BLOCK_K
-    member = 0
+    STACK: tl.constexpr = stack.weight_ih is not None
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_H: tl.constexpr = TILES.units
+    BLOCK_K: tl.constexpr = TILES.chunk
+    OF_OWN: tl.constexpr = shape(OUT, 4 * H, BLOCK_K)
+    OF_BELOW: tl.constexpr = shape(H, 4 * H, BLOCK_K)
+    RESIDENT: tl.constexpr = (TILES.kept if TILES.kept > 0 else OF_OWN.CHUNKS) if MODE == "grid" else 0
+    recurrence = 0
     if DIRECTIONS > 1 or STACK:
-        member = (member_begin + tl.program_id(2)).to(tl.int64)
+        recurrence = (first_recurrence + tl.program_id(2)).to(tl.int64)
+    sizes = Sizes(T, B, total_rows, step_stride, row_stride)
+    rows = rows_of_program(layout, sizes, recurrence, row_begin, STACK, DIRECTIONS, REVERSE, BLOCK_B, False)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    rows = row_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    batch_group = row_begin // BLOCK_B + tl.program_id(1)
-    real_rows = rows < B
-    mask = (units < H)[:, None] & real_rows[None, :]
-    active_rows = real_rows
-    active = mask
-    rows = rows.to(tl.int64)
-    if LENGTHS and not PACKED:
-        rows = tl.load(order + rows, mask=real_rows, other=0)
-    states = member * B + rows  # the member's rows in a (M, B, H) tensor
-    state = states[None, :] * H + units[:, None]
+    mask = (units < H)[:, None] & rows.mask[None, :]
+    state = rows.states[None, :] * H + units[:, None]
+    group = row_begin // BLOCK_B + tl.program_id(1)
+    if MODE == "grid":
+        step_flags = sync.flags + (recurrence * tl.cdiv(B, BLOCK_B) + group).to(tl.int64) * T
 
-    # Where this member's rows lie among those of all: step t's at places, from the step's first on.
-    lanes = rows * row_stride
-    places = lanes * DIRECTIONS + member
-    backwards = member > 0 if DIRECTIONS > 1 else REVERSE
+    weight_rows = gate_rows(H, BLOCK_H)
+    own = Weight(weight_hh + recurrence * (4 * H * OUT), weight_rows, 0)
+    own_chunks = load_chunks(own, RESIDENT, OF_OWN, PRECISION)
     if STACK:
         # The first layer takes input_gates, and has the products of the others with zeros for an input.
-        above = member > 0
-        below = tl.maximum(member - 1, 0)
-        places = member * total_rows + lanes
-    weight_hh += member * (4 * H * OUT)
-    if GRID:
-        step_flags = flags + (member * tl.cdiv(B, BLOCK_B) + batch_group).to(tl.int64) * T
-        if STACK:
-            flags_below = flags + (below * tl.cdiv(B, BLOCK_B) + batch_group) * T
-
-    HELD: tl.constexpr = (KEPT if KEPT > 0 else CHUNKS) if GRID else 0
-    weight_rows = gate_rows(H, BLOCK_H)
-    weights = ()
-    for k in tl.static_range(HELD):
-        weights = weights + (load_weight(weight_hh, weight_rows, k, OUT, 4 * H, False, BLOCK_K, PRECISION),)
-    if STACK:
-        weight_ih += below * (4 * H * H)
-        bias += below * (4 * H)
-        weights_below = ()
-        for k in tl.static_range(HELD):
-            chunk = load_weight(weight_ih, weight_rows, k, H, 4 * H, False, BLOCK_K, PRECISION)
-            weights_below = weights_below + (chunk,)
-        of_unit = (units < H) & above
-        bias_i = tl.load(bias + units, mask=of_unit, other=0.0).to(ACC)[:, None]
-        bias_f = tl.load(bias + H + units, mask=of_unit, other=0.0).to(ACC)[:, None]
-        bias_g = tl.load(bias + 2 * H + units, mask=of_unit, other=0.0).to(ACC)[:, None]
-        bias_o = tl.load(bias + 3 * H + units, mask=of_unit, other=0.0).to(ACC)[:, None]
-        step_begin = tl.maximum(step_begin - member.to(tl.int32), 0)
-        step_end = tl.minimum(step_end - member.to(tl.int32), T)
-
-    if PROJECT:
-        PROJ_CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+        above = recurrence > 0
+        below = tl.maximum(recurrence - 1, 0)
+        below_weight = Weight(stack.weight_ih + below * (4 * H * H), weight_rows, 0)
+        below_chunks = load_chunks(below_weight, RESIDENT, OF_BELOW, PRECISION)
+        bias = stack.bias + below * (4 * H) + units[:, None]
+        bias = cast_gates(load_gates(bias, ((units < H) & above)[:, None], H), ACC)
+        if MODE == "grid":
+            flags_below = sync.flags + (below * tl.cdiv(B, BLOCK_B) + group) * T
+        step_begin = tl.maximum(step_begin - recurrence.to(tl.int32), 0)
+        step_end = tl.minimum(step_end - recurrence.to(tl.int32), T)
+    features = units
+    if PHASE == "projection":
+        BLOCK_P: tl.constexpr = TILES.features
         features = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-        weight_hr += member * (OUT * H)
-
-    if LENGTHS:
-        length = tl.load(lengths + rows, mask=real_rows, other=0)
-        last = tl.max(length) - 1
-        step_end = tl.minimum(step_end, last + 1)
-    else:
-        last = T - 1
+        OF_HR: tl.constexpr = shape(H, OUT, BLOCK_K)
+        hr = Weight(weight_hr + recurrence * (OUT * H), features, 0)
+    if layout.lengths is not None:
+        step_end = tl.minimum(step_end, rows.last + 1)
     c_tile = tl.load(c0 + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
-    if not GRID:
+    if MODE != "grid":
         c_tile += tl.load(cn + state, mask=mask & (step_begin > 0), other=0.0)
-    if RESET:
+    if layout.starts is not None:
         c_reset_tile = tl.load(c_reset + state, mask=mask, other=0.0)
 
     for step in range(step_begin, step_end):
-        # Where the step's rows lie, and where the previous step of this direction left h (h0 for a row's first).
-        t = tl.where(backwards, last - step, step)
-        t_prev = tl.where(backwards, t + 1, t - 1)
-        has_prev = step > 0
-        if LENGTHS:
-            active_rows = real_rows & (t < length)
-            active = mask & active_rows[None, :]
-            has_prev = has_prev & (t_prev < length)
-        if PACKED:
-            begin = tl.load(offsets + t)
-            begin_prev = tl.load(offsets + t_prev, mask=step > 0, other=0)
+        # Where the step's rows lie, and where the step before in this direction left h: in h0 for a row's first.
+        at = with_starts(locate(time_of(step, rows), layout, rows, rows.mask, True), layout, rows)
+        before = locate(time_before(at.t, rows), layout, rows, step > 0, step > 0)
+        h_rows = tl.where(before.mask, y + before.rows * OUT, h0 + rows.states * OUT)
+        prev_mask = at.mask & ~at.start
+        if layout.starts is not None:
+            c_tile = tl.where(at.start[None, :], c_reset_tile, c_tile)
+        if PHASE == "projection":
+            project(hr, unprojected + rows.states * H, y, at, OF_HR, ACC, PRECISION)
         else:
-            begin = t.to(tl.int64) * step_stride
-            begin_prev = t_prev.to(tl.int64) * step_stride
-        place = begin * DIRECTIONS + places
-        h_rows = tl.where(has_prev, y + (begin_prev * DIRECTIONS + places) * OUT, h0 + states * OUT)
-        linked_rows = active_rows
-        if RESET:
-            start_rows = begin + lanes if STACK else member * total_rows + begin + lanes
-            start = tl.load(starts + start_rows, mask=active_rows, other=0) != 0
-            linked_rows = active_rows & ~start
-            c_tile = tl.where(start[None, :], c_reset_tile, c_tile)
-
-        if CELL:
-            # All that does not wait for h is loaded before the flag is awaited.
-            gate = place[None, :] * (4 * H) + units[:, None]
-            has_input = active
-            if STACK:
-                has_input = active & (member == 0)
-            pre_i = tl.load(input_gates + gate, mask=has_input, other=0.0)
-            pre_f = tl.load(input_gates + gate + H, mask=has_input, other=0.0)
-            pre_g = tl.load(input_gates + gate + 2 * H, mask=has_input, other=0.0)
-            pre_o = tl.load(input_gates + gate + 3 * H, mask=has_input, other=0.0)
-
-            if STACK:  # (1)
+            # All that does not wait for h is loaded before its flag is awaited.
+            active = mask if layout.lengths is None else mask & at.mask[None, :]
+            gate = at.rows[None, :] * (4 * H) + units[:, None]
+            from_input = load_gates(input_gates + gate, active & (recurrence == 0) if STACK else active, H)
+            if STACK:  # (1')
                 # The layer below is ahead: its part of the sum is made while this layer's own h is on the way.
-                if GRID:
-                    if above:
-                        wait(flags_below + step, tl.num_programs(0), step + 1, report, TURNS)
-                taken_rows = active_rows & above
-                x_rows = (dropped if DROP else y) + (place - total_rows) * H
-                taken = weights_below, weight_ih, weight_rows, x_rows, taken_rows, 0
-                of_below = product(*taken, H, 4 * H, False, ACC, CHUNKS, BLOCK_K, DOT, PRECISION)
-            if GRID:
-                if step > 0:
-                    wait(step_flags + step - 1, tl.num_programs(0), step, report, TURNS)
-            taken = weights, weight_hh, weight_rows, h_rows, linked_rows, 0
-            recurrent = product(*taken, OUT, 4 * H, False, ACC, CHUNKS, BLOCK_K, DOT, PRECISION)
+                if MODE == "grid":
+                    wait_if(above, flags_below, step, sync.timeout_info, MAX_SPINS)
+                x_rows = (y if dropped is None else dropped) + (at.rows - total_rows) * H
+                part = recurrent_matmul(below_weight, below_chunks, x_rows, at.mask & above, OF_BELOW, ACC, PRECISION)
+            if MODE == "grid":
+                wait_if(step > 0, step_flags, step, sync.timeout_info, MAX_SPINS, 1)
+            recurrent = recurrent_matmul(own, own_chunks, h_rows, prev_mask, OF_OWN, ACC, PRECISION)  # (1)
             if STACK:
-                recurrent += of_below
-            rec_i, rec_f, rec_g, rec_o = split_gates(recurrent, BLOCK_H, BLOCK_B)
-
-            rec_i += pre_i.to(ACC)
-            rec_f += pre_f.to(ACC)
-            rec_g += pre_g.to(ACC)
-            rec_o += pre_o.to(ACC)
+                recurrent += part
+            pre = add_gates(split_gates(recurrent, BLOCK_H, BLOCK_B), from_input)
             if STACK:
-                rec_i += bias_i
-                rec_f += bias_f
-                rec_g += bias_g
-                rec_o += bias_o
-            i, f, g, o, c_next, h = cell_forward(rec_i, rec_f, rec_g, rec_o, c_tile)
+                pre = add_gates(pre, bias)
+            activated, c_next, h = cell_forward(pre, c_tile)
             c_tile = tl.where(active, c_next, c_tile)
             h = h.to(y.dtype.element_ty)
-
-            hidden = place[None, :] * H + units[:, None]
-            if OUT < H:
-                tl.store(unprojected + state, h, mask=active)
-            else:
-                tl.store(y + hidden, h, mask=active)
-            if DROP:
-                x = drop(h, seed, keep, member, t, rows[None, :] * H + units[:, None])
-                tl.store(dropped + hidden, x, mask=active & (member < tl.num_programs(2) - 1))
-            if GRID:
+            hidden = at.rows[None, :] * H + units[:, None]
+            tl.store(y + hidden if OUT == H else unprojected + state, h, mask=active)
+            if dropped is not None:
+                h_dropped = drop(h, stack.seed, stack.keep, recurrence, at.t, rows.batch[None, :] * H + units[:, None])
+                tl.store(dropped + hidden, h_dropped, mask=active & (recurrence < tl.num_programs(2) - 1))
+            if MODE == "grid":
                 publish(step_flags + step)
-            if SAVE:
+            if c is not None:
                 tl.store(c + hidden, c_next, mask=active)
-                tl.store(gates + gate, i, mask=active)
-                tl.store(gates + gate + H, f, mask=active)
-                tl.store(gates + gate + 2 * H, g, mask=active)
-                tl.store(gates + gate + 3 * H, o, mask=active)
+                store_gates(gates + gate, activated, active, H)
 
-        if PROJECT:
-            taken = (), weight_hr, features, unprojected + states * H, active_rows, 0
-            h = product(*taken, H, OUT, False, ACC, PROJ_CHUNKS, BLOCK_K, DOT, PRECISION)
-            feature = place[None, :] * OUT + features[:, None]
-            tl.store(y + feature, h.to(y.dtype.element_ty), mask=(features < OUT)[:, None] & active_rows[None, :])
-
-    if CELL:
+    if PHASE != "projection":
         tl.store(cn + state, c_tile, mask=mask)
-    if OUT == H or PROJECT:
+    if PHASE != "cell":
         # From this program's part of y, which may be of other threads than these.
         tl.debug_barrier()
-        own = features if PROJECT else units
-        steps = T
-        if LENGTHS:
-            steps = length
-        end = tl.where(backwards, 0, steps - 1)
-        begin = tl.load(offsets + end, mask=real_rows, other=0) if PACKED else end.to(tl.int64) * step_stride
-        h_rows = tl.where(steps > 0, y + (begin * DIRECTIONS + places) * OUT, h0 + states * OUT)
-        own_mask = (own < OUT)[:, None] & real_rows[None, :]
-        h = tl.load(h_rows[None, :] + own[:, None], mask=own_mask, other=0.0)
-        tl.store(hn + states[None, :] * OUT + own[:, None], h, mask=own_mask)
+        feature_mask = (features < OUT)[:, None] & rows.mask[None, :]
+        h = tl.load(last_h(y, h0, layout, rows, OUT)[None, :] + features[:, None], mask=feature_mask, other=0.0)
+        tl.store(hn + rows.states[None, :] * OUT + features[:, None], h, mask=feature_mask)
+
+
+@triton.jit
+def project(weight, rows, y, at, SHAPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """(4p) of a step, for the features that the program has of the weight. rows: pointers to what is projected."""
+    h = recurrent_matmul(weight, (), rows, at.mask, SHAPE, ACC, PRECISION)
+    feature = at.rows[None, :] * SHAPE.UNITS + weight.units[:, None]
+    tl.store(y + feature, h.to(y.dtype.element_ty), mask=(weight.units < SHAPE.UNITS)[:, None] & at.mask[None, :])
 
 
 def forward(
@@ -269,7 +192,7 @@ def forward(
     reverse: bool = False,
     layout: Layout = DENSE,
     c_reset: Tensor | None = None,
-    stack: Stack = ALONE,
+    stack: Stack = NO_STACK,
     weight_hr: Tensor | None = None,
     save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -278,16 +201,16 @@ def forward(
     Args:
         input_gates: (T, B, D*4H), (B, T, D*4H) if the layout says so, or (rows, D*4H) of a packed sequence, contiguous:
             x W_ih^T + b, of the first layer of a stack.
-        weight_hh: (M, 4H, H); (4H, H) of a single one, as the states below are then (B, H).
-        h0, c0: (M, B, H), contiguous, h0 of the dtype of input_gates.
+        weight_hh: (R, 4H, H); (4H, H) of a single one, as the states below are then (B, H).
+        h0, c0: (R, B, H), contiguous, h0 of the dtype of input_gates.
         plan: mode and tiles.
         reverse: of a single direction, run from the last step to the first. Of two the second does.
         layout: where the sequences lie.
-        c_reset: (M, B, H) in the accumulator's dtype, with layout.starts: the cell from which a reset row goes on. Its
+        c_reset: (R, B, H) in the accumulator's dtype, with layout.starts: the cell from which a reset row goes on. Its
             h is 0: the product of another one belongs to input_gates.
-        stack: what leads from one member to the next, which then are layers.
-        weight_hr: (M, P, H), a projection of h; h0 and y then have P features, and weight_hh is (M, 4H, P). The tiles
-            must have features for it, and the members cannot be layers.
+        stack: what leads from one recurrence to the next, which then are layers.
+        weight_hr: (R, P, H), a projection of h; h0 and y then have P features, and weight_hh is (R, 4H, P). The tiles
+            must have features for it, and the recurrences cannot be layers.
         save: also return what backward needs.
 
     Returns:
@@ -298,35 +221,28 @@ def forward(
         activated, of a stack as y with 4H features; None without save.
     """
     B, out = h0.shape[-2:]
-    H = c0.shape[-1]
-    shape = (*(h0.shape[:1] if stack.flags["STACK"] else ()), *input_gates.shape[:-1])
-    width = input_gates.shape[-1] // 4  # of all directions
-    y = exchanged(input_gates, (*shape, width // H * out), plan.forward, layout)
-    dropped = exchanged(y, y[1:].shape, plan.forward, DENSE) if stack.flags["DROP"] else None
-    unprojected = None if weight_hr is None else y.new_empty(c0.shape)
-    new = input_gates.new_zeros if layout.padded else input_gates.new_empty
-    c = new((*shape, width), dtype=accumulator(y.dtype)) if save else None
-    gates = input_gates.new_empty((*shape, input_gates.shape[-1])) if save else None
-    hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape, dtype=accumulator(c0.dtype))
+    H, tiles = c0.shape[-1], plan.forward
+    stacked = stack.weight_ih is not None
+    lead, width = input_gates.shape[:-1], input_gates.shape[-1] // 4  # of all directions
+    if stacked:
+        lead = *h0.shape[:1], *lead
+    y = alloc_exchange_buffer(input_gates, (*lead, width // H * out), tiles, layout)
+    dropped = None if stack.seed is None else alloc_exchange_buffer(y, y[1:].shape, tiles, DENSE)
+    c = gates = None
+    acc = accumulator(y.dtype)
+    if save:
+        new = input_gates.new_zeros if layout.padded else input_gates.new_empty
+        c, gates = new((*lead, width), dtype=acc), input_gates.new_empty((*lead, 4 * width))
+    hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape, dtype=acc)
     if B > 0:
-        if plan.forward.poll and h0.data_ptr() % 16 > 0:
+        if tiles.poll and h0.data_ptr() % 16 > 0:
             h0 = h0.clone()  # which a polling kernel loads 16 bytes at a time
-        given = input_gates, weight_hh, h0, c0, c_reset, *layout.tensors
-        if weight_in_registers(plan, plan.forward):
-            kernel, tensors = latency_forward_kernel, (*given, *stack, y, dropped, c, gates, hn, cn)
+        inputs, outputs = (input_gates, weight_hh, h0, c0, c_reset), (y, dropped, c, gates, hn, cn)
+        kernel: Any = latency_forward_kernel
+        if weight_in_registers(plan, tiles):
+            args = *inputs, layout.tensors, stack, *outputs
         else:
-            kernel, tensors = forward_kernel, (*given, weight_hr, *stack, y, dropped, c, gates, hn, cn, unprojected)
-        launch(
-            kernel,
-            tensors,
-            plan,
-            plan.forward,
-            layout,
-            cn,
-            out,
-            ("CELL", "PROJECT"),
-            reverse,
-            **stack.flags,
-            SAVE=save,
-        )
+            unprojected = None if weight_hr is None else y.new_empty(c0.shape)
+            kernel, args = forward_kernel, (*inputs, weight_hr, layout.tensors, stack, *outputs, unprojected)
+        launch(kernel, args, plan, tiles, layout, cn, out, ("cell", "projection"), reverse, stacked)
     return y, hn, cn, c, gates

@@ -9,35 +9,30 @@ import triton.language as tl
 
 from .cell import cell_backward
 from .dropout import drop
-from .latency_forward import at_step, load_four, store_four
+from .gates import cast_gates, load_gates, select_gates, store_gates
 from .launch import SIZES
-from .operands import behind_stores, fetch, load_operand, multiply, sum_last, sum_of_team, sum_parts, write_zeros
-from .product import operand
+from .matmul import operand
+from .operands import load_operand, multiply, sum_last, sum_parts
+from .polling import behind_stores, fetch, form, multiply_polled, write_zeros
+from .rows import Sizes, locate_clamped, rows_of_program, with_mask, with_starts
+from .saved import cells_before, cut, load_dh, load_saved
+from .team import Team, sum_polled
 
 
 @triton.jit
-def load_gate_columns(
-    weight,
-    columns,
-    gate,
-    H: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    GATES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    K_WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Of GATES gates, the given one first, the rows of a weight (4H, H), transposed, as operands: of each chunk (SPLIT,
-    columns, a part)."""
+def load_gate_columns(weight, columns, gate, CHUNKS: tl.constexpr, FORM: tl.constexpr):
+    """Of FORM.GATES gates, the given one first, the rows of a weight (4H, H), transposed, as operands: of each chunk
+    (SPLIT, columns, a part)."""
+    H: tl.constexpr = FORM.K
     operands = ()
-    for k in tl.static_range(GATES * CHUNKS):
+    for k in tl.static_range(FORM.GATES * CHUNKS):
         rows = weight + (gate + k // CHUNKS) * (H * H) + columns
-        operands = operands + (load_operand(rows, columns < H, H, k % CHUNKS, H, SPLIT, K_WIDTH, PRECISION),)
+        operands = operands + (load_operand(rows, columns < H, H, k % CHUNKS, FORM),)
     return operands
 
 
 @triton.jit
-def load_gates(weight, H: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def load_whole_transposed(weight, H: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """All of a weight (4H, H), transposed, as an operand, a unit's four gates side by side. Its parts are quarters of
     the 4H, of all units or, if these are more than four, of some units after others: (SPLIT, units, BLOCK_H)."""
     tl.static_assert(SPLIT % 4 == 0)
@@ -51,8 +46,9 @@ def load_gates(weight, H: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constex
 
 
 @triton.jit
-def gates_in_parts(i, f, g, o, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Gates (batch rows, units) as an operand for load_gates(): (SPLIT, batch rows, units)."""
+def gates_in_parts(gates, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Gates (batch rows, units) as an operand for load_whole_transposed(): (SPLIT, batch rows, units)."""
+    i, f, g, o = gates
     ROWS: tl.constexpr = i.shape[0]
     UNITS: tl.constexpr = i.shape[1]
     x = operand(tl.join(tl.join(i, g), tl.join(f, o)), PRECISION)
@@ -64,278 +60,208 @@ def gates_in_parts(i, f, g, o, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def sum_quarters(x, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
-    """The product with load_gates() to its sum: (ROWS, UNITS)."""
+    """The product with load_whole_transposed() to its sum: (ROWS, UNITS)."""
     x = tl.permute(tl.reshape(x, (SPLIT // 4, 4, 4 * UNITS // SPLIT, ROWS)), (3, 0, 2, 1))
     return sum_last(tl.reshape(x, (ROWS, UNITS, 4)), (ROWS, UNITS), 4)
 
 
+@triton.jit
+def sum_and_drop(
+    recurrent, of_above, stack, recurrence, t, states, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr
+):
+    """The sums of a stack's both products, of which dropout masks that of the layer above: (ROWS, UNITS)."""
+    if stack.seed is None:
+        return sum_parts(recurrent + of_above, SPLIT, UNITS, ROWS)
+    else:
+        dh = sum_parts(of_above, SPLIT, UNITS, ROWS)
+        dh = drop(dh, stack.seed, stack.keep, recurrence, t, states)
+        return dh + sum_parts(recurrent, SPLIT, UNITS, ROWS)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def latency_backward_kernel(
-    dy,  # (rows, D, H) in; rows = T * B, or the rows of the packed sequence; of a stack (rows, H), of its last layer
-    dhn,  # (M, B, H) in: gradient of each row's last h
-    weight_hh,  # (M, 4H, H) in: a matrix for each member
-    c0,  # (M, B, H) in
-    c,  # (rows, D, H), of a stack (M, rows, H) in: saved by forward
-    gates,  # (rows, D, 4H), of a stack (M, rows, 4H) in: saved by forward
-    dc_steps,  # as c, in: gradient of c of every step, beside its part in h; only if DC_STEPS
-    dcn,  # (M, B, H) in: gradient of each row's last cell
-    c_reset,  # (M, B, H) in: the cell from which a reset row goes on; only if RESET
-    dc_reset,  # (M, B, H) in/out: its gradient, summed over the resets; only if RESET
-    lengths,  # (B,) in: steps of each batch row; only if LENGTHS
-    offsets,  # (T,) in: first row of each step; only if PACKED
-    starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
-    order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
-    weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
-    seed,  # (1,) in: of the dropout between layers; only if DROP
-    keep,  # (1,) in: the share of units that it keeps; only if DROP
-    dgates,  # as gates, out: w.r.t. the pre-activations, ABSENT at launch; by it programs exchange them
-    dc0,  # (M, B, H) out: gradient of c0; in between, where every step is a launch, of the cell before step_end
-    products,  # (M, TEAM, 2, B, H) int64 between the programs of a team, zero at launch; only if TEAM > 1
-    zeros,  # (4H,) written by every program: what rows have that wait for nobody; only if some may
-    report,  # (4,) out: who waited in vain; only if TURNS
+    # Inputs. rows: T * B, or the rows of the packed sequence; D: directions, 1 in a stack
+    dy,  # (rows, D, H), of a stack (rows, H), of its last layer
+    dhn,  # (R, B, H): gradient of each row's last h
+    weight_hh,  # (R, 4H, H): a matrix for each recurrence
+    c0,  # (R, B, H)
+    c,  # (rows, D, H), of a stack (R, rows, H): saved by forward
+    gates,  # (rows, D, 4H), of a stack (R, rows, 4H): saved by forward
+    dc_steps,  # as c: gradient of c of every step, beside its part in h; None: there is none; never of a stack
+    dcn,  # (R, B, H): gradient of each row's last cell
+    c_reset,  # (R, B, H): the cell from which a reset row goes on; only with layout.starts
+    dc_reset,  # (R, B, H), also an output: its gradient, summed over the resets; as c_reset
+    layout,  # a LayoutTensors
+    stack,  # a Stack; of its weights the recurrences are layers, and without them directions
+    # Outputs
+    dgates,  # as gates: w.r.t. the pre-activations, SENTINEL at launch; by it programs exchange them
+    dc0,  # (R, B, H): gradient of c0; in between, where every step is a launch, of the cell before step_end
+    # Exchange
+    products,  # (R, 4, 2, B, H) int64 between the programs of a team, zero at launch; only of a team
+    sync,  # a Sync
+    # Sizes
     T,
     B,
     total_rows,  # of a (rows, ...) tensor
-    step_stride,  # rows of it from a step to the next, if not PACKED
+    step_stride,  # rows of it from a step to the next, if not packed
     row_stride,  # rows of it from a batch row to the next
-    member_begin,  # first member of this launch
-    row_begin,  # first batch row of this launch, a multiple of BLOCK_B
+    first_recurrence,  # of this launch
+    row_begin,  # first batch row of this launch, a multiple of the tiles' batch
     step_begin,  # steps [step_begin, step_end) in the order of this pass, from the direction's last to its first; a
     step_end,  # layer of a stack is as many steps behind as layers are above it
     H: tl.constexpr,
-    LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
-    GRID: tl.constexpr,  # programs hand dgates to each other; neither: one launch a step
-    TURNS: tl.constexpr,  # bound of a wait, 0 for none
+    # Form
+    MODE: tl.constexpr,  # "local": one program holds all units; "grid": programs hand dgates to each other; "step"
     DIRECTIONS: tl.constexpr,  # D; of two the second ran from the last step to the first
     REVERSE: tl.constexpr,  # a single direction ran so, and this pass runs from the first
-    LENGTHS: tl.constexpr,  # each batch row has its own length
-    PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
-    RESET: tl.constexpr,  # rows are reset within the sequence
-    STACK: tl.constexpr,  # the members are layers, not directions
-    DROP: tl.constexpr,  # dropout between the layers
-    DC_STEPS: tl.constexpr,  # the cells of all steps have a gradient of their own; not if STACK
-    DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
-    BLOCK_B: tl.constexpr,  # batch rows of a program
-    BLOCK_H: tl.constexpr,  # hidden units of a program
-    TEAM: tl.constexpr,  # programs that share the products of all their units, a gate for each: 4; otherwise 1
-    SPLIT: tl.constexpr,  # warps of a program, each of which sums a part of every chunk
-    K_WIDTH: tl.constexpr,  # of in_registers()
+    TILES: tl.constexpr,  # Plan.backward
     PAIRS: tl.constexpr,  # of words()
+    MAX_SPINS: tl.constexpr,  # bound of a wait, 0 for none
 ):
     ACC: tl.constexpr = dc0.dtype.element_ty
     TYPE: tl.constexpr = dgates.dtype.element_ty
+    STACK: tl.constexpr = stack.weight_ih is not None
+    TEAM: tl.constexpr = TILES.team
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_H: tl.constexpr = TILES.units
+    SPLIT: tl.constexpr = TILES.split
     CHUNK: tl.constexpr = SPLIT * (512 // TYPE.primitive_bitwidth)  # columns of a gate that one product sums
     CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
-    GATES: tl.constexpr = 4 // TEAM  # whose products this program makes
+    UNITS: tl.constexpr = TEAM * BLOCK_H  # of a team
+    UNCUT: tl.constexpr = layout.lengths is None and layout.starts is None  # c_{t-1} of a step is c_t of the next
     # Of few units a warp has too few sums of its own to fill the time from one matrix instruction to the next.
-    CHAINS: tl.constexpr = 1 if LOCAL else 4 if TEAM * BLOCK_H == 16 else 2 if TEAM * BLOCK_H == 32 else 1
-    member = 0
+    CHAINS: tl.constexpr = 1 if MODE == "local" else 4 if UNITS == 16 else 2 if UNITS == 32 else 1
+    FORM: tl.constexpr = form(H, 4 // TEAM, TILES, TYPE.primitive_bitwidth, PAIRS, PRECISION, MAX_SPINS)
+    recurrence = 0
     if DIRECTIONS > 1 or STACK:
-        member = (member_begin + tl.program_id(2)).to(tl.int64)
+        recurrence = (first_recurrence + tl.program_id(2)).to(tl.int64)
+    sizes = Sizes(T, B, total_rows, step_stride, row_stride)
+    rows = rows_of_program(layout, sizes, recurrence, row_begin, STACK, DIRECTIONS, REVERSE, BLOCK_B, True)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    # Past the last batch row a program computes this once more, and stores nothing.
-    rows = row_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    real_rows = rows < B
-    rows = tl.minimum(rows, B - 1).to(tl.int64)
-    if LENGTHS and not PACKED:
-        rows = tl.load(order + rows)
-    mask = real_rows[:, None] & (units < H)[None, :]
-    states = member * B + rows  # the member's rows in a (M, B, H) tensor
-    state = states[:, None] * H + units[None, :]
-
-    # Where this member's rows lie among those of all: step t's at places, from the step's first on.
-    lanes = rows * row_stride
-    places = lanes * DIRECTIONS + member
-    backwards = member > 0 if DIRECTIONS > 1 else REVERSE
-    last_layer = True
-    if STACK:
-        depth = tl.num_programs(2) - 1 - tl.program_id(2)
-        last_layer = depth == 0
-        places = member * total_rows + lanes
+    mask = rows.mask[:, None] & (units < H)[None, :]
+    state = rows.states[:, None] * H + units[None, :]
 
     # The rows of W_hh^T that this program multiplies: of all gates for its own units, or of one for its whole team's.
     gate_of_team = tl.program_id(0) % TEAM
-    team_units = tl.program_id(0) // TEAM * (TEAM * BLOCK_H) + tl.arange(0, TEAM * BLOCK_H)
-    of_weight = weight_hh + member * (4 * H * H)
-    if LOCAL:
-        weights = (load_gates(of_weight, H, BLOCK_H, SPLIT, PRECISION),)
+    team_units = tl.program_id(0) // TEAM * UNITS + tl.arange(0, UNITS)
+    team_states = rows.batch[:, None] * H + team_units[None, :]
+    weight = weight_hh + recurrence * (4 * H * H)
+    if MODE == "local":
+        weights = (load_whole_transposed(weight, H, BLOCK_H, SPLIT, PRECISION),)
     else:
-        weights = load_gate_columns(of_weight, team_units, gate_of_team, H, CHUNKS, GATES, SPLIT, K_WIDTH, PRECISION)
+        weights = load_gate_columns(weight, team_units, gate_of_team, CHUNKS, FORM)
+    last_layer = True
     if STACK:
-        above_places = places + total_rows
-        of_weight = weight_ih + tl.minimum(member, tl.num_programs(2) - 2) * (4 * H * H)
-        weights_above = load_gate_columns(
-            of_weight, team_units, gate_of_team, H, CHUNKS, GATES, SPLIT, K_WIDTH, PRECISION
-        )
+        # The layer above is ahead: its part of a sum is made while this layer's own dgates are on the way.
+        depth = tl.num_programs(2) - 1 - tl.program_id(2)
+        last_layer, fed = depth == 0, depth > 0
+        dy -= recurrence * total_rows * H
+        offsets_above = rows.offsets + total_rows
+        weight = stack.weight_ih + tl.minimum(recurrence, tl.num_programs(2) - 2) * (4 * H * H)
+        weights_above = load_gate_columns(weight, team_units, gate_of_team, CHUNKS, FORM)
         step_begin = tl.maximum(step_begin - depth, 0)
         step_end = tl.minimum(step_end - depth, T)
     if TEAM > 1:
-        of_team = rows[:, None] * H + team_units[None, :]
-        team_mask = real_rows[:, None] & (team_units < H)[None, :]
-        own = rows[:, None] * H + tl.minimum(units, H - 1)[None, :]
+        team_mask = rows.mask[:, None] & (team_units < H)[None, :]
+        of_rows, in_team = rows.batch[:, None] * H, team_units[None, :]
+        own_units = tl.minimum(units, H - 1)[None, :]
         part = B.to(tl.int64) * H
-        products += member * (2 * TEAM) * part
-    if zeros is not None:
-        write_zeros(zeros, 4 * H, CHUNK)
-
-    last = T - 1
-    if LENGTHS:
-        length = tl.load(lengths + rows).to(tl.int32)
-        last = tl.max(length) - 1
-        step_end = tl.minimum(step_end, last + 1)
+        products += recurrence * (2 * TEAM) * part
+        team = Team(products, 2 * part, 0, gate_of_team, of_rows, in_team, team_mask, own_units, mask)
+    if sync.zeros is not None:
+        write_zeros(sync.zeros, 4 * H, CHUNK)
+    if layout.lengths is not None:
+        step_end = tl.minimum(step_end, rows.last + 1)
     dc = tl.load(dcn + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
-    if not (LOCAL or GRID):
+    if MODE == "step":
         dc += tl.load(dc0 + state, mask=mask & (step_begin > 0), other=0.0)
-    if RESET:
+    if layout.starts is not None:
         dc_reset_tile = tl.load(dc_reset + state, mask=mask, other=0.0)
-        starts += lanes if STACK else member * total_rows + lanes
 
     # The first step, and what it takes: of dgates none, or those that the launch before has left.
-    t, begin = at_step(last - step_begin, last, backwards, step_stride, offsets)
-    t_prev, begin_prev = at_step(last - step_begin - 1, last, backwards, step_stride, offsets)
-    active_rows = real_rows & (step_begin < step_end)
-    linked_rows = active_rows & (step_begin > 0)
-    has_prev = step_begin < last
-    if LENGTHS:
-        active_rows = active_rows & (t < length)
-        has_prev = has_prev & (t_prev < length)
-    begin_next = begin
-    if not (LOCAL or GRID):
-        t_next, begin_next = at_step(last - step_begin + 1, last, backwards, step_stride, offsets)
-        if LENGTHS:
-            linked_rows = linked_rows & (t < length) & (t_next < length)
-    ending_rows = active_rows & ~linked_rows
-    c_rows = tl.where(has_prev, c + (begin_prev * DIRECTIONS + places) * H, c0 + states * H)
-    if RESET:
-        start = tl.load(starts + begin, mask=active_rows, other=0) != 0
-        c_rows = tl.where(start, c_reset + states * H, c_rows)
-        cut_rows = tl.load(starts + begin_next, mask=linked_rows, other=0) != 0
-    active = mask & active_rows[:, None]
-    gate = (begin * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
+    running = rows.mask & (step_begin < step_end)
+    at = locate_clamped(rows.last - step_begin, layout, rows, running)
+    before = locate_clamped(rows.last - step_begin - 1, layout, rows, step_begin < rows.last)
+    next_mask, first_after = at.mask & (step_begin > 0), at.first
+    if MODE == "step":
+        after = locate_clamped(rows.last - step_begin + 1, layout, rows, next_mask)
+        next_mask, first_after = after.mask, after.first
+    ending = at.mask & ~next_mask
+    at = with_starts(at, layout, rows)
+    c_rows = cells_before(c, c0, c_reset, at, before, layout, rows, H)
+    if layout.starts is not None:
+        cut_rows = tl.load(layout.starts + rows.start_offsets + first_after, mask=next_mask, other=0) != 0
+    active = mask & at.mask[:, None]
+    gate = at.rows[:, None] * (4 * H) + units[None, :]
     # Loaded as in the loop: the compiler then has the weight in one layout alone.
-    if LOCAL:
-        i, f, g, o = load_four(dgates, gate, mask & (step_begin > 0), H)
-        x = (gates_in_parts(i, f, g, o, SPLIT, PRECISION),)
+    if MODE == "local":
+        of_next = load_gates(dgates + gate, mask & (step_begin > 0), H)
+        x = (gates_in_parts(of_next, SPLIT, PRECISION),)
     else:
-        dgates_rows = dgates + (begin_next * DIRECTIONS + places) * (4 * H) + gate_of_team * H
-        before = dgates_rows, linked_rows, zeros, step_begin, report
-        HOW: tl.constexpr = "zero" if GRID else "load"
-        x = fetch(*before, HOW, H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
-    zero = tl.zeros((SPLIT, 4 * BLOCK_H // SPLIT if LOCAL else TEAM * BLOCK_H, BLOCK_B), ACC)
-    recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)
-    if RESET:
+        HOW: tl.constexpr = "zero" if MODE == "grid" else "load"
+        next_rows = dgates + (first_after * DIRECTIONS + rows.offsets) * (4 * H) + gate_of_team * H
+        x = fetch(next_rows, next_mask, step_begin, sync, FORM, HOW)
+    zero = tl.zeros((SPLIT, 4 * BLOCK_H // SPLIT if MODE == "local" else UNITS, BLOCK_B), ACC)
+    recurrent = multiply(weights, x, zero, PRECISION, CHAINS)
+    if layout.starts is not None:
         # Behind the product: Triton lays out its operands by the narrowest element that their addresses depend on.
         recurrent = tl.where(cut_rows[None, None, :], 0.0, recurrent)
     if STACK:
-        above = dgates + (begin + above_places) * (4 * H) + gate_of_team * H
-        awaited = above, active_rows & ~last_layer, zeros, step_begin + 1, report
-        x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
-        of_above = multiply(weights_above, x, zero, DOT, PRECISION, CHAINS)
-    hidden = (begin * DIRECTIONS + places)[:, None] * H + units[None, :]
-    of_dy = hidden - member * total_rows * H if STACK else hidden
-    i, f, g, o = load_four(gates, gate, active, H)
-    c_t = tl.load(c + hidden, mask=active, other=0.0)
-    c_prev = tl.load(c_rows[:, None] + units[None, :], mask=active, other=0.0)
-    dh_t = tl.load(dy + of_dy, mask=active & last_layer, other=0.0).to(ACC)
-    dh_t += tl.load(dhn + state, mask=active & ending_rows[:, None], other=0.0).to(ACC)
-    if DC_STEPS:
+        rows_above = dgates + (at.first + offsets_above) * (4 * H) + gate_of_team * H
+        of_above = multiply_polled(weights_above, rows_above, at.mask & fed, step_begin + 1, zero, sync, FORM, CHAINS)
+    hidden = at.rows[:, None] * H + units[None, :]
+    saved, c_t, c_prev = load_saved(gates + gate, c + hidden, c_rows[:, None] + units[None, :], active, H)
+    dy_t, dhn_t = load_dh(dy + hidden, active & last_layer, dhn + state, active & ending[:, None])
+    dh_t = dy_t.to(ACC) + dhn_t.to(ACC)
+    if dc_steps is not None:
         dc_t = tl.load(dc_steps + hidden, mask=active, other=0.0)
 
     for step in range(step_begin, step_end):
         if STACK:
-            if DROP:
-                dh = sum_parts(of_above, SPLIT, TEAM * BLOCK_H, BLOCK_B)
-                dh = drop(dh, seed, keep, member, t, rows[:, None] * H + team_units[None, :])
-                dh += sum_parts(recurrent, SPLIT, TEAM * BLOCK_H, BLOCK_B)
-            else:
-                dh = sum_parts(recurrent + of_above, SPLIT, TEAM * BLOCK_H, BLOCK_B)
-        elif LOCAL:
-            dh = sum_quarters(recurrent, SPLIT, BLOCK_H, BLOCK_B)
+            dh = sum_and_drop(recurrent, of_above, stack, recurrence, at.t, team_states, SPLIT, UNITS, BLOCK_B)
         else:
-            dh = sum_parts(recurrent, SPLIT, TEAM * BLOCK_H, BLOCK_B)
+            dh = (sum_quarters if MODE == "local" else sum_parts)(recurrent, SPLIT, UNITS, BLOCK_B)
         if TEAM > 1:
-            of_step = products + step % 2 * part
-            dh = sum_of_team(dh, of_step, gate_of_team, 2 * part, of_team, team_mask, own, step, report, TEAM, TURNS)
+            dh = sum_polled(team, dh, products + step % 2 * part, step, sync.timeout_info, TEAM, MAX_SPINS)
         dh += dh_t  # (5)
-        if DC_STEPS:
+        if dc_steps is not None:
             dc += dc_t.to(ACC)
-        di, df, dg, do, dc_prev = cell_backward(i.to(ACC), f.to(ACC), g.to(ACC), o.to(ACC), c_prev, c_t, dh, dc)
-        if RESET:
-            dc_reset_tile += tl.where(start[:, None], dc_prev, 0.0)
-            dc_prev = tl.where(start[:, None], 0.0, dc_prev)
+        dgates_t, dc_prev = cell_backward(cast_gates(saved, ACC), c_prev, c_t, dh, dc)
+        if layout.starts is not None:
+            dc_prev, dc_reset_tile = cut(at.start[:, None], dc_prev, dc_reset_tile)
         dc = tl.where(active, dc_prev, dc)
-        di, df, dg, do = di.to(TYPE), df.to(TYPE), dg.to(TYPE), do.to(TYPE)
-        store_four(dgates, gate, di, df, dg, do, active, H)
-
-        if LOCAL:
-            linked = active
-            if RESET:
-                linked = active & ~start[:, None]
-            di, df = tl.where(linked, di, 0.0), tl.where(linked, df, 0.0)
-            dg, do = tl.where(linked, dg, 0.0), tl.where(linked, do, 0.0)
-        if LOCAL or GRID:
+        dgates_t = cast_gates(dgates_t, TYPE)
+        store_gates(dgates + gate, dgates_t, active, H)
+        if MODE == "local":
+            dgates_t = select_gates(active if layout.starts is None else active & ~at.start[:, None], dgates_t)
+        if MODE != "step":
             # What the step before in time takes, as far as it waits for nobody; behind the last one this once more.
-            begin_next = begin
-            t, begin = t_prev, begin_prev
-            t_prev, begin_prev = at_step(last - step - 2, last, backwards, step_stride, offsets)
-            linked_rows = active_rows
-            has_prev = step + 1 < last
-            if LENGTHS:
-                active_rows = real_rows & (t < length)
-                linked_rows = linked_rows & active_rows
-                has_prev = has_prev & (t_prev < length)
-                ending_rows = active_rows & ~linked_rows
-            c_rows = tl.where(has_prev, c + (begin_prev * DIRECTIONS + places) * H, c0 + states * H)
-            if RESET:
-                linked_rows = linked_rows & ~start
-                start = tl.load(starts + begin, mask=active_rows, other=0) != 0
-                c_rows = tl.where(start, c_reset + states * H, c_rows)
-            active = mask & active_rows[:, None]
-            gate = (begin * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
-            hidden = (begin * DIRECTIONS + places)[:, None] * H + units[None, :]
-            of_dy = hidden - member * total_rows * H if STACK else hidden
-            i, f, g, o = load_four(gates, gate, active, H)
-            if LENGTHS or RESET:
-                c_t = tl.load(c + hidden, mask=active, other=0.0)
-            else:
-                c_t = c_prev
+            after, at = at, with_starts(with_mask(before, layout, rows, running), layout, rows)
+            next_mask = after.mask & at.mask & ~after.start
+            before = locate_clamped(rows.last - step - 2, layout, rows, step + 1 < rows.last)
+            c_rows = cells_before(c, c0, c_reset, at, before, layout, rows, H)
+            active = mask & at.mask[:, None]
+            gate = (at.first * DIRECTIONS + rows.offsets)[:, None] * (4 * H) + units[None, :]
+            hidden = (at.first * DIRECTIONS + rows.offsets)[:, None] * H + units[None, :]
+            saved = load_gates(gates + gate, active, H)
+            c_t = c_prev if UNCUT else tl.load(c + hidden, mask=active, other=0.0)
             c_prev = tl.load(c_rows[:, None] + units[None, :], mask=active, other=0.0)
-            dh_t = tl.load(dy + of_dy, mask=active & last_layer, other=0.0).to(ACC)
-            if LENGTHS:
-                dh_t += tl.load(dhn + state, mask=active & ending_rows[:, None], other=0.0).to(ACC)
-            if DC_STEPS:
+            dh_t = tl.load(dy + hidden, mask=active & last_layer, other=0.0).to(ACC)
+            if layout.lengths is not None:
+                dh_t += tl.load(dhn + state, mask=active & ~after.mask[:, None], other=0.0).to(ACC)
+            if dc_steps is not None:
                 dc_t = tl.load(dc_steps + hidden, mask=active, other=0.0)
-            if LOCAL:
-                x = (gates_in_parts(di, df, dg, do, SPLIT, PRECISION),)
-                recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)
+            if MODE == "local":
+                recurrent = multiply(weights, (gates_in_parts(dgates_t, SPLIT, PRECISION),), zero, PRECISION, CHAINS)
             if STACK:
-                # The layer above is ahead: its part of the sum is made while this layer's own dgates are on the way.
-                above = behind_stores(dgates + begin * (4 * H) + gate_of_team * H) + above_places * (4 * H)
-                awaited = above, active_rows & ~last_layer, zeros, step + 2, report
-                x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS, GATES)
-                of_above = multiply(weights_above, x, zero, DOT, PRECISION, CHAINS)
-            if GRID:
-                dgates_rows = behind_stores(dgates + begin_next * (DIRECTIONS * 4 * H) + gate_of_team * H)
-                dgates_rows += places * (4 * H)
-                x = fetch(
-                    dgates_rows,
-                    linked_rows,
-                    zeros,
-                    step + 1,
-                    report,
-                    "await",
-                    H,
-                    CHUNKS,
-                    SPLIT,
-                    K_WIDTH,
-                    PAIRS,
-                    PRECISION,
-                    TURNS,
-                    GATES,
-                )
-                recurrent = multiply(weights, x, zero, DOT, PRECISION, CHAINS)
+                above = behind_stores(dgates + at.first * (4 * H) + gate_of_team * H) + offsets_above * (4 * H)
+                of_above = multiply_polled(weights_above, above, at.mask & fed, step + 2, zero, sync, FORM, CHAINS)
+            if MODE == "grid":
+                of_next_step = behind_stores(dgates + after.first * (DIRECTIONS * 4 * H) + gate_of_team * H)
+                of_next_step += rows.offsets * (4 * H)
+                recurrent = multiply_polled(weights, of_next_step, next_mask, step + 1, zero, sync, FORM, CHAINS)
 
     tl.store(dc0 + state, dc, mask=mask)
-    if RESET:
+    if layout.starts is not None:
         tl.store(dc_reset + state, dc_reset_tile, mask=mask)

@@ -8,31 +8,27 @@ last: the compiler leaves a weight in registers across a loop only if a product 
 import triton
 import triton.language as tl
 
-from .cell import cell_forward, four
+from .cell import cell_forward
 from .dropout import drop
+from .gates import add_gates, cast_gates, four, load_gates, select_gates, store_gates
 from .launch import SIZES
-from .operands import behind_stores, fetch, load_operand, multiply, sum_gates, write_zeros
-from .product import operand
+from .matmul import operand
+from .operands import load_operand, multiply, sum_gates
+from .polling import behind_stores, fetch, form, multiply_polled, write_zeros
+from .rows import Sizes, last_h, locate_clamped, rows_of_program, with_starts
 
 
 @triton.jit
-def load_gate_rows(
-    weight,
-    H: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    SPLIT: tl.constexpr,
-    K_WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def load_gate_rows(weight, BLOCK_H: tl.constexpr, CHUNKS: tl.constexpr, FORM: tl.constexpr):
     """The rows of a weight (4H, H) for this program's units, gate by gate, as operands: of each chunk (SPLIT,
     4 * BLOCK_H, a part)."""
-    places = tl.arange(0, 4 * BLOCK_H)
-    units = tl.program_id(0) * BLOCK_H + places % BLOCK_H
-    rows = weight + (places // BLOCK_H * H + units).to(tl.int64) * H
+    H: tl.constexpr = FORM.K
+    index = tl.arange(0, 4 * BLOCK_H)
+    units = tl.program_id(0) * BLOCK_H + index % BLOCK_H
+    rows = weight + (index // BLOCK_H * H + units).to(tl.int64) * H
     operands = ()
     for k in tl.static_range(CHUNKS):
-        operands = operands + (load_operand(rows, units < H, 1, k, H, SPLIT, K_WIDTH, PRECISION),)
+        operands = operands + (load_operand(rows, units < H, 1, k, FORM),)
     return operands
 
 
@@ -42,10 +38,10 @@ def load_whole(weight, H: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT: tl.constex
     units after others: (SPLIT, units, BLOCK_H)."""
     tl.static_assert(SPLIT % 4 == 0)
     UNITS: tl.constexpr = 4 * BLOCK_H // SPLIT
-    places = tl.arange(0, SPLIT)[:, None, None] * UNITS + tl.arange(0, UNITS)[None, None, :]
+    index = tl.arange(0, SPLIT)[:, None, None] * UNITS + tl.arange(0, UNITS)[None, None, :]
     columns = tl.arange(0, BLOCK_H)[None, :, None]
-    at = (places // BLOCK_H * H + places % BLOCK_H) * H + columns
-    x = tl.load(weight + at, mask=(places % BLOCK_H < H) & (columns < H), other=0.0)
+    at = (index // BLOCK_H * H + index % BLOCK_H) * H + columns
+    x = tl.load(weight + at, mask=(index % BLOCK_H < H) & (columns < H), other=0.0)
     # Transposed, and back: Triton 3.6 would leave a weight that is loaded as it is in shared memory.
     return tl.permute(operand(x, PRECISION, True), (0, 2, 1))
 
@@ -57,280 +53,172 @@ def for_all_parts(h, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def part_gates(x, UNITS: tl.constexpr, ROWS: tl.constexpr):
+def part_gates(x, SPLIT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
     """The product with load_whole() to the four gates (ROWS, UNITS): i, f, g, o."""
     return four(tl.permute(tl.reshape(x, (2, 2, UNITS, ROWS)), (3, 2, 0, 1)))
 
 
-@triton.jit
-def at_step(step, last, backwards, step_stride, offsets):
-    """The time of a step in the direction's own order, or of its first or last step if there is none, and the first of
-    its rows."""
-    t = tl.minimum(tl.maximum(tl.where(backwards, last - step, step), 0), last)
-    if offsets is None:
-        return t, t.to(tl.int64) * step_stride
-    else:
-        return t, tl.load(offsets + t)
-
-
-@triton.jit
-def load_four(gates, at, mask, H: tl.constexpr):
-    """Of all four gates what lies at the places of i: i, f, g, o."""
-    i = tl.load(gates + at, mask=mask, other=0.0)
-    f = tl.load(gates + at + H, mask=mask, other=0.0)
-    g = tl.load(gates + at + 2 * H, mask=mask, other=0.0)
-    o = tl.load(gates + at + 3 * H, mask=mask, other=0.0)
-    return i, f, g, o
-
-
-@triton.jit
-def store_four(gates, at, i, f, g, o, mask, H: tl.constexpr):
-    """Stores what load_four() loads."""
-    tl.store(gates + at, i, mask=mask)
-    tl.store(gates + at + H, f, mask=mask)
-    tl.store(gates + at + 2 * H, g, mask=mask)
-    tl.store(gates + at + 3 * H, o, mask=mask)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def latency_forward_kernel(
-    input_gates,  # (rows, D, 4H) in: x W_ih^T + b; rows = T * B, or the rows of the packed sequence; D = 1 in a stack
-    weight_hh,  # (M, 4H, H) in: a matrix for each member
-    h0,  # (M, B, H) in
-    c0,  # (M, B, H) in
-    c_reset,  # (M, B, H) in: the cell from which a reset row goes on, its h being 0; only if RESET
-    lengths,  # (B,) in: steps of each batch row; only if LENGTHS
-    offsets,  # (T,) in: first row of each step; only if PACKED
-    starts,  # (D, rows) in: the steps before which a row is reset; only if RESET
-    order,  # (B,) in: the batch rows as they are dealt to programs; only if LENGTHS without PACKED
-    weight_ih,  # (M - 1, 4H, H) in: of the layers above the first; only if STACK
-    bias,  # (M - 1, 4H) in: of the same; only if STACK
-    seed,  # (1,) in: of the dropout between layers; only if DROP
-    keep,  # (1,) in: the share of units that it keeps; only if DROP
-    y,  # (rows, D, H), of a stack (M, rows, H) out: h of every step, ABSENT at launch; by it programs exchange h
-    dropped,  # (M - 1, rows, H) out: y with dropout, for the layer above, ABSENT at launch; only if DROP
-    c,  # (rows, D, H), of a stack (M, rows, H) out: c of every step; only if SAVE
-    gates,  # (rows, D, 4H), of a stack (M, rows, 4H) out: activated gates; only if SAVE
-    hn,  # (M, B, H) out: each row's last h
-    cn,  # (M, B, H) out: each row's last cell; in between, where every step is a launch, the one after step_end
-    zeros,  # (4H,) written by every program: what rows have that wait for nobody; only if some may
-    report,  # (4,) out: who waited in vain; only if TURNS
+    # Inputs. rows: T * B, or the rows of the packed sequence; D: directions, 1 in a stack
+    input_gates,  # (rows, D, 4H): x W_ih^T + b
+    weight_hh,  # (R, 4H, H): a matrix for each recurrence
+    h0,  # (R, B, H)
+    c0,  # (R, B, H)
+    c_reset,  # (R, B, H): the cell from which a reset row goes on, its h being 0; only with layout.starts
+    layout,  # a LayoutTensors
+    stack,  # a Stack; of its weights the recurrences are layers, and without them directions
+    # Outputs
+    y,  # (rows, D, H), of a stack (R, rows, H): h of every step, SENTINEL at launch; by it programs exchange h
+    dropped,  # (R - 1, rows, H): y with dropout, for the layer above, SENTINEL at launch; only with stack.seed
+    c,  # (rows, D, H), of a stack (R, rows, H): c of every step; None: nothing is kept for backward
+    gates,  # (rows, D, 4H), of a stack (R, rows, 4H): activated gates; as c
+    hn,  # (R, B, H): each row's last h
+    cn,  # (R, B, H): each row's last cell; in between, where every step is a launch, the one after step_end
+    sync,  # a Sync
+    # Sizes
     T,
     B,
     total_rows,  # of a (rows, ...) tensor
-    step_stride,  # rows of it from a step to the next, if not PACKED
+    step_stride,  # rows of it from a step to the next, if not packed
     row_stride,  # rows of it from a batch row to the next
-    member_begin,  # first member of this launch
-    row_begin,  # first batch row of this launch, a multiple of BLOCK_B
-    step_begin,  # steps [step_begin, step_end) in the direction's own order; layer m of a stack is m steps behind
+    first_recurrence,  # of this launch
+    row_begin,  # first batch row of this launch, a multiple of the tiles' batch
+    step_begin,  # steps [step_begin, step_end) in the direction's own order; layer r of a stack is r steps behind
     step_end,
     H: tl.constexpr,
-    LOCAL: tl.constexpr,  # one program holds all units and exchanges nothing
-    GRID: tl.constexpr,  # programs hand h to each other; neither: one launch a step
-    TURNS: tl.constexpr,  # bound of a wait, 0 for none
+    # Form
+    MODE: tl.constexpr,  # "local": one program holds all units; "grid": programs hand h to each other; "step"
     DIRECTIONS: tl.constexpr,  # D; of two the second runs from the last step to the first
     REVERSE: tl.constexpr,  # a single direction runs so
-    LENGTHS: tl.constexpr,  # each batch row has its own length
-    PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
-    RESET: tl.constexpr,  # rows are reset within the sequence
-    STACK: tl.constexpr,  # the members are layers, not directions
-    DROP: tl.constexpr,  # dropout between the layers
-    SAVE: tl.constexpr,  # keep c and gates for backward
-    DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
-    BLOCK_B: tl.constexpr,  # batch rows of a program
-    BLOCK_H: tl.constexpr,  # hidden units of a program
-    SPLIT: tl.constexpr,  # warps of a program, each of which sums a part of every chunk
-    K_WIDTH: tl.constexpr,  # of in_registers()
+    TILES: tl.constexpr,  # Plan.forward
     PAIRS: tl.constexpr,  # of words()
+    MAX_SPINS: tl.constexpr,  # bound of a wait, 0 for none
 ):
     ACC: tl.constexpr = cn.dtype.element_ty
-    CHUNK: tl.constexpr = SPLIT * (512 // y.dtype.element_ty.primitive_bitwidth)  # columns that one product sums
+    TYPE: tl.constexpr = y.dtype.element_ty
+    STACK: tl.constexpr = stack.weight_ih is not None
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_H: tl.constexpr = TILES.units
+    SPLIT: tl.constexpr = TILES.split
+    CHUNK: tl.constexpr = SPLIT * (512 // TYPE.primitive_bitwidth)  # columns that one product sums
     CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
-    LATE: tl.constexpr = LENGTHS and (DIRECTIONS > 1 or REVERSE) and not LOCAL  # rows may begin after others
-    member = 0
+    LATE: tl.constexpr = layout.lengths is not None and (DIRECTIONS > 1 or REVERSE) and MODE != "local"
+    FORM: tl.constexpr = form(H, 1, TILES, TYPE.primitive_bitwidth, PAIRS, PRECISION, MAX_SPINS)
+    recurrence = 0
     if DIRECTIONS > 1 or STACK:
-        member = (member_begin + tl.program_id(2)).to(tl.int64)
+        recurrence = (first_recurrence + tl.program_id(2)).to(tl.int64)
+    sizes = Sizes(T, B, total_rows, step_stride, row_stride)
+    rows = rows_of_program(layout, sizes, recurrence, row_begin, STACK, DIRECTIONS, REVERSE, BLOCK_B, True)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    real_units = units < H
-    # Past the last batch row a program computes this once more, and stores nothing.
-    rows = row_begin + tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    real_rows = rows < B
-    rows = tl.minimum(rows, B - 1).to(tl.int64)
-    if LENGTHS and not PACKED:
-        rows = tl.load(order + rows)
-    mask = real_rows[:, None] & real_units[None, :]
-    states = member * B + rows  # the member's rows in a (M, B, H) tensor
-    state = states[:, None] * H + units[None, :]
+    mask = rows.mask[:, None] & (units < H)[None, :]
+    state = rows.states[:, None] * H + units[None, :]
 
-    # Where this member's rows lie among those of all: step t's at places, from the step's first on.
-    lanes = rows * row_stride
-    places = lanes * DIRECTIONS + member
-    backwards = member > 0 if DIRECTIONS > 1 else REVERSE
+    weight = weight_hh + recurrence * (4 * H * H)
+    if MODE == "local":
+        weights = (load_whole(weight, H, BLOCK_H, SPLIT, PRECISION),)
+    else:
+        weights = load_gate_rows(weight, BLOCK_H, CHUNKS, FORM)
     first_layer = True
     if STACK:
-        first_layer = member == 0
-        places = member * total_rows + lanes
-    of_weight = weight_hh + member * (4 * H * H)
-    if LOCAL:
-        weights = (load_whole(of_weight, H, BLOCK_H, SPLIT, PRECISION),)
-    else:
-        weights = load_gate_rows(of_weight, H, CHUNKS, BLOCK_H, SPLIT, K_WIDTH, PRECISION)
-    if STACK:
-        above = member > 0
-        below = tl.maximum(member - 1, 0)
-        below_places = places - total_rows
-        below_y = dropped if DROP else y
-        of_weight = weight_ih + below * (4 * H * H)
-        weights_below = load_gate_rows(of_weight, H, CHUNKS, BLOCK_H, SPLIT, K_WIDTH, PRECISION)
-        bias_i, bias_f, bias_g, bias_o = load_four(bias + below * (4 * H), units, real_units & above, H)
-        step_begin = tl.maximum(step_begin - member.to(tl.int32), 0)
-        step_end = tl.minimum(step_end - member.to(tl.int32), T)
-    if zeros is not None:
-        write_zeros(zeros, H, CHUNK)
-
-    last = T - 1
-    if LENGTHS:
-        length = tl.load(lengths + rows).to(tl.int32)
-        last = tl.max(length) - 1
-        step_end = tl.minimum(step_end, last + 1)
+        first_layer = recurrence == 0
+        above = recurrence > 0
+        below = tl.maximum(recurrence - 1, 0)
+        y_below = y if dropped is None else dropped
+        offsets_below = rows.offsets - total_rows
+        weights_below = load_gate_rows(stack.weight_ih + below * (4 * H * H), BLOCK_H, CHUNKS, FORM)
+        bias = stack.bias + below * (4 * H) + units[None, :]
+        bias = load_gates(bias, ((units < H) & above)[None, :], H)
+        step_begin = tl.maximum(step_begin - recurrence.to(tl.int32), 0)
+        step_end = tl.minimum(step_end - recurrence.to(tl.int32), T)
+    if sync.zeros is not None:
+        write_zeros(sync.zeros, H, CHUNK)
+    if layout.lengths is not None:
+        step_end = tl.minimum(step_end, rows.last + 1)
     c_tile = tl.load(c0 + state, mask=mask & (step_begin == 0), other=0.0).to(ACC)
-    if not (LOCAL or GRID):
+    if MODE == "step":
         c_tile += tl.load(cn + state, mask=mask & (step_begin > 0), other=0.0)
-    if RESET:
+    if layout.starts is not None:
         c_reset_tile = tl.load(c_reset + state, mask=mask, other=0.0)
-        starts += lanes if STACK else member * total_rows + lanes
 
-    # The first step's product, with h0 or with what the launch before has left.
-    t, begin = at_step(step_begin, last, backwards, step_stride, offsets)
-    t_next, begin_next = at_step(step_begin + 1, last, backwards, step_stride, offsets)
-    active_rows = real_rows & (step_begin < step_end)
-    next_rows = active_rows
-    if LENGTHS:
-        active_rows = active_rows & (t < length)
-        next_rows = next_rows & (t_next < length)
-    h_rows = h0 + states * H
-    if LOCAL:
+    # The first step's product, with h0 or with what the launch before has left. Fetched as in the loop: the compiler
+    # then has the weight in one layout alone.
+    running = rows.mask & (step_begin < step_end)
+    at = locate_clamped(step_begin, layout, rows, running)
+    after = locate_clamped(step_begin + 1, layout, rows, running)
+    if MODE == "local":
         h_tile = tl.load(h0 + state, mask=mask, other=0.0)
-    elif not GRID:
-        t_prev, begin_prev = at_step(step_begin - 1, last, backwards, step_stride, offsets)
-        has_prev = active_rows & (step_begin > 0)
-        if LENGTHS:
-            has_prev = has_prev & (t_prev < length)
-        h_rows = tl.where(has_prev, y + (begin_prev * DIRECTIONS + places) * H, h_rows)
-    # Fetched as in the loop: the compiler then has the weight in one layout alone.
-    if LOCAL:
         x = (for_all_parts(h_tile, SPLIT, PRECISION),)
     else:
-        x = fetch(h_rows, None, None, step_begin, report, "load", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS)
-    zero = tl.zeros((SPLIT, 4 * BLOCK_H // SPLIT if LOCAL else 4 * BLOCK_H, BLOCK_B), ACC)
-    recurrent = multiply(weights, x, zero, DOT, PRECISION)
-    if RESET:
-        start = tl.load(starts + begin, mask=active_rows, other=0) != 0
-        start_next = tl.load(starts + begin_next, mask=next_rows, other=0) != 0
-        recurrent = tl.where(start[None, None, :], 0.0, recurrent)
+        h_rows = h0 + rows.states * H
+        if MODE == "step":
+            before = locate_clamped(step_begin - 1, layout, rows, at.mask & (step_begin > 0))
+            h_rows = tl.where(before.mask, y + before.rows * H, h_rows)
+        x = fetch(h_rows, None, step_begin, sync, FORM, "load")
+    zero = tl.zeros((SPLIT, 4 * BLOCK_H // SPLIT if MODE == "local" else 4 * BLOCK_H, BLOCK_B), ACC)
+    recurrent = multiply(weights, x, zero, PRECISION)
+    at, after = with_starts(at, layout, rows), with_starts(after, layout, rows)
+    if layout.starts is not None:
+        recurrent = tl.where(at.start[None, None, :], 0.0, recurrent)
     if LATE:
         # Of rows that begin later this is the product of their first step.
-        first_i, first_f, first_g, first_o = sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)
-        late_rows = real_rows != real_rows
+        first_product = sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)
+        late_rows = rows.mask != rows.mask
     if STACK:
-        awaited = below_y + begin * H + below_places * H, active_rows & above, zeros, step_begin + 1, report
-        x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS)
-        recurrent = multiply(weights_below, x, recurrent, DOT, PRECISION)
-    active = mask & active_rows[:, None]
-    gate = (begin * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
-    pre_i, pre_f, pre_g, pre_o = load_four(input_gates, gate, active & first_layer, H)
+        x_rows = y_below + at.first * H + offsets_below * H
+        recurrent = multiply_polled(weights_below, x_rows, at.mask & above, step_begin + 1, recurrent, sync, FORM)
+    active = mask & at.mask[:, None]
+    gate = at.rows[:, None] * (4 * H) + units[None, :]
+    from_input = load_gates(input_gates + gate, active & first_layer, H)
 
     for step in range(step_begin, step_end):
-        if LOCAL:
-            rec_i, rec_f, rec_g, rec_o = part_gates(recurrent, BLOCK_H, BLOCK_B)
-        else:
-            rec_i, rec_f, rec_g, rec_o = sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)
+        pre = (part_gates if MODE == "local" else sum_gates)(recurrent, SPLIT, BLOCK_H, BLOCK_B)
         if STACK:
-            rec_i += bias_i.to(ACC)[None, :]
-            rec_f += bias_f.to(ACC)[None, :]
-            rec_g += bias_g.to(ACC)[None, :]
-            rec_o += bias_o.to(ACC)[None, :]
-        if RESET:
-            c_tile = tl.where(start[:, None], c_reset_tile, c_tile)
-        of_i, of_f, of_g, of_o = pre_i.to(ACC), pre_f.to(ACC), pre_g.to(ACC), pre_o.to(ACC)
+            pre = add_gates(pre, bias)
+        from_input = cast_gates(from_input, ACC)
         if LATE:  # rows of which this is the first step have waited for nobody: their product is zero
-            of_i += tl.where(late_rows[:, None], first_i, 0.0)
-            of_f += tl.where(late_rows[:, None], first_f, 0.0)
-            of_g += tl.where(late_rows[:, None], first_g, 0.0)
-            of_o += tl.where(late_rows[:, None], first_o, 0.0)
-        i, f, g, o, c_next, h = cell_forward(rec_i + of_i, rec_f + of_f, rec_g + of_g, rec_o + of_o, c_tile)
+            from_input = add_gates(from_input, select_gates(late_rows[:, None], first_product))
+        if layout.starts is not None:
+            c_tile = tl.where(at.start[:, None], c_reset_tile, c_tile)
+        activated, c_next, h = cell_forward(add_gates(pre, from_input), c_tile)
         c_tile = tl.where(active, c_next, c_tile)
-        h = h.to(y.dtype.element_ty)
-        hidden = (begin * DIRECTIONS + places)[:, None] * H + units[None, :]
+        h = h.to(TYPE)
+        hidden = (at.first * DIRECTIONS + rows.offsets)[:, None] * H + units[None, :]
         tl.store(y + hidden, h, mask=active)
-        if DROP:
-            h_dropped = drop(h, seed, keep, member, t, rows[:, None] * H + units[None, :])
-            tl.store(dropped + hidden, h_dropped, mask=active & (member < tl.num_programs(2) - 1))
-
+        if dropped is not None:
+            h_dropped = drop(h, stack.seed, stack.keep, recurrence, at.t, rows.batch[:, None] * H + units[None, :])
+            tl.store(dropped + hidden, h_dropped, mask=active & (recurrence < tl.num_programs(2) - 1))
         # What the next step takes, as far as it waits for nobody; behind the last one this once more, for nothing.
-        awaited_rows = active_rows & next_rows
-        if RESET:
-            awaited_rows = awaited_rows & ~start_next
-        next = mask & next_rows[:, None]
-        gate_next = (begin_next * DIRECTIONS + places)[:, None] * (4 * H) + units[None, :]
-        if LOCAL or GRID:
-            pre_i, pre_f, pre_g, pre_o = load_four(input_gates, gate_next, next & first_layer, H)
-        if SAVE:
+        prev_mask = at.mask & after.mask & ~after.start
+        active_after = mask & after.mask[:, None]
+        gate_after = (after.first * DIRECTIONS + rows.offsets)[:, None] * (4 * H) + units[None, :]
+        if MODE != "step":
+            from_input = load_gates(input_gates + gate_after, active_after & first_layer, H)
+        if c is not None:
             tl.store(c + hidden, c_next, mask=active)
-            store_four(gates, gate, i, f, g, o, active, H)
-        if LOCAL:
+            store_gates(gates + gate, activated, active, H)
+        if MODE == "local":
             h_tile = tl.where(active, h, h_tile)
-            if RESET:
-                h_tile = tl.where(start_next[:, None], 0.0, h_tile)
-            x = (for_all_parts(h_tile, SPLIT, PRECISION),)
-            recurrent = multiply(weights, x, zero, DOT, PRECISION)
-        if GRID:
+            if layout.starts is not None:
+                h_tile = tl.where(after.start[:, None], 0.0, h_tile)
+            recurrent = multiply(weights, (for_all_parts(h_tile, SPLIT, PRECISION),), zero, PRECISION)
+        if MODE == "grid":
             recurrent = zero
             if STACK:
                 # The layer below is ahead: its part of the sum is made while this layer's own h is on the way.
-                x_rows = behind_stores(below_y + begin_next * H) + below_places * H
-                awaited = x_rows, next_rows & above, zeros, step + 2, report
-                x = fetch(*awaited, "await", H, CHUNKS, SPLIT, K_WIDTH, PAIRS, PRECISION, TURNS)
-                recurrent = multiply(weights_below, x, recurrent, DOT, PRECISION)
-            h_rows = behind_stores(y + begin * (DIRECTIONS * H)) + places * H
-            x = fetch(
-                h_rows,
-                awaited_rows,
-                zeros,
-                step + 1,
-                report,
-                "await",
-                H,
-                CHUNKS,
-                SPLIT,
-                K_WIDTH,
-                PAIRS,
-                PRECISION,
-                TURNS,
-            )
-            recurrent = multiply(weights, x, recurrent, DOT, PRECISION)
+                x_rows = behind_stores(y_below + after.first * H) + offsets_below * H
+                recurrent = multiply_polled(weights_below, x_rows, after.mask & above, step + 2, recurrent, sync, FORM)
+            h_rows = behind_stores(y + at.first * (DIRECTIONS * H)) + rows.offsets * H
+            recurrent = multiply_polled(weights, h_rows, prev_mask, step + 1, recurrent, sync, FORM)
         if LATE:
-            late_rows = next_rows & ~active_rows
-            if RESET:
-                late_rows = late_rows & ~start_next
-        t, begin, active_rows, active, gate = t_next, begin_next, next_rows, next, gate_next
+            late_rows = after.mask & ~at.mask & ~after.start
+        at, active, gate = after, active_after, gate_after
         # A step ahead, because addresses that wait for these loads would make everyone wait.
-        t_next, begin_next = at_step(step + 2, last, backwards, step_stride, offsets)
-        if LENGTHS:
-            next_rows = real_rows & (t_next < length)
-        if RESET:
-            start = start_next
-            start_next = tl.load(starts + begin_next, mask=next_rows, other=0) != 0
+        after = with_starts(locate_clamped(step + 2, layout, rows, running), layout, rows)
 
     tl.store(cn + state, c_tile, mask=mask)
     # From this program's part of y, which may be of other threads than these.
     tl.debug_barrier()
-    steps = T
-    if LENGTHS:
-        steps = length
-    end = tl.where(backwards, 0, steps - 1)
-    begin = end.to(tl.int64) * step_stride if offsets is None else tl.load(offsets + end, mask=real_rows, other=0)
-    h_rows = tl.where(steps > 0, y + (begin * DIRECTIONS + places) * H, h0 + states * H)
-    h = tl.load(h_rows[:, None] + units[None, :], mask=mask, other=0.0)
+    h = tl.load(last_h(y, h0, layout, rows, H)[:, None] + units[None, :], mask=mask, other=0.0)
     tl.store(hn + state, h, mask=mask)

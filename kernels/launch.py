@@ -1,39 +1,31 @@
-"""What both launchers share: the flags, the launch shape of each mode, and the tensor's device."""
+"""What the launchers share: what is prepared once for all launches of a form, and the launch itself."""
 
 import threading
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from .environment import DEBUG, VERSION, interpreted
+from .environment import DEBUG
 from .layout import Layout
-from .plan import Plan, by_steps, cuda_device, refuse
-from .tiles import Tiles, alone, ceil_div, programs_of
-
-# The interpreter multiplies bfloat16 bit patterns as integers: there the operands are widened, which is exact.
-DOT = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.float32 if interpreted() else tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
+from .plan import Plan, as_per_step, cuda_device, disable_grid
+from .sync import Sync
+from .tiles import Tiles, ceil_div, programs_of, without_exchange
 
 # Of every kernel: later Tritons have another default, and other sums.
 OPTIONS = {"enable_fp_fusion": True}
 
 # Turns that a wait for a step flag may take under FUSED_LSTM_DEBUG=1, some seconds; without it a wait has no bound.
-TURNS = 10_000_000 if DEBUG else 0
+MAX_SPINS = 10_000_000 if DEBUG else 0
 
 
 # The integers that both kernels take. None is a constant of theirs: no size but H compiles anything.
-SIZES = ["T", "B", "total_rows", "step_stride", "row_stride", "member_begin", "row_begin", "step_begin", "step_end"]
+SIZES = ["T", "B", "total_rows", "step_stride", "row_stride", "first_recurrence", "row_begin", "step_begin", "step_end"]
 
 # The interpreter keeps the program's position in globals: two threads cannot be in it at once.
 _INTERPRETER = threading.RLock()
@@ -44,8 +36,8 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else _INTERPRETER
 
 
-def exchanged(like: Tensor, shape: tuple[int, ...], tiles: Tiles, layout: Layout) -> Tensor:
-    """The buffer of h or dgates of all steps: zero past the rows' lengths, and elsewhere ABSENT if they are polled."""
+def alloc_exchange_buffer(like: Tensor, shape: tuple[int, ...], tiles: Tiles, layout: Layout) -> Tensor:
+    """The buffer of h or dgates of all steps: zero past the rows' lengths, and elsewhere SENTINEL if it is polled."""
     if not tiles.poll:
         return like.new_zeros(shape) if layout.padded else like.new_empty(shape)
     buffer = like.new_empty(shape)
@@ -59,178 +51,258 @@ def weight_in_registers(plan: Plan, tiles: Tiles) -> bool:
     return tiles.poll or plan.mode == "local"
 
 
-def operand_width(rows: int, size: int) -> int:
-    """Elements of the reduction that Triton lays side by side in a register operand of so many rows and bytes an
-    element; in another order the kernels move it through shared memory, right but slow."""
-    wide = VERSION < (3, 8) or (size == 2 and rows == 8)
-    return (8 if wide else 4) // size
-
-
 def compares_pairs(capability: tuple[int, int]) -> bool:
     """Whether a device has an instruction for the larger of two pairs of 16 bits."""
     return capability >= (9, 0)
 
 
-def some_wait_for_nobody(plan: Plan, flags: dict[str, Any]) -> bool:
-    """Whether a polled kernel with these constexpr arguments has steps at which a row waits for no other program."""
-    return flags["LENGTHS"] or flags["RESET"] or flags["STACK"] or plan.mode == "step"
+def specialization(plan: Plan, tiles: Tiles, H: int, out: int, **form: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constexpr arguments, of which a kernel takes those that it has, and the compile options of a plan.
 
-
-def specialization(
-    plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype, out: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The constexpr arguments, of which a kernel takes those that it has, and the compile options of a plan."""
+    out: features of h. form: further constexpr arguments.
+    """
     constants = {
         "H": H,
         "OUT": out,
-        "LOCAL": plan.mode == "local",
-        "GRID": plan.mode == "grid",
-        "TURNS": TURNS if plan.mode == "grid" else 0,
-        "DOT": DOT[dtype],
+        "MODE": plan.mode,
+        "PHASE": "",
         "PRECISION": plan.precision,
-        "BLOCK_B": tiles.batch,
-        "BLOCK_H": tiles.units,
-        "BLOCK_P": tiles.features,
-        "BLOCK_K": tiles.chunk,
-        "KEPT": tiles.kept,
-        "SPLIT": tiles.split,
-        "TEAM": tiles.team,
-        "K_WIDTH": operand_width(tiles.batch, dtype.itemsize),
+        "TILES": tiles,
+        "MAX_SPINS": MAX_SPINS if plan.mode == "grid" else 0,
+        **form,
     }
-    # One stage: the pipeliner would load h of the next step before its flag is awaited.
+    # num_stages=1: software pipelining would prefetch the next step's h before its flag has been waited for.
     options = {"num_warps": tiles.warps, "num_stages": 1, **OPTIONS}
     if plan.mode == "grid":
         options["launch_cooperative_grid"] = True
     return constants, options
 
 
-@dataclass(frozen=True, eq=False)
+Args = tuple[Tensor | tuple[Tensor | None, ...] | None, ...]
+Launches = dict[Any, "Prepared | Specialized"]
+
+
 class Specialized:
     """A kernel with its constexpr arguments and compile options.
 
-    compiled: what Triton has made of it so far, by device and by all that it distinguishes in the other arguments.
+    compiled: what Triton has made of it so far, by arguments_key().
     """
 
-    kernel: Any
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    compiled: dict[Any, CompiledKernel] = field(default_factory=dict)
+    def __init__(self, kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
+        self.kernel, self.options = kernel, options
+        # In the kernel's order, which does not have all of them.
+        self.constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        self.values = tuple(self.constants.values())
+        self.compiled: dict[Any, CompiledKernel] = {}
 
-    def launch(
-        self,
-        programs: tuple[int, int, int],
-        device: torch.device,
-        tensors: tuple[Tensor | None, ...],
-        sizes: tuple[int, ...],
-    ) -> None:
-        """Launches it on the current device; tensors, sizes: all that are no constants, in the kernel's order.
+    def launch(self, programs: tuple[int, int, int], args: Args, sizes: tuple[int, ...], key: Any) -> None:
+        """Launches it on the current device; args, sizes: all that are no constants, in the kernel's order.
 
-        Triton finds out at every call, from all of them, which machine code is meant: here it is asked once.
+        Triton finds out at every call, from all of them, which machine code is meant: here it is asked once for a key.
         """
-        # Of tensors the dtype, and whether loads can be wide; of integers whether 32 bits hold them.
-        of_tensors = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
-        key = device, *of_tensors, *[size < 2**31 for size in sizes]
         compiled = self.compiled.get(key)
         if compiled is not None:
-            compiled[programs](*tensors, *sizes, *self.constants.values())
+            compiled[programs](*args, *sizes, *self.values)
             return
-        compiled = self.kernel[programs](*tensors, *sizes, **self.constants, **self.options)
+        compiled = self.kernel[programs](*args, *sizes, **self.constants, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
             self.compiled[key] = compiled
 
 
-def specialized(
-    kernel: Any, plan: Plan, tiles: Tiles, H: int, dtype: torch.dtype, out: int, **flags: Any
-) -> Specialized:
-    """A kernel as a plan runs it. out: features of h; flags: further constexpr arguments."""
-    return _specialized(kernel, TURNS, tuple(flags.items()), plan, tiles, H, dtype, out)
+def arguments_key(args: Args, sizes: tuple[int, ...]) -> Any:
+    """What Triton distinguishes in arguments: of tensors, in records too, the dtype and whether they are aligned to 16
+    bytes, or that there is none; of integers whether 32 bits hold them."""
+    key: list[Any] = []
+    addresses = 0
+    for arg in args:
+        if arg is None:
+            key.append(None)
+        elif isinstance(arg, tuple):
+            for tensor in arg:
+                if tensor is None:
+                    key.append(None)
+                else:
+                    key.append(tensor.dtype)
+                    addresses |= tensor.data_ptr()
+        else:
+            key.append(arg.dtype)
+            addresses |= arg.data_ptr()
+    if addresses & 15:  # hardly ever
+        key += [tensor is None or tensor.data_ptr() % 16 == 0 for tensor in flat(args)]
+    if max(sizes) >= 2**31:
+        key.append(tuple(size < 2**31 for size in sizes))
+    return tuple(key)
 
 
-@cache
-def _specialized(kernel: Any, turns: int, flags: tuple[tuple[str, Any], ...], *plan: Any) -> Specialized:
-    """specialized(); turns: what specialization() reads beside its own."""
-    constants, options = specialization(*plan)
-    constants |= flags
-    # In the kernel's order, of which it has not every one.
-    return Specialized(kernel, {name: constants[name] for name in kernel.arg_names if name in constants}, options)
+def flat(args: Args) -> Iterator[Tensor | None]:
+    """The tensors of arguments, and of the records among them."""
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from arg
+        else:
+            yield arg
+
+
+class Part(NamedTuple):
+    """A launch of a step that has so many recurrences and batch groups at once."""
+
+    kernel: Specialized
+    programs: tuple[int, int, int]
+    first_recurrence: int
+    row_begin: int
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """All that launches of one form have in common.
+
+    The form is the key under which launch() keeps it with the plan: the kernel, the states' shape and device, the
+    features of h, the direction, what of the layout and the stack is there, and MAX_SPINS, which tests set. It holds as
+    long as its plan. A device that refuses a grid gets another plan, so nothing has to be thrown away.
+
+    kernel: held, because the key has only its id. parts: each with the launches of a step, of which a projection has
+        two.
+    """
+
+    kernel: Any
+    parts: tuple[tuple[Part, ...], ...]
+    recurrences: int
+    flags: tuple[int, int] | None  # of the step flags, all but T
+    zeros: bool
+    bounded: bool
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Any,
+        plan: Plan,
+        tiles: Tiles,
+        states: Tensor,
+        out: int,
+        phases: tuple[str, str],
+        reverse: bool,
+        stacked: bool,
+        ragged: bool,
+    ) -> "Prepared":
+        """Args as launch() takes them; ragged: rows may begin or end within the sequence, or be reset."""
+        device, (B, H) = states.device, states.shape[-2:]
+        recurrences = states.shape[0] if states.dim() == 3 else 1
+        unit_blocks, batch_groups = programs_of(tiles, H, B)
+        form: dict[str, Any] = {"DIRECTIONS": 1 if stacked else recurrences, "REVERSE": reverse}
+        in_registers = weight_in_registers(plan, tiles)
+        if in_registers:
+            form["PAIRS"] = device.type == "cuda" and compares_pairs(cuda_device(device).capability)
+        blocks = {"": unit_blocks}
+        if out < H:
+            of_phase = {"cell": unit_blocks, "projection": ceil_div(out, tiles.features)}
+            blocks = {phase: of_phase[phase] for phase in phases}
+        at_once = recurrences, batch_groups
+        if plan.mode == "grid":
+            at_once = max_coresident(plan.resident // unit_blocks, recurrences, batch_groups, stacked)
+        kernels = [specialized(kernel, plan, tiles, H, out, PHASE=phase, **form) for phase in blocks]
+
+        def launches_of(first: int, group: int) -> tuple[Part, ...]:
+            others = min(at_once[1], batch_groups - group), min(at_once[0], recurrences - first)
+            each = zip(kernels, blocks.values(), strict=True)
+            return tuple(Part(of_phase, (n, *others), first, group * tiles.batch) for of_phase, n in each)
+
+        return cls(
+            kernel,
+            tuple(
+                launches_of(first, group)
+                for first, group in product(range(0, recurrences, at_once[0]), range(0, batch_groups, at_once[1]))
+            ),
+            recurrences,
+            (recurrences, batch_groups) if plan.mode == "grid" and not tiles.poll else None,
+            in_registers and (ragged or stacked or plan.mode == "step"),
+            plan.mode == "grid" and MAX_SPINS > 0,
+        )
+
+
+def specialized(kernel: Any, plan: Plan, tiles: Tiles, H: int, out: int, **form: Any) -> Specialized:
+    """A kernel as a plan runs it; args as specialization() takes them."""
+    return Specialized(kernel, *specialization(plan, tiles, H, out, **form))
+
+
+def launches(plan: Plan) -> Launches:
+    """What has been prepared for a plan. It lies with the plan, because to hash one at every call takes longer than to
+    launch a kernel."""
+    return plan.__dict__.setdefault("_launches", {})
 
 
 def launch(
     kernel: Any,
-    tensors: tuple[Tensor | None, ...],
+    args: Args,
     plan: Plan,
     tiles: Tiles,
     layout: Layout,
     states: Tensor,
     out: int,
-    halves: tuple[str, str],
+    phases: tuple[str, str],
     reverse: bool,
-    **flags: bool,
+    stacked: bool,
 ) -> None:
-    """Launches a recurrence kernel over all members, steps and batch rows, in the plan's mode, on the tensors' device.
+    """Launches a kernel over all recurrences, steps and batch rows, in the plan's mode, on the tensors' device.
 
     Args:
-        tensors: in the kernel's order, but what programs exchange by beside them; the first one lies as `layout` says.
-        states: (M, B, H), or (B, H) of a single member. out: features of h.
-        halves: of a step behind a projection, "CELL" and "PROJECT" in their order.
+        args: in the kernel's order, all before its Sync; the first one is a tensor that lies as `layout` says.
+        states: (R, B, H), or (B, H) of a single recurrence. out: features of h.
+        phases: of a step with a projection, "cell" and "projection" in their order.
+        stacked: the recurrences are layers.
 
     Raises:
         RuntimeError: under FUSED_LSTM_DEBUG=1, a program that waited in vain for another, and at which step.
     """
-    device, stacked = states.device, flags["STACK"]
-    B, H = states.shape[-2:]
-    members = states.shape[0] if states.dim() == 3 else 1
-    T = layout.steps(tensors[0].shape)
-    unit_blocks, batch_groups = programs_of(tiles, H, B)
-    step_flags = report = None
-    held = weight_in_registers(plan, tiles)
-    zeros = tensors[0].new_empty(4 * H) if held and some_wait_for_nobody(plan, flags | layout.flags) else None
-    at_once = members, batch_groups
-    if plan.mode == "grid":
-        if not tiles.poll:
-            step_flags = torch.zeros((members, batch_groups, T), dtype=torch.int32, device=device)
-        report = torch.zeros(4, dtype=torch.int32, device=device) if TURNS else None
-        at_once = resident_at_once(plan.resident // unit_blocks, members, batch_groups, stacked)
-    last = T + members - 1 if stacked else T  # each layer is a step behind the one that it takes from
-    steps = [(step, step + 1) for step in range(last)] if plan.mode == "step" else [(0, last)]
-    directions = 1 if stacked else members
-    if held:
-        flags["PAIRS"] = device.type == "cuda" and compares_pairs(cuda_device(device).capability)
-    flags |= {"DIRECTIONS": directions, "REVERSE": reverse, "CELL": True, "PROJECT": out < H, **layout.flags}
-    parts = [(unit_blocks, flags)]  # of a step
-    if out < H:
-        blocks = {"CELL": unit_blocks, "PROJECT": ceil_div(out, tiles.features)}
-        parts = [(blocks[half], flags | dict.fromkeys(halves, False) | {half: True}) for half in halves]
-    kernels = [(blocks, specialized(kernel, plan, tiles, H, tensors[0].dtype, out, **part)) for blocks, part in parts]
-    sizes = T, B, tensors[0].shape[:-1].numel(), *layout.strides(T, B)
-    given = *tensors, zeros if held else step_flags, report
+    first, shape, device = args[0], states.shape, states.device
+    ragged = layout.lengths is not None or layout.starts is not None
+    key = id(kernel), shape, device, out, reverse, stacked, ragged, MAX_SPINS
+    prepared = launches(plan).get(key)
+    if prepared is None:
+        prepared = Prepared.of(kernel, plan, tiles, states, out, phases, reverse, stacked, ragged)
+        launches(plan)[key] = prepared
+    T, B = layout.steps(first.shape), shape[-2]
+    flags = timeout_info = zeros = None
+    if prepared.flags is not None:
+        flags = torch.zeros((*prepared.flags, T), dtype=torch.int32, device=device)
+    if prepared.zeros:
+        zeros = first.new_empty(4 * shape[-1])
+    if prepared.bounded:
+        timeout_info = torch.zeros(4, dtype=torch.int32, device=device)
+    args_and_sync = *args, Sync(flags, timeout_info, zeros)
+    sizes = T, B, T * B if layout.offsets is None else first.shape[0], *layout.strides(T, B)
+    last = T + prepared.recurrences - 1 if stacked else T  # each layer is a step behind the one that it takes from
+    steps = [(step, step + 1) for step in range(last)] if plan.mode == "step" else ((0, last),)
+    code = arguments_key(args_and_sync, (*sizes, last))
     with on_device(device):
-        for member, group in product(range(0, members, at_once[0]), range(0, batch_groups, at_once[1])):
-            programs = min(at_once[1], batch_groups - group), min(at_once[0], members - member)
-            for turn, (blocks, part) in product(steps, kernels):
-                try:
-                    part.launch((blocks, *programs), device, given, (*sizes, member, group * tiles.batch, *turn))
-                except RuntimeError as error:
-                    if plan.mode != "grid" or (member, group) != (0, 0) or "cooperative" not in str(error):
-                        raise
-                    # The device refused before anything ran. The form that needs no company takes over for good.
-                    refuse(device, str(error))
-                    plan, tiles = by_steps(plan, str(error)), alone(tiles)
-                    return launch(kernel, tensors, plan, tiles, layout, states, out, halves, reverse, **flags)
-    if report is not None:
-        stuck, program, group, step = report.tolist()
+        for part in prepared.parts:
+            for begin, end in steps:
+                for of_phase, programs, first_recurrence, row_begin in part:
+                    try:
+                        numbers = *sizes, first_recurrence, row_begin, begin, end
+                        of_phase.launch(programs, args_and_sync, numbers, code)
+                    except RuntimeError as error:
+                        if plan.mode != "grid" or part is not prepared.parts[0] or "cooperative" not in str(error):
+                            raise
+                        # The device refused before anything ran. From now on the form without waiting serves it.
+                        disable_grid(device, str(error))
+                        plan, tiles = as_per_step(plan, str(error)), without_exchange(tiles)
+                        return launch(kernel, args, plan, tiles, layout, states, out, phases, reverse, stacked)
+    if timeout_info is not None:
+        stuck, program, group, step_of_wait = timeout_info.tolist()
         if stuck:
             raise RuntimeError(
-                f"program {program} of batch group {group} waited in vain for step {step - 1} of the others, "
+                f"program {program} of batch group {group} waited in vain for step {step_of_wait - 1} of the others, "
                 f"in {kernel.__name__} under {plan}"
             )
 
 
-def resident_at_once(slots: int, members: int, batch_groups: int, stacked: bool) -> tuple[int, int]:
-    """How many members and batch groups a launch has where `slots` groups of a member can be resident; the others
-    follow in further launches. Layers of a stack wait for each other, so all are in each launch."""
-    both = members, max(1, min(batch_groups, slots // members))
+def max_coresident(slots: int, recurrences: int, batch_groups: int, stacked: bool) -> tuple[int, int]:
+    """How many recurrences and batch groups a launch has where `slots` groups of a recurrence can be resident; the
+    others follow in further launches. Layers of a stack wait for each other, so all are in each launch."""
+    both = recurrences, max(1, min(batch_groups, slots // recurrences))
     single = 1, max(1, min(batch_groups, slots))
-    if stacked or (slots >= members and ceil_div(batch_groups, both[1]) <= members * ceil_div(batch_groups, single[1])):
+    if stacked or (
+        slots >= recurrences and ceil_div(batch_groups, both[1]) <= recurrences * ceil_div(batch_groups, single[1])
+    ):
         return both
     return single

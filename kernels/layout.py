@@ -47,18 +47,23 @@ class Layout(NamedTuple):
         return (past.T if self.batch_first else past)[..., None]
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """lengths, offsets, starts, and the order (B,), int64, in which batch rows are dealt to programs, the longest
-        first: a program ends with the longest of its rows, so those of like lengths go together. None where that is
-        their own order."""
-        order = self.lengths.argsort(descending=True) if self.lengths is not None and self.padded else None
-        return self.lengths, self.offsets, self.starts, order
+    def tensors(self) -> "LayoutTensors":
+        """What a kernel takes of it; the order of batch rows only where it is not their own."""
+        order = self.lengths.argsort(descending=True) if self.lengths is not None and self.offsets is None else None
+        return LayoutTensors(self.lengths, self.offsets, self.starts, order)
 
-    @property
-    def flags(self) -> dict[str, bool]:
-        """The constexpr arguments by which a layout enters a kernel."""
-        lengths, offsets, starts, _ = self
-        return {"LENGTHS": lengths is not None, "PACKED": offsets is not None, "RESET": starts is not None}
+
+class LayoutTensors(NamedTuple):
+    """A Layout's tensors, as the kernels take them; what is None compiles away.
+
+    order: (B,) int64, the order in which padded batch rows are dealt to programs, the longest first: a program ends
+        with the longest of its rows, so rows of like lengths go together.
+    """
+
+    lengths: Tensor | None
+    offsets: Tensor | None
+    starts: Tensor | None
+    order: Tensor | None
 
 
 DENSE = Layout()  # T steps of B rows
@@ -77,10 +82,5 @@ class Stack(NamedTuple):
     seed: Tensor | None = None
     keep: Tensor | None = None
 
-    @property
-    def flags(self) -> dict[str, bool]:
-        """The constexpr arguments by which a stack enters a kernel."""
-        return {"STACK": self.weight_ih is not None, "DROP": self.seed is not None}
 
-
-ALONE = Stack()  # one layer
+NO_STACK = Stack()  # one layer

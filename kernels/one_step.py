@@ -1,15 +1,15 @@
 """One step of inference: both products of the gates and the cell in one kernel, which writes the new state alone."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cell import cell_forward, split_gates
+from .cell import cell_forward
 from .forward import gate_rows
-from .launch import on_device, specialized
+from .gates import add_gates, cast_gates, load_gates, split_gates
+from .launch import arguments_key, launches, on_device, specialized
+from .matmul import Weight, dot, load_chunk, load_columns, shape
 from .plan import Plan
-from .product import dot, load_columns, load_weight
 from .tiles import programs_of
 
 
@@ -20,21 +20,20 @@ def one_step_kernel(
     c0,  # (B, H) in
     weight_ih,  # (4H, I) in
     weight_hh,  # (4H, H) in
-    bias_ih,  # (4H) in; only if BIAS
-    bias_hh,  # (4H) in; only if BIAS
+    bias_ih,  # (4H) in; None: there is none
+    bias_hh,  # (4H) in; as bias_ih
     h,  # (B, H) out
     c,  # (B, H) out
     B,
     I: tl.constexpr,  # noqa: E741
     H: tl.constexpr,
-    BIAS: tl.constexpr,
-    ACC: tl.constexpr,  # dtype of sums and of the cell within the step
-    DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
-    BLOCK_B: tl.constexpr,  # batch rows of a program
-    BLOCK_H: tl.constexpr,  # hidden units of a program
-    BLOCK_K: tl.constexpr,  # columns of x or h that one product reduces over
+    TILES: tl.constexpr,  # Plan.forward
 ):
+    ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32  # of sums and cells
+    BLOCK_B: tl.constexpr = TILES.batch
+    BLOCK_H: tl.constexpr = TILES.units
+    BLOCK_K: tl.constexpr = TILES.chunk
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     rows = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     real_rows = rows < B
@@ -42,31 +41,29 @@ def one_step_kernel(
     state = rows[None, :] * H + units[:, None]
 
     weight_rows = gate_rows(H, BLOCK_H)
-    gates = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)  # (1)
-    for k in tl.range((I + BLOCK_K - 1) // BLOCK_K, num_stages=3):
-        weight = load_weight(weight_ih, weight_rows, k, I, 4 * H, False, BLOCK_K, PRECISION, True)
-        gates = dot(weight, load_columns(x + rows * I, real_rows, k, I, BLOCK_K), gates, DOT, PRECISION, True)
-    for k in tl.range((H + BLOCK_K - 1) // BLOCK_K, num_stages=3):
-        weight = load_weight(weight_hh, weight_rows, k, H, 4 * H, False, BLOCK_K, PRECISION, True)
-        gates = dot(weight, load_columns(h0 + rows * H, real_rows, k, H, BLOCK_K), gates, DOT, PRECISION, True)
-    pre_i, pre_f, pre_g, pre_o = split_gates(gates, BLOCK_H, BLOCK_B)
-    if BIAS:
-        pre_i += load_bias(bias_ih, bias_hh, units, H, ACC)
-        pre_f += load_bias(bias_ih + H, bias_hh + H, units, H, ACC)
-        pre_g += load_bias(bias_ih + 2 * H, bias_hh + 2 * H, units, H, ACC)
-        pre_o += load_bias(bias_ih + 3 * H, bias_hh + 3 * H, units, H, ACC)
+    OF_X: tl.constexpr = shape(I, 4 * H, BLOCK_K)
+    OF_H: tl.constexpr = shape(H, 4 * H, BLOCK_K)
+    sums = tl.zeros((4 * BLOCK_H, BLOCK_B), ACC)  # (1)
+    sums = add_matmul(sums, Weight(weight_ih, weight_rows, 0), x + rows * I, real_rows, OF_X, PRECISION)
+    sums = add_matmul(sums, Weight(weight_hh, weight_rows, 0), h0 + rows * H, real_rows, OF_H, PRECISION)
+    pre = split_gates(sums, BLOCK_H, BLOCK_B)
+    if bias_ih is not None:
+        real_units = (units < H)[:, None]
+        bias = cast_gates(load_gates(bias_ih + units[:, None], real_units, H), ACC)
+        pre = add_gates(pre, add_gates(bias, load_gates(bias_hh + units[:, None], real_units, H)))
     c_prev = tl.load(c0 + state, mask=mask, other=0.0).to(ACC)
-    _, _, _, _, c_next, h_next = cell_forward(pre_i, pre_f, pre_g, pre_o, c_prev)
+    _, c_next, h_next = cell_forward(pre, c_prev)
     tl.store(h + state, h_next.to(h.dtype.element_ty), mask=mask)
     tl.store(c + state, c_next.to(c.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_bias(bias_ih, bias_hh, units, H: tl.constexpr, ACC: tl.constexpr):
-    """Both biases of one gate, summed: (units, 1)."""
-    mask = units < H
-    bias = tl.load(bias_ih + units, mask=mask, other=0.0).to(ACC) + tl.load(bias_hh + units, mask=mask, other=0.0)
-    return bias[:, None]
+def add_matmul(sum, weight, rows, mask, SHAPE: tl.constexpr, PRECISION: tl.constexpr):
+    """sum + a Weight times the columns of rows, pointers of which the masked ones count; nothing stays on chip."""
+    for k in tl.range(SHAPE.CHUNKS, num_stages=3):
+        chunk = load_chunk(weight, k, SHAPE, PRECISION, True)
+        sum = dot(chunk, load_columns(rows, mask, k, SHAPE.K, SHAPE.BLOCK_K), sum, PRECISION, True)
+    return sum
 
 
 def one_step(
@@ -86,12 +83,14 @@ def one_step(
     L, B, H = h0.shape
     hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape)
     tiles = plan.forward
-    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
     programs = (*programs_of(tiles, H, B), 1)
-    with on_device(x.device):
+    device, prepared = x.device, launches(plan)
+    with on_device(device):
         for layer in range(L if B > 0 else 0):
             below = x if layer == 0 else hn[layer - 1]
-            tensors = below, h0[layer], c0[layer], *weights[layer], hn[layer], cn[layer]
-            flags = {"I": below.shape[1], "BIAS": weights[layer][-1] is not None, "ACC": acc}
-            specialized(one_step_kernel, plan, tiles, H, x.dtype, H, **flags).launch(programs, x.device, tensors, (B,))
+            args = below, h0[layer], c0[layer], *weights[layer], hn[layer], cn[layer]
+            key = id(one_step_kernel), device, H, below.shape[1]
+            if key not in prepared:
+                prepared[key] = specialized(one_step_kernel, plan, tiles, H, H, I=below.shape[1])
+            prepared[key].launch(programs, args, (B,), arguments_key(args, (B,)))
     return hn, cn

@@ -1,7 +1,8 @@
 """Which kernel form runs a recurrence, with which tiles, and why."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -12,12 +13,12 @@ from .tiles import (
     Device,
     Tiles,
     aligned,
-    alone,
     ceil_div,
     grid_tiles,
     latency_tiles,
     next_power_of_2,
     projectable,
+    without_exchange,
 )
 
 
@@ -46,6 +47,10 @@ class Plan:
     layers: int = 1
     chunk: int = 0
     saved_bytes: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields: what launch.py keeps beside them is of this process."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def evidence(self) -> str:
@@ -102,8 +107,8 @@ def choose(
         return on_torch(why)
     if device.type == "cuda":
         plan = choose_kernel(dtype, B, H, cuda_device(device), ieee, directions, layers, proj)
-        if plan.mode == "grid" and device in _refused:
-            return by_steps(plan, _refused[device])
+        if plan.mode == "grid" and device in _grid_disabled:
+            return as_per_step(plan, _grid_disabled[device])
         return plan
     return choose_interpreted(dtype, B, H, ieee, directions, layers, proj)
 
@@ -117,7 +122,7 @@ def choose_interpreted(dtype: torch.dtype, B: int, H: int, ieee: bool, direction
         # take less time than many.
         many = Tiles(batch=32, units=32, chunk=128, warps=4)
         few = replace(many, chunk=4 * 64 // dtype.itemsize, split=4, poll=True)
-        steps = by_steps(plan, "the interpreter runs programs one after another")
+        steps = as_per_step(plan, "the interpreter runs programs one after another")
         forward, backward = (few if tiles.poll else many for tiles in (plan.forward, plan.backward))
         return replace(steps, forward=forward, backward=backward)
     return plan
@@ -145,13 +150,18 @@ def choose_one_step(dtype: torch.dtype, device: torch.device, ieee: bool) -> Pla
     why = why_torch(dtype, device)
     if why is not None:
         return on_torch(why)
-    precision = "ieee" if dtype != torch.float32 or device.type == "cpu" else "tf32x3" if ieee else "tf32"
+    return one_step_in("ieee" if dtype != torch.float32 or device.type == "cpu" else "tf32x3" if ieee else "tf32")
+
+
+@cache
+def one_step_in(precision: str) -> Plan:
+    """The plan of one step in a precision; one object, with which launch.py keeps what it has prepared."""
     tiles = Tiles(batch=16, units=16, chunk=64, warps=4)
     why = "one step without gradients: one launch a layer, which writes the new state alone"
     return Plan("one step", tiles, None, 0, precision, why)
 
 
-def keeping(plan: Plan, dtype: torch.dtype, H: int, P: int, chunk: int) -> Plan:
+def with_memory_estimate(plan: Plan, dtype: torch.dtype, H: int, P: int, chunk: int) -> Plan:
     """A plan that says what it keeps for backward; P: proj_size; chunk: 0 without recompute."""
     if plan.mode == "torch":
         return plan
@@ -187,18 +197,26 @@ def memory_of(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def by_steps(plan: Plan, reason: str) -> Plan:
+@cache
+def as_per_step(plan: Plan, reason: str) -> Plan:
     """A grid plan with one launch a step instead."""
     why = f"one launch a step, because {reason}; {plan.why}"
-    return replace(plan, mode="step", forward=alone(plan.forward), backward=alone(plan.backward), resident=0, why=why)
+    return replace(
+        plan,
+        mode="step",
+        forward=without_exchange(plan.forward),
+        backward=without_exchange(plan.backward),
+        resident=0,
+        why=why,
+    )
 
 
-_refused: dict[torch.device, str] = {}
+_grid_disabled: dict[torch.device, str] = {}
 
 
-def refuse(device: torch.device, reason: str) -> None:
+def disable_grid(device: torch.device, reason: str) -> None:
     """Records that a device does not run all programs of a grid plan at once, as when it is shared with others."""
-    _refused[device] = reason
+    _grid_disabled[device] = reason
 
 
 @cache

@@ -5,8 +5,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .cell import cell_forward
+from .gates import cast_gates, load_gates, store_gates
 from .launch import OPTIONS, on_device
-from .layout import DENSE, Layout
+from .layout import DENSE, Layout, LayoutTensors
 from .tiles import ceil_div
 
 BLOCK = 64  # units of a program, two a thread of its one warp: element by element, so more programs serve better
@@ -16,10 +17,8 @@ BLOCK = 64  # units of a program, two a thread of its one warp: element by eleme
 def scan_kernel(
     pre,  # (rows, 4H) in: pre-activations; rows = T * B, or the rows of the packed sequence
     c0,  # (B, H) in
-    c_reset,  # (B, H) in: the cell from which a reset row goes on; only if RESET
-    lengths,  # (B,) in: steps of each batch row; only if LENGTHS
-    offsets,  # (T,) in: first row of each step; only if PACKED
-    starts,  # (rows,) in: the steps before which a row is reset; only if RESET
+    c_reset,  # (B, H) in: the cell from which a reset row goes on; only with layout.starts
+    layout,  # a LayoutTensors, its order not looked at
     gates,  # (rows, 4H) out: activated gates; may be the memory of pre
     c,  # (rows, H) out: c of every step
     T,
@@ -27,9 +26,6 @@ def scan_kernel(
     row_stride,  # rows from a batch row to the next
     H: tl.constexpr,
     REVERSE: tl.constexpr,  # the direction runs from the last step to the first
-    LENGTHS: tl.constexpr,  # each batch row has its own length
-    PACKED: tl.constexpr,  # rows of a PackedSequence: the steps have ever fewer; with LENGTHS
-    RESET: tl.constexpr,  # rows are reset within the sequence
     BLOCK: tl.constexpr,  # hidden units of a program, which has one batch row
 ):
     ACC: tl.constexpr = c.dtype.element_ty
@@ -37,31 +33,25 @@ def scan_kernel(
     units = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = units < H
     length = T
-    if LENGTHS:
-        length = tl.load(lengths + b).to(tl.int32)
+    if layout.lengths is not None:
+        length = tl.load(layout.lengths + b).to(tl.int32)
     c_tile = tl.load(c0 + b * H + units, mask=mask, other=0.0)
-    if RESET:
+    if layout.starts is not None:
         c_reset_tile = tl.load(c_reset + b * H + units, mask=mask, other=0.0)
 
     # No load waits for c: those of several steps are in flight at once.
     for step in tl.range(0, length, num_stages=4):
         t = length - 1 - step if REVERSE else step
-        if PACKED:
-            row = tl.load(offsets + t) + b
+        if layout.offsets is not None:
+            row = tl.load(layout.offsets + t) + b
         else:
             row = t.to(tl.int64) * step_stride + b * row_stride
         gate = row * (4 * H) + units
-        pre_i = tl.load(pre + gate, mask=mask, other=0.0).to(ACC)
-        pre_f = tl.load(pre + gate + H, mask=mask, other=0.0).to(ACC)
-        pre_g = tl.load(pre + gate + 2 * H, mask=mask, other=0.0).to(ACC)
-        pre_o = tl.load(pre + gate + 3 * H, mask=mask, other=0.0).to(ACC)
-        if RESET:
-            c_tile = tl.where(tl.load(starts + row) != 0, c_reset_tile, c_tile)
-        i, f, g, o, c_tile, _ = cell_forward(pre_i, pre_f, pre_g, pre_o, c_tile)
-        tl.store(gates + gate, i, mask=mask)
-        tl.store(gates + gate + H, f, mask=mask)
-        tl.store(gates + gate + 2 * H, g, mask=mask)
-        tl.store(gates + gate + 3 * H, o, mask=mask)
+        sums = cast_gates(load_gates(pre + gate, mask, H), ACC)
+        if layout.starts is not None:
+            c_tile = tl.where(tl.load(layout.starts + row) != 0, c_reset_tile, c_tile)
+        activated, c_tile, _ = cell_forward(sums, c_tile)
+        store_gates(gates + gate, activated, mask, H)
         tl.store(c + row * H + units, c_tile, mask=mask)
 
 
@@ -88,8 +78,8 @@ def scan(
     T = layout.steps(pre.shape)
     c = c0.new_empty((*pre.shape[:-1], H))
     if B > 0:
-        flags = {"REVERSE": reverse, **layout.flags, "BLOCK": BLOCK}
         with on_device(pre.device):
-            given = pre, c0, c_reset, *layout.tensors[:3], pre, c, T, *layout.strides(T, B)
-            scan_kernel[(B, ceil_div(H, BLOCK))](*given, H, **flags, num_warps=1, **OPTIONS)
+            tensors = LayoutTensors(layout.lengths, layout.offsets, layout.starts, None)
+            args = pre, c0, c_reset, tensors, pre, c, T, *layout.strides(T, B), H, reverse, BLOCK
+            scan_kernel[(B, ceil_div(H, BLOCK))](*args, num_warps=1, **OPTIONS)
     return c

@@ -5,8 +5,18 @@ tensor is written; a step is complete when the counter has reached the number of
 group wait for each other, and a cooperative launch guarantees that all of them run.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Sync(NamedTuple):
+    """The tensors by which programs find out that others have written; what is None compiles away."""
+
+    flags: Any  # (R, batch groups, T) int32: the step flags; only of a grid without `poll`
+    timeout_info: Any  # (4,) int32 out: who waited in vain; only with MAX_SPINS
+    zeros: Any  # (4H,) written by every program: what rows have that wait for nobody; only with `poll`, if some may
 
 
 @triton.jit
@@ -19,32 +29,39 @@ def publish(flag):
 
 
 @triton.jit
-def wait(flag, programs, step, report, TURNS: tl.constexpr):
+def wait(flag, programs, step, timeout_info, MAX_SPINS: tl.constexpr):
     """Returns when all `programs` slices have been counted in, with their data visible.
 
-    TURNS bounds the spin, for debugging; 0 does not. A program that reaches the bound writes (1, its ids, its step) to
-    `report` and lets everyone who waits for the flag pass, so that the launch ends.
+    MAX_SPINS bounds the spin, for debugging; 0 does not. A program that reaches the bound writes (1, its ids, its step)
+    to `timeout_info` and lets everyone who waits for the flag pass, so that the launch ends.
     """
     # The spin is a volatile load, which each warp repeats for itself: an atomic's result goes from one thread to all of
     # them behind a barrier, every turn, and at the flag it stands in line with those that publish.
-    turns = 0
-    while (tl.load(flag, volatile=True) < programs) & (turns <= TURNS):
-        if TURNS > 0:
-            turns += 1
+    spins = 0
+    while (tl.load(flag, volatile=True) < programs) & (spins <= MAX_SPINS):
+        if MAX_SPINS > 0:
+            spins += 1
     # One acquire follows it, and not one a turn, because it empties the L1 cache; its result must be used, or the
     # compiler drops it as a dead load.
     while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < programs:
-        if TURNS > 0:
-            complain(step, report)
+        if MAX_SPINS > 0:
+            record_timeout(step, timeout_info)
             tl.atomic_add(flag, programs, sem="relaxed", scope="gpu")
     # No thread may read ahead of the one that performed the acquire.
     tl.debug_barrier()
 
 
 @triton.jit
-def complain(step, report):
-    """Writes (1, this program's ids, step) to `report`, if nobody has before."""
-    if tl.atomic_cas(report, 0, 1) == 0:
-        tl.store(report + 1, tl.program_id(0))
-        tl.store(report + 2, tl.program_id(1))
-        tl.store(report + 3, step)
+def wait_if(needed, flags, step, timeout_info, MAX_SPINS: tl.constexpr, BACK: tl.constexpr = 0):
+    """wait() for all programs of a group at a step, or so many before it, where it is needed."""
+    if needed:
+        wait(flags + step - BACK, tl.num_programs(0), step + 1 - BACK, timeout_info, MAX_SPINS)
+
+
+@triton.jit
+def record_timeout(step, timeout_info):
+    """Writes (1, this program's ids, step) to `timeout_info`, if nobody has before."""
+    if tl.atomic_cas(timeout_info, 0, 1) == 0:
+        tl.store(timeout_info + 1, tl.program_id(0))
+        tl.store(timeout_info + 2, tl.program_id(1))
+        tl.store(timeout_info + 3, step)

@@ -60,7 +60,7 @@ def programs_of(tiles: Tiles, H: int, B: int) -> tuple[int, int]:
     return tiles.team * ceil_div(H, tiles.team * tiles.units), ceil_div(B, tiles.batch)
 
 
-def alone(tiles: Tiles) -> Tiles:
+def without_exchange(tiles: Tiles) -> Tiles:
     """The tiles of a program that waits for no other."""
     return replace(tiles, team=1)
 

@@ -257,14 +257,14 @@ class Explorer:
     def execute(self, original: Callable[..., Any], executor: Any, *tensors: Any, **options: Any) -> Any:
         """In place of GridExecutor.__call__, for a kernel in grid mode."""
         named = dict(zip(executor.arg_names, tensors, strict=False))
-        if not options.get("GRID"):
+        if options.get("MODE") != "grid":
             return original(executor, *tensors, **options)
-        self.bounded = options["TURNS"] > 0
+        self.bounded = options["MAX_SPINS"] > 0
         names = "y", "dropped", "dgates", "products"
         exchanged = [named[name] for name in names if named.get(name) is not None]
-        member, group = named["member_begin"], named["row_begin"] // options["BLOCK_B"]
+        member, group = named["first_recurrence"], named["row_begin"] // options["TILES"].batch
         _, groups, members = executor.grid
-        for flags in (named.get("flags"), named.get("team_flags")):
+        for flags in (named["sync"].flags, named.get("team_flags")):
             own = () if flags is None else flags.view(-1, *flags.shape[-2:])[member : member + members]
             if len(own) and own[:, group : group + groups].any():
                 raise self._named(Broken("the flags are not zero at launch"))

@@ -73,8 +73,8 @@ def known() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "many products", timing(products_kernel, "*bf16 *bf16 i32", {"M": 64, "N": 64, "K": 32, "PARTS": 8}, 8)
     for name, exchange in (("", True), (" alone", False)):
         given = {"programs": (32, 1, 1), "exchange": exchange}
-        yield f"counter{name}", timing(micro.counter_kernel, "*i32 *i32 i32", {"TURNS": 0}, 4, **given)
-        sizes = {"B": 1, "H": 256, "TURNS": 1000, "BLOCK_H": 8, "WIDTH": 256}
+        yield f"counter{name}", timing(micro.counter_kernel, "*i32 *i32 i32", {"MAX_SPINS": 0}, 4, **given)
+        sizes = {"B": 1, "H": 256, "MAX_SPINS": 1000, "BLOCK_H": 8, "WIDTH": 256}
         yield f"poll{name}", timing(micro.poll_kernel, "*i16 *i32 i32", sizes, 8, handed={"h"}, **given)
 
 

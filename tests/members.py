@@ -6,7 +6,7 @@ from fused_lstm import reference
 from fused_lstm.kernels import backward as backward_module
 from fused_lstm.kernels import forward as forward_module
 from fused_lstm.kernels.dropout import dropout
-from fused_lstm.kernels.layout import ALONE, Stack
+from fused_lstm.kernels.layout import NO_STACK, Stack
 from fused_lstm.sequence import Sequence
 
 from .layouts import layout_of
@@ -26,7 +26,7 @@ def check(plan, members, form, T, B, H, seed=0, forward=forward_module, backward
     M, D = (3, 1) if stacked else (2, 2)
     x, weight_hh, h0, c0 = randn(*lead, D * 4 * H), randn(M, 4 * H, H), randn(M, B, H), randn(M, B, H)
     dy, dhn, dcn, dc_steps = randn(*lead, D * H), randn(M, B, H), randn(M, B, H), randn(*lead, D * H)
-    c_reset, stack, own, all_of = None, ALONE, [layout] * M, layout
+    c_reset, stack, own, all_of = None, NO_STACK, [layout] * M, layout
     if layout.starts is not None:
         c_reset = randn(M, B, H)
     if stacked:

@@ -154,16 +154,16 @@ def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(kernel, tiles
         arg_names = real.arg_names
 
         def __getitem__(self, programs):
-            def run(*args, GRID, **options):
-                if GRID:
+            def run(*args, MODE, **options):
+                if MODE == "grid":
                     refused.append(programs)
                     raise RuntimeError(text)
-                real[programs](*args, GRID=GRID, **options)
+                real[programs](*args, MODE=MODE, **options)
 
             return run
 
     monkeypatch.setattr(forward, kernel, Kernel())
-    monkeypatch.setattr(plan, "_refused", {})
+    monkeypatch.setattr(plan, "_grid_disabled", {})
     grid = plan.Plan("grid", tiles, tiles, 8, "ieee", "")
     tensors = [torch.randn(size) for size in [(3, 2, 24), (24, 6), (2, 6), (2, 6)]]
     y, *_ = forward.forward(*tensors, plan=grid)
@@ -171,7 +171,7 @@ def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(kernel, tiles
     torch.testing.assert_close(y, reference.forward(*tensors)[0])
 
     cuda = torch.device("cuda", 0)
-    plan.refuse(cuda, text)
+    plan.disable_grid(cuda, text)
     monkeypatch.setattr(plan, "cuda_device", lambda device: H100)
     chosen = choose(torch.float16, 16, 512, cuda, ieee=False)
     assert chosen.mode == "step" and text in chosen.why

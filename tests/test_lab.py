@@ -164,7 +164,7 @@ def test_a_program_that_polls_in_vain_is_heard():
     report = torch.zeros(4, dtype=torch.int32)
     h = torch.full((2, 1, 16), 0x4000, dtype=torch.int16)
     # One program of 8 units, where the row has 16.
-    micro.poll_kernel[(1,)](h, report, 2, B=1, H=16, TURNS=20, BLOCK_H=8, WIDTH=16)
+    micro.poll_kernel[(1,)](h, report, 2, B=1, H=16, MAX_SPINS=20, BLOCK_H=8, WIDTH=16)
     with pytest.raises(micro.Wrong, match="program 0 waited in vain at step 0"):
         micro.heard(report)
 

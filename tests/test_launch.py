@@ -16,8 +16,10 @@ import triton
 
 from bench.host import without_driver
 from fused_lstm import LSTM
-from fused_lstm.kernels import latency_forward, launch, layout
+from fused_lstm.kernels import latency_forward, launch
+from fused_lstm.kernels.layout import NO_STACK, LayoutTensors, Stack
 from fused_lstm.kernels.plan import choose_kernel
+from fused_lstm.kernels.sync import Sync
 from fused_lstm.kernels.tiles import H100
 
 T, B, H = 3, 2, 16
@@ -31,28 +33,33 @@ def launched(driver):
 
 
 def same_as_triton():
-    """Of every tensor another dtype, another alignment and none: the machine code is that which Triton itself takes."""
+    """Of every tensor, in records too, another dtype, another alignment and none: the machine code is that which Triton
+    itself takes."""
     plan = choose_kernel(torch.float32, B, H, H100, False)
-    flags = {"DIRECTIONS": 1, "REVERSE": False, "CELL": True, "PROJECT": False, **layout.DENSE.flags}
-    flags |= {**layout.ALONE.flags, "SAVE": True, "PAIRS": True}
-    made = launch.specialized(latency_forward.latency_forward_kernel, plan, plan.forward, H, torch.float32, H, **flags)
+    form = {"DIRECTIONS": 1, "REVERSE": False, "PAIRS": True}
+    made = launch.specialized(latency_forward.latency_forward_kernel, plan, plan.forward, H, H, **form)
     taken = ("input_gates", "weight_hh", "h0", "c0", "y", "c", "gates", "hn", "cn")
     given = {name: torch.empty(4 * T * B * H) for name in taken}
+    records = {"layout": LayoutTensors(None, None, None, None), "stack": NO_STACK, "sync": Sync(None, None, None)}
     names = [name for name in made.kernel.arg_names if name not in made.constants]
     sizes = dict(zip(launch.SIZES, (T, B, T * B, B, 1, 0, 0, 0, T), strict=True))
-    variants = [{}, {"total_rows": 2**31}, {"T": 2**31 - 1}, {"bias": torch.empty(4)}]
-    variants += [{name: torch.empty(4 * T * B * H + 1)[1:]} for name in ("input_gates", "c0", "hn", "cn")]
+    lengths, off = torch.full((B + 2,), T), torch.empty(4 * T * B * H + 1)[1:]
+    variants = [{}, {"total_rows": 2**31}, {"T": 2**31 - 1}, {"stack": Stack(None, torch.empty(4))}]
+    variants += [{name: off} for name in ("input_gates", "c0", "hn", "cn")]
     variants += [{"c0": torch.empty(4 * T * B * H, dtype=torch.bfloat16)}]
+    variants += [{"layout": LayoutTensors(of_rows, None, None, None)} for of_rows in (lengths, lengths[1:])]
+    variants += [{"sync": Sync(None, None, zeros)} for zeros in (torch.empty(4 * H), off)]
     programs, kernels = (1, 1, 1), set()
     with without_driver() as driver:
         for changed in variants:
-            values = {**dict.fromkeys(names), **given, **sizes, **changed}
-            tensors = [values[name] for name in names if name not in sizes]
+            values = {**dict.fromkeys(names), **given, **records, **sizes, **changed}
+            args = tuple(values[name] for name in names if name not in sizes)
             numbers = tuple(values[name] for name in sizes)
-            by_triton = made.kernel[programs](*tensors, *numbers, **made.constants, **made.options)
+            by_triton = made.kernel[programs](*args, *numbers, **made.constants, **made.options)
             theirs = launched(driver)
             for _ in range(2):
-                made.launch(programs, torch.device("cpu"), tuple(tensors), numbers)
+                key = launch.arguments_key(args, numbers)
+                made.launch(programs, args, numbers, key)
                 ours = launched(driver)
                 assert all(a is b or (not torch.is_tensor(a) and a == b) for a, b in zip(ours, theirs, strict=True))
             assert any(by_triton is kernel for kernel in made.compiled.values()), changed

@@ -15,7 +15,9 @@ from fused_lstm.kernels.forward import forward, forward_kernel
 from fused_lstm.kernels.latency_backward import latency_backward_kernel
 from fused_lstm.kernels.latency_forward import latency_forward_kernel
 from fused_lstm.kernels.launch import specialization
+from fused_lstm.kernels.layout import NO_STACK, LayoutTensors
 from fused_lstm.kernels.plan import Plan
+from fused_lstm.kernels.sync import Sync
 from fused_lstm.kernels.tiles import Tiles
 
 from .parity import assert_close, assert_parity, run, twin
@@ -256,25 +258,15 @@ def test_addresses_past_2_31_elements(backward, mode, packed, reverse, addresses
         tensors, loads, stores = forward_parts(row, t, *neighbours, 0 if reverse else T - 1, mode, B)
     step = 1 if reverse != backward else t
     tiles = PLANS[mode].backward if backward else PLANS[mode].forward
-    constants, options = specialization(PLANS[mode], tiles, H, torch.float32, H)
+    form = {"DIRECTIONS": 1, "REVERSE": reverse, "PAIRS": False}
+    constants, options = specialization(PLANS[mode], tiles, H, H, **form)
     total_rows = FAR + FAR * T if packed else T * B
     sizes = {"T": T, "B": B, "total_rows": total_rows, "step_stride": B, "row_stride": 1}
-    sizes |= {"member_begin": 0, "row_begin": 0, "step_begin": step, "step_end": step + 1}
+    sizes |= {"first_recurrence": 0, "row_begin": 0, "step_begin": step, "step_end": step + 1}
+    records = {"layout": LayoutTensors(lengths, offsets, None, None), "stack": NO_STACK, "sync": Sync(None, None, None)}
     arguments = dict.fromkeys(kernel.arg_names)  # None for what only the grid form takes
-    arguments |= tensors | {"lengths": lengths, "offsets": offsets} | sizes | constants
-    arguments |= {
-        "DIRECTIONS": 1,
-        "REVERSE": reverse,
-        "LENGTHS": packed,
-        "PACKED": packed,
-        "RESET": False,
-        "STACK": False,
-        "DROP": False,
-        "CELL": True,
-        "PROJECT": False,
-        "PAIRS": False,
-    }
-    arguments |= {"DC_STEPS": False} if backward else {"SAVE": True}
+    arguments |= tensors | records | sizes
+    arguments |= {name: value for name, value in constants.items() if name in arguments}
     kernel[(triton.cdiv(H, tiles.units), 1, 1)](**arguments, **options)
     for kind, parts in (("load", loads), ("store", stores)):
         expected = set().union(*(elements(tensors[name], first, count) for name, first, count in parts))

@@ -122,9 +122,7 @@ def test_a_seed_repeats_its_schedule():
 def faulty(module, old, new):
     """A kernel's text with a fault planted in it, or in one of the files from which it takes functions."""
     source = Path(module.__file__).read_text()
-    if old not in source and old.replace("\n", "\n    ") in source:  # backward waits a level deeper
-        old, new = (text.replace("\n", "\n    ") for text in (old, new))
-    for name in ("", "sync", "product", "operands"):
+    for name in ("", "sync", "matmul", "operands", "polling", "team"):
         text = Path(module.__file__).with_name(f"{name}.py").read_text() if name else source
         if old in text:
             break
@@ -133,7 +131,8 @@ def faulty(module, old, new):
     if not name:
         return text
     source = re.sub(rf"from \.{name} import .*\n", "", source)
-    return source.replace("@triton.jit", f"{text[text.index('import triton') :]}\n\n@triton.jit", 1)
+    body = text.partition('"""\n\n')[2]
+    return source.replace("@triton.jit", f"{body}\n\n@triton.jit", 1)
 
 
 @pytest.fixture
@@ -153,17 +152,17 @@ def plant(tmp_path, monkeypatch):
 
 MODULES = {"forward": forward_module, "backward": backward_module}
 PUBLISH = "publish(step_flags + step)"
-WAIT = "if step > 0:\n                    wait(step_flags + step - 1, "
-WRITERS = f"{WAIT}tl.num_programs(0)"
+WAIT = "wait_if(step > 0, step_flags, step, "
+WRITERS = "flags + step - BACK, tl.num_programs(0)"
 # What stands there, and what is put in its place.
 FAULTS = {
     "a publish is missing": (PUBLISH, f"if step < {T - 2}:\n                    {PUBLISH}", "deadlock"),
     "the target is off by one": (WRITERS, f"{WRITERS} - 1", "nobody has written|race"),
     "the target is out of reach": (WRITERS, f"{WRITERS} + 1", "deadlock"),
-    "the flag of the step before": (WAIT, WAIT.replace("- 1", "- 2 * (step > 1)"), "deadlock|written|race"),
+    "the flag of the step before": (WAIT, WAIT.replace(" step, ", " step - (step > 1), "), "deadlock|written|race"),
     "another group's flag": (
         WAIT,
-        WAIT.replace("step - 1", "step - 1 + (1 - 2 * tl.program_id(1)) * T"),
+        WAIT.replace(" step, ", " step + (1 - 2 * tl.program_id(1)) * T, "),
         "nobody has written|race",
     ),
     "no wait at all": (WAIT, WAIT.replace("> 0", "< 0"), "nobody has written|race"),
@@ -185,10 +184,10 @@ def test_planted_fault_is_found(plant, which, fault):
 FAULTS_OF_A_TEAM = {
     "the target of the step before": ("TEAM * (step + 1)", "TEAM * step"),
     "the target is short of one": ("TEAM * (step + 1)", "TEAM * (step + 1) - 1"),
-    "another team's flag": ("wait(team_flag, TEAM", "wait(team_flag + 1 - 2 * team, TEAM"),
+    "another team's flag": ("wait(flag, TEAM", "wait(flag + 1 - 2 * (tl.program_id(0) // TEAM), TEAM"),
     "the step's dgates counted in before the products are read": (
-        "publish(team_flag)\n",
-        f"{PUBLISH}\n                publish(team_flag)\n",
+        "dh = sum_behind_flag(",
+        f"{PUBLISH}\n                dh = sum_behind_flag(",
     ),
 }
 
@@ -235,7 +234,7 @@ def test_planted_fault_in_polling_is_found(plant_where_polled, which, fault):
 FAULTS_OF_A_POLLING_TEAM = {
     "any part will do": ("absent = (word >> 32) != tag", "absent = (word >> 32) != (word >> 32)"),
     "a part of two steps before": ("absent = (word >> 32) != tag", "absent = (word >> 32) < tag - 2"),
-    "one set of parts": ("of_step = products + step % 2 * part", "of_step = products + 0 * part"),
+    "one set of parts": ("products + step % 2 * part", "products + 0 * part"),
 }
 
 
@@ -260,33 +259,39 @@ def test_nan_is_data():
     assert dgates[:, 0].isnan().any() and not dgates[:, 1].isnan().any()
 
 
-WAIT_BELOW = "wait(flags_below + step,"
-WAIT_ABOVE = "wait(flags_above + step,"
+STORE = "tl.store(y + hidden if OUT == H else unprojected + state, h, mask=active)\n"
+WAIT_BELOW = "wait_if(above, flags_below, step, "
+WAIT_ABOVE = "wait_if(depth > 0, flags_above, step, "
 # By the pass, what there are several of, and the fault.
 FAULTS_OF_MEMBERS = {
-    "a layer a step ahead": ("forward", "layers", WAIT_BELOW, "wait(flags_below + tl.maximum(step - 1, 0),"),
-    "a layer a step ahead, backward": ("backward", "layers", WAIT_ABOVE, "wait(flags_above + tl.maximum(step - 1, 0),"),
-    "no wait for the layer below": ("forward", "layers", "if above:\n", "if below > above:\n"),
-    "no wait for the layer above": ("backward", "layers", "if depth > 0:\n", "if depth > 9:\n"),
-    "own flags for those of the layer below": ("forward", "layers", WAIT_BELOW, "wait(step_flags + step,"),
-    "the lowest layer's flags": ("backward", "layers", WAIT_ABOVE, "wait(flags + group * 0 + step,"),
+    "a layer a step ahead": ("forward", "layers", WAIT_BELOW, "wait_if(above, flags_below, tl.maximum(step - 1, 0), "),
+    "a layer a step ahead, backward": (
+        "backward",
+        "layers",
+        WAIT_ABOVE,
+        "wait_if(depth > 0, flags_above, tl.maximum(step - 1, 0), ",
+    ),
+    "no wait for the layer below": ("forward", "layers", WAIT_BELOW, "wait_if(below > recurrence, flags_below, step, "),
+    "no wait for the layer above": ("backward", "layers", WAIT_ABOVE, "wait_if(depth > 9, flags_above, step, "),
+    "own flags for those of the layer below": ("forward", "layers", WAIT_BELOW, "wait_if(above, step_flags, step, "),
+    "the lowest layer's flags": ("backward", "layers", WAIT_ABOVE, "wait_if(depth > 0, sync.flags + group * 0, step, "),
     "a wrong direction's counter": (
         "forward",
         "directions",
         WAIT,
-        WAIT.replace("step_flags", "flags + (1 - member) * T"),
+        WAIT.replace("step_flags", "sync.flags + (1 - recurrence) * T"),
     ),
     "a wrong direction's counter, backward": (
         "backward",
         "directions",
         WAIT,
-        WAIT.replace("step_flags", "flags + (1 - group) * T"),
+        WAIT.replace("step_flags", "sync.flags + (1 - group) * T"),
     ),
     "counted in before dropout's part is written": (
         "forward",
         "layers with dropout",
-        "tl.store(y + hidden, h, mask=active)\n",
-        "tl.store(y + hidden, h, mask=active)\n                publish(step_flags + step)\n",
+        STORE,
+        f"{STORE}            {PUBLISH}\n",
     ),
 }
 
@@ -311,9 +316,9 @@ def test_directions_that_do_not_fit_together_follow_in_further_launches(schedule
 
 def test_flag_published_before_the_data(plant):
     source = Path(forward_module.__file__).read_text()
-    store, publish = "tl.store(y + hidden, h, mask=active)\n", f"{PUBLISH}\n"
-    both = source[source.index(store) : source.index(publish) + len(publish)]
-    module = plant(forward_module, both, f"pass\n{both.removeprefix(store)}            {store}")
+    publish = f"{PUBLISH}\n"
+    both = source[source.index(STORE) : source.index(publish) + len(publish)]
+    module = plant(forward_module, both, f"pass\n{both.removeprefix(STORE)}            {STORE}")
     with pytest.raises(Broken, match=r"nobody has written|race"):
         run("uniform", 0, forward=module)
 
@@ -322,8 +327,8 @@ def test_buffer_reused_a_step_too_early(plant):
     """h of step t goes where h of step t-1 lies, which slower programs of the group have not read yet."""
     module = plant(
         forward_module,
-        "hidden = place[None, :] * H",
-        "hidden = (tl.where(step > 1, begin_prev, begin) + places)[None, :] * H",
+        "hidden = at.rows[None, :] * H",
+        "hidden = tl.where(step > 1, before.rows, at.rows)[None, :] * H",
     )
     with pytest.raises(Broken, match=r"overwrote|race"):
         run("uniform", 0, forward=module)
@@ -344,19 +349,19 @@ def test_a_failure_names_the_seed_that_repeats_it(plant):
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_debug_mode_reports_who_waits_in_vain(plant, which, monkeypatch):
     module = plant(MODULES[which], *FAULTS["a publish is missing"][:2])
-    monkeypatch.setattr(launch, "TURNS", 50)
+    monkeypatch.setattr(launch, "MAX_SPINS", 50)
     with pytest.raises(RuntimeError, match=r"program \d of batch group [01] waited in vain for step 1 of the others"):
         run("uniform", 0, memory=False, **{which: module})
 
 
-@pytest.mark.parametrize("which,stored", [("forward", "y + hidden, h, mask="), ("backward", "dg, do, ")])
+@pytest.mark.parametrize("which,stored", [("forward", "y + hidden, h, mask="), ("backward", "dgates_t, ")])
 def test_debug_mode_reports_who_polls_in_vain(plant_where_polled, which, stored, monkeypatch):
     plant_where_polled(which, f"{stored}active", f"{stored}active & (step < {T - 2})")
-    monkeypatch.setattr(launch, "TURNS", 50)
+    monkeypatch.setattr(launch, "MAX_SPINS", 50)
     with pytest.raises(RuntimeError, match=r"program \d of batch group [01] waited in vain for step 1 of the others"):
         run("uniform", 0, memory=False, plan=POLLING)
 
 
 def test_debug_mode_is_silent_where_all_is_well(monkeypatch):
-    monkeypatch.setattr(launch, "TURNS", 10_000)
+    monkeypatch.setattr(launch, "MAX_SPINS", 10_000)
     run("starve_one", 0)

@@ -293,7 +293,7 @@ def test_the_plan_says_how_layers_are_grouped(monkeypatch, one_launch):
     (9, 4, 3, True, (4, 2)),
 ])  # fmt: skip
 def test_how_many_are_resident_together(slots, members, groups, stacked, expected):
-    assert launch.resident_at_once(slots, members, groups, stacked) == expected
+    assert launch.max_coresident(slots, members, groups, stacked) == expected
 
 
 def test_rows_are_dealt_by_their_lengths(monkeypatch):

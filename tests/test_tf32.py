@@ -12,9 +12,9 @@ from triton.runtime.interpreter import interpreter_builder
 
 from bench.measure import precision
 from fused_lstm import LSTM, LSTMCell, operators
+from fused_lstm.kernels.matmul import operand
 from fused_lstm.kernels.one_step import one_step
 from fused_lstm.kernels.plan import choose_one_step
-from fused_lstm.kernels.product import operand
 
 from . import parity, test_kernels
 
