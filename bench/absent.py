@@ -76,6 +76,7 @@ def without_device(device: Device = H100) -> Driver:
     driver = Driver(device)
     triton.runtime.driver.set_active(driver)
     plan.cuda_device = lambda asked: device
+    plan.choose.cache_clear()
 
     def asked_of_the_device(question: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **keywords: question(*(CUDA if arg == CPU else arg for arg in args), **keywords)

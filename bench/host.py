@@ -60,9 +60,11 @@ def without_driver() -> Iterator[NoDriver]:
     driver = NoDriver()
     triton.runtime.driver.set_active(driver)
     with patch.object(plan, "interpreted", lambda: True):
-        known_route.cache_clear()
+        for cached in (known_route, plan.choose):
+            cached.cache_clear()
         yield driver
-    known_route.cache_clear()
+    for cached in (known_route, plan.choose):
+        cached.cache_clear()
 
 
 def calls(module: torch.nn.Module) -> dict[str, Call]:

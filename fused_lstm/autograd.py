@@ -28,8 +28,10 @@ def run(how: Recurrence, inputs: Inputs) -> Outputs:
     """Runs the recurrences of a launch, with gradients if something is to be saved for them."""
     if not how.save:  # autograd would only cost the host its time
         return forward(how, inputs)
-    function = DirectLSTMFunction if how.direct else LSTMFunction
-    return Outputs(*function.apply(how, *flatten(inputs)))
+    if not how.direct:
+        return Outputs(*LSTMFunction.apply(how, *flatten(inputs)))
+    # Past Function.apply, which looks for the transforms that unwatched() has not found.
+    return Outputs(*super(torch.autograd.Function, DirectLSTMFunction).apply(how, *flatten(inputs)))
 
 
 def forward(how: Recurrence, inputs: Inputs) -> Outputs:

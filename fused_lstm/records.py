@@ -86,37 +86,42 @@ def schema(cls: type) -> str:
 def save(ctx: Any, values: tuple[Any, ...]) -> None:
     """Keeps a record for backward."""
     flat = flatten(values)
-    tensors = _tensors(type(values), len(flat))
-    ctx.save_for_backward(*[value for value, is_tensor in zip(flat, tensors, strict=True) if is_tensor])
-    ctx.options = [None if is_tensor else value for value, is_tensor in zip(flat, tensors, strict=True)]
+    places = _tensor_places(type(values), len(flat))
+    ctx.save_for_backward(*[flat[k] for k in places])
+    for k in places:
+        flat[k] = None
+    ctx.options = flat
 
 
 def saved(ctx: Any, cls: type[Record]) -> Record:
     """The record that save() has kept. To be asked for once: under a checkpoint each look unpacks."""
-    kept = iter(ctx.saved_tensors)
-    tensors = _tensors(cls, len(ctx.options))
-    pairs = zip(ctx.options, tensors, strict=True)
-    return unflatten(cls, [next(kept) if is_tensor else option for option, is_tensor in pairs])
+    flat = list(ctx.options)
+    for k, tensor in zip(_tensor_places(cls, len(flat)), ctx.saved_tensors, strict=True):
+        flat[k] = tensor
+    return unflatten(cls, flat)
 
 
-def _tensors(cls: type, length: int) -> list[bool]:
-    """Of each value of a flat record of so many, whether it is declared as a tensor."""
-    known = _TENSORS.get((cls, length))
+def _tensor_places(cls: type, length: int) -> list[int]:
+    """Which values of a flat record of so many are declared as tensors."""
+    known = _TENSOR_PLACES.get((cls, length))
     if known is None:
-        known = []
-        nothing: Any = unflatten(cls, [None] * length)
-        for part, field in zip(PARTS[cls], nothing, strict=True):
+        record: Any = unflatten(cls, [None] * length)
+        known, at = [], 0
+        for part, field in zip(PARTS[cls], record, strict=True):
             if part.of is None:
-                known.append(part.is_tensor)
-            else:
-                for within in field if part.repeated else [field]:
-                    known += _tensors(part.of, len(flatten(within)))
+                known += [at] if part.is_tensor else []
+                at += 1
+                continue
+            for within in field if part.repeated else [field]:
+                size = len(flatten(within))
+                known += [at + place for place in _tensor_places(part.of, size)]
+                at += size
         if not torch.compiler.is_compiling():  # which would take it for a side effect
-            _TENSORS[cls, length] = known
+            _TENSOR_PLACES[cls, length] = known
     return known
 
 
-_TENSORS: dict[tuple[type, int], list[bool]] = {}
+_TENSOR_PLACES: dict[tuple[type, int], list[int]] = {}
 
 
 def _build(cls: type[Record], flat: Sequence[Any], at: int, repeats: int) -> tuple[Record, int]:

@@ -1,7 +1,7 @@
 """Which kernel form runs a recurrence, with which tiles, and why."""
 
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ def on_torch(why: str) -> Plan:
     return Plan("torch", None, None, 0, "ieee", why)
 
 
+@lru_cache(1024)
 def choose(
     dtype: torch.dtype,
     B: int,
@@ -217,6 +218,7 @@ _grid_disabled: dict[torch.device, str] = {}
 def disable_grid(device: torch.device, reason: str) -> None:
     """Records that a device does not run all programs of a grid plan at once, as when it is shared with others."""
     _grid_disabled[device] = reason
+    choose.cache_clear()
 
 
 @cache

@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 from bench.measure import precision
+from fused_lstm.kernels.plan import choose
 from fused_lstm.route import known_route
 
 torch.set_num_threads(1)  # one worker a core: more threads would only wait for each other
@@ -32,10 +33,12 @@ def no_graphs_of_other_tests():
 
 @pytest.fixture(autouse=True)
 def no_routes_of_other_tests():
-    """A route depends on nothing that changes as a process runs, but on much that tests replace."""
+    """Routes and plans depend on nothing that changes as a process runs, but on much that tests replace."""
     known_route.cache_clear()
+    choose.cache_clear()
     yield
     known_route.cache_clear()
+    choose.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -244,7 +244,7 @@ FAULTS = {
     },
     "fused_lstm/gradients.py": {
         "input of an upper layer without dropout": (
-            "run.drop(every_y[k - 1], k - 1, B) if",
+            "how.drop(every_y[k - 1], k - 1, B) if",
             "every_y[k - 1] if",
             MASKS,
         ),
@@ -260,8 +260,8 @@ FAULTS = {
             PROJECTION,
         ),
         "W_hr gradient without the recurrence, in the kernel": (
-            "run.unbind(dh_steps, R)",
-            "run.unbind(cotangents.y, R)",
+            "how.unbind(dh_steps, R)",
+            "how.unbind(cotangents.y, R)",
             WITHIN,
         ),
         "W_hr gradient of the padding": ("h.masked_fill(layout.past(h.shape), 0) if", "h if", PROJECTED),
@@ -306,7 +306,7 @@ FAULTS = {
     },
     "fused_lstm/paths/in_graph.py": {
         "the first layer's states given to all": ("[group * D : (group + 1) * D]", "[:D]", IN_GRAPH),
-        "gradients in each other's place": ("of_input, of_h0, of_c0, *of", "of_input, of_c0, of_h0, *of", IN_GRAPH),
+        "gradients in each other's place": ("of_h0, of_c0, *of_weights = (", "of_c0, of_h0, *of_weights = (", IN_GRAPH),
     },
     "fused_lstm/context.py": {
         "a gradient that another level wants": ("saves = saves or (", "saves = saves and (", LEVEL),
