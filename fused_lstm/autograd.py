@@ -107,34 +107,34 @@ def materialized(
     if dy is None:
         dy = torch.zeros_like(kept.y[-1] if kept.how.stacked else kept.y)
     if dhn is None or dcn is None:
-        zeros = torch.zeros_like(kept.inputs.c0)
-        dhn = zeros[..., : kept.inputs.h0.shape[2]] if dhn is None else dhn
+        zeros, P = torch.zeros_like(kept.inputs.c0), kept.inputs.h0.shape[2]
         dcn = zeros if dcn is None else dcn
+        if dhn is None:
+            dhn = zeros if zeros.shape[2] == P else zeros[..., :P]
     return Cotangents(dy, dhn, dcn, dcells)
 
 
 def backward(kept: Saved, needs: Inputs, cotangents: Cotangents) -> Inputs:
     """The gradients of forward(), None where none is needed."""
     how, inputs, y, c, gates = kept
-    how = how._replace(direct=how.direct and unwatched(cotangents))
+    if how.direct and not unwatched(cotangents):
+        how = how._replace(direct=False)
     if how.chunk:
-        found = chunks.backward(how, inputs, chunks.Between(y, c, gates), cotangents, needs)
+        dx, dh0, dc0, dweights = chunks.backward(how, inputs, chunks.Between(y, c, gates), cotangents, needs)
     else:
         results = Results(y, cotangents.hn, cotangents.cn, c, gates)
-        found, dh_reset, dc_reset = gradients(how, inputs, results, cotangents, needs)
-        dh0, dc0 = found.h0, found.c0
+        (dx, dh0, dc0, dweights), dh_reset, dc_reset = gradients(how, inputs, results, cotangents, needs)
         if dc_reset is not None:
             dc0 = dc0 + dc_reset
         if dh0 is not None and dh_reset is not None:
             dh0 = dh0 + dh_reset
-        found = found._replace(h0=dh0, c0=dc0.to(inputs.c0.dtype))
     weights = []
-    for (dweight_ih, dweight_hh, of_ih, of_hh, dweight_hr), needed in zip(found.weights, needs.weights, strict=True):
+    for (dweight_ih, dweight_hh, of_ih, of_hh, dweight_hr), needed in zip(dweights, needs.weights, strict=True):
         dbias: Any = of_hh if of_ih is None else of_ih
         if dbias is not None:  # each has a gradient of its own memory
             of_ih, of_hh = dbias if needed.bias_ih else None, dbias.clone() if needed.bias_hh else None
         weights.append(Weights(dweight_ih, dweight_hh, of_ih, of_hh, dweight_hr))
-    return found._replace(c0=found.c0 if needs.c0 else None, weights=tuple(weights))  # type: ignore[arg-type]
+    return Inputs(dx, dh0, dc0.to(inputs.c0.dtype) if needs.c0 else None, tuple(weights))  # type: ignore[arg-type]
 
 
 @record

@@ -27,6 +27,8 @@ from .kernels.plan import (
     on_torch,
     with_memory_estimate,
 )
+from .recurrence import Recurrence
+from .sequence import Sequence
 
 # The switches of nn.LSTM's and of nn.LSTMCell's float32 products: on the way to the first torch.backends looks up a
 # module at every step.
@@ -62,20 +64,16 @@ class Route(NamedTuple):
 
     path: "kernels"; "one step", a kernel of its own; "torch", its own LSTM; "in graph", the same as an operator; or
         "composed", torch operations step by step, where the others lack something.
+    ieee: as in Form.
     groups: how many layers each launch has, the first launch first.
-    project_in_kernel: the kernels project; otherwise a projection is folded into W_hh.
-    chunk: steps between the states that are kept under recompute; 0: all is kept.
-    save: keep what backward needs. ieee: as in Form.
-    batch_first: the input runs as it lies, (B, T, I); otherwise it is transposed if the call is batch_first.
+    how: they run, where no row has an end or a reset of its own. Its sequence is batch first where the input runs as it
+        lies, (B, T, I); otherwise the input is transposed if the call is batch_first.
     """
 
     path: str
+    ieee: bool
     groups: tuple[int, ...] = ()
-    project_in_kernel: bool = False
-    chunk: int = 0
-    save: bool = False
-    ieee: bool = True
-    batch_first: bool = False
+    how: Recurrence = Recurrence(Sequence())
 
 
 def form_of(call: Call) -> Form:
@@ -111,22 +109,25 @@ def route_of(call: Call) -> Route:
 def decide(form: Form) -> Route:
     options, path, save = form.options, path_of(form), form.record or form.context.saves
     if path not in ("kernels", "composed"):
-        return Route(path, ieee=form.ieee)
+        return Route(path, form.ieee)
     if path == "kernels" and takes_one_step(form):
-        return Route("one step", ieee=form.ieee)
+        return Route("one step", form.ieee)
     # Without gradients nothing is kept, with record all is asked for.
     chunk = chunk_of(form) if save and not form.record else 0
     one_by_one = bool(options.bidirectional or options.return_states or form.record or form.P or chunk)
-    return Route(
-        path,
-        groups_of(form, one_by_one or path == "composed" or options.reset_to_hx),
-        form.P > 0 and projects_in_kernel(form),
-        chunk,
-        save,
-        form.ieee,
-        # The kernels take both orders; of chunks, cut in time, each is copied.
-        options.batch_first and not (path == "composed" or chunk or form.time_first),
+    groups = groups_of(form, one_by_one or path == "composed" or options.reset_to_hx)
+    # The kernels take both orders; of chunks, cut in time, each is copied.
+    batch_first = options.batch_first and not (path == "composed" or chunk or form.time_first)
+    how = Recurrence(
+        Sequence(reset_to_hx=options.reset_to_hx, batch_first=batch_first),
+        project_in_kernel=form.P > 0 and projects_in_kernel(form),
+        save=save,
+        states=options.return_states,
+        ieee=form.ieee,
+        chunk=chunk,
+        direct=True,
     )
+    return Route(path, form.ieee, groups, how)
 
 
 known_route = lru_cache(256)(decide)

@@ -21,15 +21,16 @@ def check_tensors(call: Call) -> None:
     if input.dim() == 3 and call.steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     device, dtype = input.device, input.dtype
-    for kind, tensors in (("hidden", (call.h0, call.c0)), ("parameter", call.weights)):
-        for tensor in tensors:
-            if tensor.device != device:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not at the same device, found input tensor at {device} "
-                    f"and {kind} tensor at {tensor.device}"
-                )
-            if tensor.dtype != dtype:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not the same dtype, found input tensor with {dtype} "
-                    f"and {kind} tensor with {tensor.dtype}"
-                )
+    for place, tensor in enumerate((call.h0, call.c0, *call.weights)):
+        if tensor.device == device and tensor.dtype == dtype:
+            continue
+        kind = "hidden" if place < 2 else "parameter"
+        if tensor.device == device:
+            raise RuntimeError(
+                f"Input and {kind} tensors are not the same dtype, found input tensor with {dtype} "
+                f"and {kind} tensor with {tensor.dtype}"
+            )
+        raise RuntimeError(
+            f"Input and {kind} tensors are not at the same device, found input tensor at {device} "
+            f"and {kind} tensor at {tensor.device}"
+        )

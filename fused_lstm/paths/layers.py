@@ -17,17 +17,8 @@ from ..weights import cat, weights_of
 def layer_by_layer(call: Call, route: Route, recurrences: Callable[[Recurrence, Inputs], Outputs]) -> Result:
     """recurrences: runs what is in one launch."""
     options, D = call.options, call.options.directions
-    x, sequence = laid_out(call, route)
+    x, how = laid_out(call, route.how)
     weights = weights_of(call.weights, options.bias, options.num_layers * D)
-    how = Recurrence(
-        sequence,
-        project_in_kernel=route.project_in_kernel,
-        save=route.save,
-        states=options.return_states,
-        ieee=route.ieee,
-        chunk=route.chunk,
-        direct=unwatched([*call.tensors(), sequence.lengths, sequence.starts]),
-    )
     hn: list[Tensor] = []
     cn: list[Tensor] = []
     states = States((), ())
@@ -45,27 +36,30 @@ def layer_by_layer(call: Call, route: Route, recurrences: Callable[[Recurrence, 
         hn.append(outputs.hn)
         cn.append(outputs.cn)
         if call.record is not None:
-            record(call, sequence, outputs)
+            record(call, how.sequence, outputs)
         if options.return_states:
             states = States((*states.y, x), (*states.c, outputs.last))  # type: ignore[arg-type]
         begin = end
         if options.use_dropout and begin < options.num_layers * D:
             x = torch.dropout(x, options.dropout, True)
-    if options.batch_first and not route.batch_first:
+    if options.batch_first and not how.sequence.batch_first:
         x, states = x.transpose(0, 1), States(*(tuple(t.transpose(0, 1) for t in tensors) for tensors in states))
     return x, cat(hn, 0), cat(cn, 0), states if options.return_states else None
 
 
-def laid_out(call: Call, route: Route) -> tuple[Tensor, Sequence]:
-    """The input as it runs, with its Sequence: time first, unless the route leaves it batch first."""
-    input, lengths, starts, options = call.input, call.lengths, call.starts, call.options
+def laid_out(call: Call, how: Recurrence) -> tuple[Tensor, Recurrence]:
+    """The input as it runs, and how, with this call's Sequence."""
+    x, lengths, starts, batch_first = call.input, call.lengths, call.starts, how.sequence.batch_first
+    if call.options.batch_first and not batch_first:
+        x = x.transpose(0, 1)
+    direct = unwatched([*call.tensors(), lengths, starts])
+    if not call.cut:
+        return x, how if direct else how._replace(direct=False)
     if call.batch_sizes is not None:
-        return input, Sequence.packed(call.batch_sizes, input.device)
-    if not route.batch_first:
-        x = input.transpose(0, 1) if options.batch_first else input
-        return x, Sequence.padded(Layout(lengths, None, starts), options.reset_to_hx, x.shape[0])
-    layout = Layout(lengths, None, None if starts is None else starts.T.contiguous(), True)
-    return input, Sequence.padded(layout, options.reset_to_hx, input.shape[1])
+        return x, how._replace(sequence=Sequence.packed(call.batch_sizes, x.device), direct=direct)
+    layout = Layout(lengths, None, starts.T.contiguous() if batch_first and starts is not None else starts, batch_first)
+    sequence = Sequence.padded(layout, call.options.reset_to_hx, x.shape[1 if batch_first else 0])
+    return x, how._replace(sequence=sequence, direct=direct)
 
 
 def dropout_of(probability: float, x: Tensor) -> Dropout:
