@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from fused_lstm.kernels.cell import exp, sigmoid, tanh
-from fused_lstm.kernels.launch import DOT
 from fused_lstm.kernels.matmul import dot, load_columns, operand
 from fused_lstm.kernels.plan import choose_kernel, cuda_device
 from fused_lstm.kernels.sync import publish, wait
@@ -143,7 +142,6 @@ def matrix_kernel(
     x,  # (BLOCK_B, BLOCK_K) in
     out,  # (programs, ROWS, BLOCK_B) out: see settled()
     steps,
-    DOT: tl.constexpr,  # dtype of the matrix operands
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
     ROWS: tl.constexpr,  # forward: 4 gates of each of the program's units; backward: its units
     CHUNKS: tl.constexpr,
@@ -158,7 +156,7 @@ def matrix_kernel(
         columns = k * BLOCK_K + k_units
         chunk = tl.load(weight + rows[:, None] * (CHUNKS * BLOCK_K) + columns[None, :])
         weights = weights + (operand(chunk, PRECISION),)  # noqa: RUF005
-    x_tile = tl.load(x + batch[None, :] * BLOCK_K + k_units[:, None]).to(DOT)
+    x_tile = tl.load(x + batch[None, :] * BLOCK_K + k_units[:, None])
     sum = tl.zeros((ROWS, BLOCK_B), tl.float32)
     for _ in range(steps):
         # As in the recurrence, a step ends where its sum is used, and the next one's x is another: else the compiler
@@ -166,7 +164,7 @@ def matrix_kernel(
         sum *= 0.5
         x_tile = -x_tile
         for k in tl.static_range(CHUNKS):
-            sum = dot(weights[k], x_tile, sum, DOT, PRECISION)
+            sum = dot(weights[k], x_tile, sum, PRECISION)
     tl.store(out + (tl.program_id(0) * ROWS + rows[:, None]) * BLOCK_B + batch[None, :], sum)
 
 
@@ -435,11 +433,10 @@ def matrix(lab: Lab, name: str, params: dict[str, Any]) -> Measured:
     dtype, steps = DTYPES[params["dtype"]], lab.steps(1000)
     weight, x = (torch.randn(size).to(lab.device, dtype) for size in [(rows, chunks * chunk), (batch, chunk)])
     out = lab.zeros(N, rows, batch, dtype=torch.float32).fill_(torch.nan)
-    flags = {"DOT": DOT[dtype], "PRECISION": params["precision"]}
-    tiles = {"ROWS": rows, "CHUNKS": chunks, "BLOCK_B": batch, "BLOCK_K": chunk}
+    tiles = {"PRECISION": params["precision"], "ROWS": rows, "CHUNKS": chunks, "BLOCK_B": batch, "BLOCK_K": chunk}
 
     def call(steps: int) -> None:
-        matrix_kernel[(N,)](weight, x, out, steps, **flags, **tiles, num_warps=params["warps"], num_stages=1)
+        matrix_kernel[(N,)](weight, x, out, steps, **tiles, num_warps=params["warps"], num_stages=1)
 
     call(steps)
     once = weight.double().reshape(rows, chunks, chunk).sum(1) @ x.double().T

@@ -194,7 +194,7 @@ def latency_backward_kernel(
         cut_rows = tl.load(layout.starts + rows.start_offsets + first_after, mask=next_mask, other=0) != 0
     active = mask & at.mask[:, None]
     gate = at.rows[:, None] * (4 * H) + units[None, :]
-    # Loaded as in the loop: the compiler then has the weight in one layout alone.
+    # Loaded as in the loop: the compiler then has the weight in only one layout.
     if MODE == "local":
         of_next = load_gates(dgates + gate, mask & (step_begin > 0), H)
         x = (gates_in_parts(of_next, SPLIT, PRECISION),)
@@ -236,7 +236,7 @@ def latency_backward_kernel(
         if MODE == "local":
             dgates_t = select_gates(active if layout.starts is None else active & ~at.start[:, None], dgates_t)
         if MODE != "step":
-            # What the step before in time takes, as far as it waits for nobody; behind the last one this once more.
+            # What the next turn takes and need not wait for; after the last one it is loaded again, and not used.
             after, at = at, with_starts(with_mask(before, layout, rows, running), layout, rows)
             next_mask = after.mask & at.mask & ~after.start
             before = locate_clamped(rows.last - step - 2, layout, rows, step + 1 < rows.last)

@@ -143,7 +143,7 @@ def latency_forward_kernel(
         c_reset_tile = tl.load(c_reset + state, mask=mask, other=0.0)
 
     # The first step's product, with h0 or with what the launch before has left. Fetched as in the loop: the compiler
-    # then has the weight in one layout alone.
+    # then has the weight in only one layout.
     running = rows.mask & (step_begin < step_end)
     at = locate_clamped(step_begin, layout, rows, running)
     after = locate_clamped(step_begin + 1, layout, rows, running)
@@ -176,12 +176,12 @@ def latency_forward_kernel(
         pre = (part_gates if MODE == "local" else sum_gates)(recurrent, SPLIT, BLOCK_H, BLOCK_B)
         if STACK:
             pre = add_gates(pre, bias)
-        from_input = cast_gates(from_input, ACC)
-        if LATE:  # rows of which this is the first step have waited for nobody: their product is zero
-            from_input = add_gates(from_input, select_gates(late_rows[:, None], first_product))
+        at_input = cast_gates(from_input, ACC)
+        if LATE:  # rows that begin here have read zeros: they take the product of h0
+            at_input = add_gates(at_input, select_gates(late_rows[:, None], first_product))
         if layout.starts is not None:
             c_tile = tl.where(at.start[:, None], c_reset_tile, c_tile)
-        activated, c_next, h = cell_forward(add_gates(pre, from_input), c_tile)
+        activated, c_next, h = cell_forward(add_gates(pre, at_input), c_tile)
         c_tile = tl.where(active, c_next, c_tile)
         h = h.to(TYPE)
         hidden = (at.first * DIRECTIONS + rows.offsets)[:, None] * H + units[None, :]
@@ -189,7 +189,7 @@ def latency_forward_kernel(
         if dropped is not None:
             h_dropped = drop(h, stack.seed, stack.keep, recurrence, at.t, rows.batch[:, None] * H + units[None, :])
             tl.store(dropped + hidden, h_dropped, mask=active & (recurrence < tl.num_programs(2) - 1))
-        # What the next step takes, as far as it waits for nobody; behind the last one this once more, for nothing.
+        # What the next step takes and need not wait for; after the last step it is loaded again, and not used.
         prev_mask = at.mask & after.mask & ~after.start
         active_after = mask & after.mask[:, None]
         gate_after = (after.first * DIRECTIONS + rows.offsets)[:, None] * (4 * H) + units[None, :]

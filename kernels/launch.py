@@ -224,9 +224,9 @@ def specialized(kernel: Any, plan: Plan, tiles: Tiles, H: int, out: int, **form:
     return Specialized(kernel, *specialization(plan, tiles, H, out, **form))
 
 
-def launches(plan: Plan) -> Launches:
-    """What has been prepared for a plan. It lies with the plan, because to hash one at every call takes longer than to
-    launch a kernel."""
+def prepared_for(plan: Plan) -> Launches:
+    """What has been prepared for a plan. It is kept on the plan, because hashing a plan at every call takes longer than
+    launching a kernel."""
     return plan.__dict__.setdefault("_launches", {})
 
 
@@ -256,10 +256,10 @@ def launch(
     first, shape, device = args[0], states.shape, states.device
     ragged = layout.lengths is not None or layout.starts is not None
     key = id(kernel), shape, device, out, reverse, stacked, ragged, MAX_SPINS
-    prepared = launches(plan).get(key)
+    prepared = prepared_for(plan).get(key)
     if prepared is None:
         prepared = Prepared.of(kernel, plan, tiles, states, out, phases, reverse, stacked, ragged)
-        launches(plan)[key] = prepared
+        prepared_for(plan)[key] = prepared
     T, B = layout.steps(first.shape), shape[-2]
     flags = timeout_info = zeros = None
     if prepared.flags is not None:

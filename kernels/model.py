@@ -157,7 +157,7 @@ def few_rows(
     Fitted to bench.simulate's cycles of every tile that an H100 can have, forward and backward, in all kinds, at H 136
     to 1024 and B 1 to 64, one layer (297 kernels, Triton 3.6; rank correlation 0.96). Over the 99 of the table in
     bench/results/offline it is off by 7% in the median, 20% at nine of ten, and 35% at most. What it leaves out is
-    whether a look in vain comes just before the data.
+    whether a failed poll comes just before the data.
     """
     width = (1 if layers == 1 else 2) * BYTES[kind] * H * (4 // tiles.team if backward else 1)  # bytes that a row has
     # Matrix instructions of 16 x 8 sums over 32 bytes of a row.

@@ -1,4 +1,4 @@
-"""One step of inference: both products of the gates and the cell in one kernel, which writes the new state alone."""
+"""One step of inference: both products of the gates and the cell in one kernel, which writes only the new state."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from torch import Tensor
 from .cell import cell_forward
 from .forward import gate_rows
 from .gates import add_gates, cast_gates, load_gates, split_gates
-from .launch import arguments_key, launches, on_device, specialized
+from .launch import arguments_key, on_device, prepared_for, specialized
 from .matmul import Weight, dot, load_chunk, load_columns, shape
 from .plan import Plan
 from .tiles import programs_of
@@ -84,7 +84,7 @@ def one_step(
     hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape)
     tiles = plan.forward
     programs = (*programs_of(tiles, H, B), 1)
-    device, prepared = x.device, launches(plan)
+    device, prepared = x.device, prepared_for(plan)
     with on_device(device):
         for layer in range(L if B > 0 else 0):
             below = x if layer == 0 else hn[layer - 1]

@@ -70,7 +70,7 @@ def load_operand(rows, mask, column_stride, k, FORM: tl.constexpr):
 @triton.jit
 def multiply(weights, rows, sum, PRECISION: tl.constexpr, CHAINS: tl.constexpr = 1):
     """sum + weights rows, chunk by chunk: (SPLIT, units, batch rows), each part of it in another warp. CHAINS: so many
-    sums are made beside each other, because a matrix instruction waits for the one before that adds to the same sum."""
+    sums are made in parallel, because a matrix instruction waits for the one before that adds to the same sum."""
     sums = (sum,)
     for _ in tl.static_range(CHAINS - 1):
         sums = sums + (tl.zeros_like(sum),)

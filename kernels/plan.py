@@ -49,7 +49,7 @@ class Plan:
     saved_bytes: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields: what launch.py keeps beside them is of this process."""
+        """The fields: what launch.py keeps with a plan belongs to this process."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property

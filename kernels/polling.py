@@ -82,7 +82,7 @@ def word_registers(chunks, spins):
 
 @triton.jit
 def write_zeros(zeros, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the N columns of rows that wait for nobody, BLOCK at a time, for this program to read."""
+    """Writes the N zeros that stand for rows that are not awaited, BLOCK at a time, for this program to read."""
     for k in tl.static_range((N + BLOCK - 1) // BLOCK):
         columns = k * BLOCK + tl.arange(0, BLOCK)
         tl.store(zeros + columns, tl.zeros((BLOCK,), zeros.dtype.element_ty), mask=columns < N)

@@ -1,8 +1,8 @@
-"""Step flags: how the programs of one batch group hand h (or dgates) of a step to each other.
+"""Step flags: how the programs of a batch group hand h (or dgates) of a step on.
 
 One counter per (batch group, step), zero at launch. Each program of the group adds one when its slice of the step's
 tensor is written; a step is complete when the counter has reached the number of programs. Only the programs of one
-group wait for each other, and a cooperative launch guarantees that all of them run.
+group wait for one another, and a cooperative launch guarantees that all of them run.
 """
 
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ class Sync(NamedTuple):
     """The tensors by which programs find out that others have written; what is None compiles away."""
 
     flags: Any  # (R, batch groups, T) int32: the step flags; only of a grid without `poll`
-    timeout_info: Any  # (4,) int32 out: who waited in vain; only with MAX_SPINS
-    zeros: Any  # (4H,) written by every program: what rows have that wait for nobody; only with `poll`, if some may
+    timeout_info: Any  # (4,) int32 out: which program timed out; only with MAX_SPINS
+    zeros: Any  # (4H,) written by every program, read instead of rows that are not awaited; only with `poll`
 
 
 @triton.jit
@@ -33,16 +33,16 @@ def wait(flag, programs, step, timeout_info, MAX_SPINS: tl.constexpr):
     """Returns when all `programs` slices have been counted in, with their data visible.
 
     MAX_SPINS bounds the spin, for debugging; 0 does not. A program that reaches the bound writes (1, its ids, its step)
-    to `timeout_info` and lets everyone who waits for the flag pass, so that the launch ends.
+    to `timeout_info` and lets every program that waits for the flag pass, so that the launch ends.
     """
-    # The spin is a volatile load, which each warp repeats for itself: an atomic's result goes from one thread to all of
-    # them behind a barrier, every turn, and at the flag it stands in line with those that publish.
+    # Spin on a volatile load, not an atomic: Triton broadcasts an atomic's result to all threads with a barrier on
+    # every iteration, and the atomic would contend with the publishers.
     spins = 0
     while (tl.load(flag, volatile=True) < programs) & (spins <= MAX_SPINS):
         if MAX_SPINS > 0:
             spins += 1
-    # One acquire follows it, and not one a turn, because it empties the L1 cache; its result must be used, or the
-    # compiler drops it as a dead load.
+    # One acquire follows the spin, not one an iteration, because it empties the L1 cache. Its result must be used, or
+    # the compiler drops it as a dead load.
     while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < programs:
         if MAX_SPINS > 0:
             record_timeout(step, timeout_info)
@@ -60,7 +60,7 @@ def wait_if(needed, flags, step, timeout_info, MAX_SPINS: tl.constexpr, BACK: tl
 
 @triton.jit
 def record_timeout(step, timeout_info):
-    """Writes (1, this program's ids, step) to `timeout_info`, if nobody has before."""
+    """Writes (1, this program's ids, step) to timeout_info, unless another program has."""
     if tl.atomic_cas(timeout_info, 0, 1) == 0:
         tl.store(timeout_info + 1, tl.program_id(0))
         tl.store(timeout_info + 2, tl.program_id(1))

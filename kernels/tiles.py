@@ -61,7 +61,7 @@ def programs_of(tiles: Tiles, H: int, B: int) -> tuple[int, int]:
 
 
 def without_exchange(tiles: Tiles) -> Tiles:
-    """The tiles of a program that waits for no other."""
+    """The tiles of a program that waits for no other one."""
     return replace(tiles, team=1)
 
 
@@ -120,9 +120,9 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
     backward: list[Tiles] = []
     chunk = 256 // size
     wgmma, tcgen05 = device.capability[0] == 9, device.capability[0] == 10
-    in_1k, in_2k = (H * size <= limit for limit in (1024, 2048))
+    row_bytes = H * size
 
-    # The loads of a step are all in flight together and keep registers.
+    # All loads of a step are outstanding at once and hold registers.
     # wgmma's 64 rows are the work of four warps, each with twice the loads, so that a larger batch tile takes shorter
     # chunks there. A B200's tensor memory takes no shorter chunks of 64 rows, elsewhere longer ones spill (Triton 3.9).
     tall = chunk // 2 if tcgen05 else chunk // 4
@@ -130,18 +130,18 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
         # Four warps take TF32's W_hh into registers, which hold no more of it (Triton 3.9).
         few = wgmma and (size == 2 or H * size <= 2688)
         forward.append(Tiles(32, 16, chunk // 2 if wgmma else min(64, chunk), 4 if few else 8))
-        if few and not in_1k and (size == 2 or in_2k):
+        if few and row_bytes > 1024 and (size == 2 or row_bytes <= 2048):
             forward.append(Tiles(16, 16, min(64, chunk), 4))
         # The longest rows of TF32 on an A100 spill (Triton 3.9 forward, 3.6 backward).
         longest = size == 4 and not (wgmma or tcgen05) and H >= 512
-        if in_2k and not (tcgen05 or longest):
+        if row_bytes <= 2048 and not (tcgen05 or longest):
             forward.append(Tiles(64, 16, tall, 8))
-        if size == 4 and in_1k and not wgmma:
+        if size == 4 and row_bytes <= 1024 and not wgmma:
             backward.append(Tiles(64, 16, chunk, 8))
-        if size == 2 and in_2k:
+        if size == 2 and row_bytes <= 2048:
             backward.append(Tiles(64, 16, chunk // 2, 8, team=4))
         backward.append(Tiles(16, 16, chunk // 2, 4, team=4))
-        if in_2k or size == 4:  # in 16 bit others spill
+        if row_bytes <= 2048 or size == 4:  # in 16 bit others spill
             backward.append(Tiles(32, 16, chunk // 2, 8, team=4))
     elif 8 in fits:
         # Over the longest rows that a B200 spreads, eight warps spill one register (Triton 3.7).
@@ -149,9 +149,9 @@ def grid_tiles(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
             forward.append(Tiles(32, 8, chunk // 2 if tcgen05 else min(64, chunk), 4 if tcgen05 else 8))
     if 32 in fits:
         forward.append(Tiles(16, 32, chunk // 2, 8))
-        if not tcgen05 or (in_1k and size == 2):
+        if not tcgen05 or (row_bytes <= 1024 and size == 2):
             forward.append(Tiles(32, 32, chunk // 2, 8))
-        if in_1k and (wgmma or (size == 2 and not tcgen05)):
+        if row_bytes <= 1024 and (wgmma or (size == 2 and not tcgen05)):
             forward.append(Tiles(64, 32, tall, 8))
         if size == 2:
             backward.append(Tiles(64, 32, chunk, 8))
@@ -257,7 +257,7 @@ def stack_tiles(H: int, size: int, device: Device, layers: int) -> tuple[list[Ti
     registers none for the products themselves."""
     if not aligned(H, size) or device.capability[0] == 10 or not fit(16, H, size, device, layers):
         return [], []
-    chunk, wgmma, in_1k = 256 // size, device.capability[0] == 9, H * size <= 1024
+    chunk, wgmma = 256 // size, device.capability[0] == 9
     if size == 8:
         if not wgmma:
             return [], []
@@ -267,7 +267,7 @@ def stack_tiles(H: int, size: int, device: Device, layers: int) -> tuple[list[Ti
     backward = [Tiles(16, 16, chunk // 2, 8, team=4)]
     if wgmma:
         forward.append(Tiles(16, 16, min(64, chunk), 4))
-        if in_1k:
+        if H * size <= 1024:
             forward.append(Tiles(64, 16, chunk // 4, 8))
     if fit(32, H, size, device, layers):
         forward += [Tiles(batch, 32, chunk // 2, 8) for batch in (16, 32)]
