@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fused_lstm.kernels.cell import exp, sigmoid, tanh
-from fused_lstm.kernels.matmul import dot, load_columns, operand
+from fused_lstm.kernels.matmul import dot, load_columns, operand, widened
 from fused_lstm.kernels.plan import choose_kernel, cuda_device
 from fused_lstm.kernels.sync import publish, wait
 from fused_lstm.kernels.tiles import H100, Device
@@ -156,7 +156,7 @@ def matrix_kernel(
         columns = k * BLOCK_K + k_units
         chunk = tl.load(weight + rows[:, None] * (CHUNKS * BLOCK_K) + columns[None, :])
         weights = weights + (operand(chunk, PRECISION),)  # noqa: RUF005
-    x_tile = tl.load(x + batch[None, :] * BLOCK_K + k_units[:, None])
+    x_tile = widened(tl.load(x + batch[None, :] * BLOCK_K + k_units[:, None]))
     sum = tl.zeros((ROWS, BLOCK_B), tl.float32)
     for _ in range(steps):
         # As in the recurrence, a step ends where its sum is used, and the next one's x is another: else the compiler

@@ -5,6 +5,7 @@ in a process of their own.
 """
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from bench.host import without_driver
 from fused_lstm import LSTM
 from fused_lstm.kernels import latency_forward, launch
 from fused_lstm.kernels.layout import NO_STACK, LayoutTensors, Stack
-from fused_lstm.kernels.plan import choose_kernel
+from fused_lstm.kernels.plan import choose_interpreted, choose_kernel
 from fused_lstm.kernels.sync import Sync
 from fused_lstm.kernels.tiles import H100
 
@@ -79,6 +80,11 @@ def asks_once():
             with torch.no_grad():
                 module(x[:1])
             assert len(driver.launched) == calls and asked.call_count == 3
+        # What is kept with a plan does not leave the process with it.
+        used = choose_interpreted(torch.float32, B, H, False, 1, 1, 0)
+        assert launch.prepared_for(used)
+        copied = pickle.loads(pickle.dumps(used))
+        assert copied == used and not launch.prepared_for(copied)
 
 
 @pytest.mark.parametrize("check", ["same_as_triton", "asks_once"])
