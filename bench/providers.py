@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fused_lstm
-from fused_lstm.kernels.plan import CHUNK
+from fused_lstm.chunks import CHUNK
 
 from . import memory
 from .cases import MEMORY, Case

@@ -27,6 +27,32 @@ if WHY_NO_TRITON is None:
     from .kernels.scan import scan
 
 
+# Steps of a chunk: the states between them are then below 1% of what is kept without recompute.
+CHUNK = 128
+
+
+def chunk_for(dtype: torch.dtype, B: int, H: int, memory: int) -> int:
+    """How many steps recompute takes at a time on a device of so many bytes of memory: a power of two, 16 to 1024.
+
+    A step's workspace is its gates and their gradients, c and h. Where a chunk's would be more than a sixteenth of the
+    memory, the chunk is shorter. Where it is below a thousandth it is longer: the host's part in a chunk, some dozen
+    launches, is that of a hundred short steps.
+    """
+    step = B * H * (9 * dtype.itemsize + (8 if dtype == torch.float64 else 4))
+    chunk = CHUNK
+    while chunk > 16 and 16 * chunk * step > memory:
+        chunk //= 2
+    while chunk < 1024 and 2000 * chunk * step <= memory:
+        chunk *= 2
+    return chunk
+
+
+def memory_of(device: torch.device) -> int | None:
+    """The bytes that a device has in all, and not what is free: that changes from call to call, and results with it by
+    the order of their sums. None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 @record
 class ForwardArgs(NamedTuple):
     """Of one direction: x as Inputs has it, h0 (B, Hout), c0 (B, H); the options as Recurrence has them."""

@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from .call import Call, Options
+from .chunks import CHUNK, chunk_for, memory_of
 from .context import Context, constant
 from .kernels import plan as kernels_plan
 from .kernels.plan import (
-    CHUNK,
     Plan,
     choose,
     choose_one_step,
-    chunk_for,
     in_kernel,
     layers_together,
-    memory_of,
     on_torch,
     with_memory_estimate,
 )

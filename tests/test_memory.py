@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fused_lstm
 from bench.memory import beside, kept
 from fused_lstm import LSTM, route
-from fused_lstm.kernels.plan import chunk_for
+from fused_lstm.chunks import chunk_for
 
 from .parity import WIDEST, assert_parity, assert_parity_of, twin
 from .test_sequences import LAYERS, LENGTHS, RESET, B, H, I, Loop, T, assert_oracle, given, module_and_input

@@ -1,5 +1,6 @@
 """The wheel: what a user installs, built from a copy of the tree, so that nothing is left in it."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -61,6 +62,7 @@ def test_holds_the_package_and_nothing_else(wheel):
     names = set(wheel.namelist())
     code = {f"fused_lstm/{path.name}" for path in (ROOT / "fused_lstm").glob("*.py")}
     code |= {f"fused_lstm/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    code |= {f"fused_lstm/paths/{path.name}" for path in (ROOT / "fused_lstm/paths").glob("*.py")}
     (info,) = {name.split("/")[0] for name in names} - {"fused_lstm"}
     assert info.endswith(".dist-info")
     assert {name for name in names if name.startswith("fused_lstm/")} == {*code, "fused_lstm/py.typed"}
@@ -117,3 +119,30 @@ def test_each_row_of_the_table_of_pytorch_has_a_test_on_both_paths():
                 )
                 for word in words.split(" or ") if words else ["test"]:
                     assert any(word in name for name in names), f"{file} has no test of {word}"
+
+
+# Those that have more parameters: what a user calls, and what an operator runs.
+MANY = {"functional.py": ["lstm"], "kernels/backward.py": ["backward"]}
+
+
+def test_no_file_and_no_signature_is_too_long_to_be_read_at_once():
+    files = [*(ROOT / "fused_lstm").glob("*.py"), *(ROOT / "fused_lstm/paths").glob("*.py")]
+    for path in [*files, *(ROOT / "kernels").glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 350, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and not node.name.endswith("_kernel"):
+                count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+                many = [name for file, names in MANY.items() if str(path).endswith(file) for name in names]
+                assert count <= 12 or node.name in many, f"{node.name} in {path} has {count} parameters"
+
+
+def test_the_time_loop_of_a_kernel_fits_on_one_screen():
+    for file in ("forward", "backward", "latency_forward", "latency_backward"):
+        (kernel,) = (
+            node
+            for node in ast.parse((ROOT / "kernels" / f"{file}.py").read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef) and node.name == f"{file}_kernel"
+        )
+        (loop,) = (node for node in kernel.body if isinstance(node, ast.For))
+        assert loop.end_lineno - loop.lineno + 1 <= 45, file
