@@ -8,7 +8,7 @@ from torch import Tensor
 from . import chunks, composed, recurrence
 from .gradients import Cotangents, gradients
 from .operators import unwatched
-from .records import flatten, record, save, saved, unflatten
+from .records import flatten, record, save_record, saved_record, unflatten
 from .recurrence import Inputs, Outputs, Recurrence, Results
 from .weights import Weights
 
@@ -66,13 +66,13 @@ class LSTMFunction(torch.autograd.Function):
     def backward(ctx: Any, *of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dy, dhn, dcn, _, _, dcells = of_outputs
         _, *of_inputs = ctx.needs_input_grad
-        kept, needs = saved(ctx, Saved), unflatten(Inputs, of_inputs)
+        saved, needs = saved_record(ctx, Saved), unflatten(Inputs, of_inputs)
         with torch.no_grad():
-            grads = backward(kept, needs, materialized(kept, dy, dhn, dcn, dcells))
+            grads = backward(saved, needs, materialized(saved, dy, dhn, dcn, dcells))
         if torch.is_grad_enabled():  # someone wants to differentiate once more
             cotangents = Cotangents(dy, dhn, dcn, dcells)  # type: ignore[arg-type]
             return None, *Gradients.apply(
-                kept.how._replace(direct=False), *flatten(SecondOrder(kept.inputs, cotangents, grads))
+                saved.how._replace(direct=False), *flatten(SecondOrder(saved.inputs, cotangents, grads))
             )
         return None, *flatten(grads)
 
@@ -97,26 +97,26 @@ def keep(ctx: Any, how: Recurrence, inputs: Inputs, outputs: Outputs) -> None:
     ctx.mark_non_differentiable(outputs.c, outputs.gates, *of_layers)
     ctx.set_materialize_grads(False)
     y = outputs.last if how.stacked else outputs.y
-    save(ctx, Saved(how, inputs, y, outputs.c, outputs.gates))  # type: ignore[arg-type]
+    save_record(ctx, Saved(how, inputs, y, outputs.c, outputs.gates))  # type: ignore[arg-type]
 
 
 def materialized(
-    kept: Saved, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dcells: Tensor | None
+    saved: Saved, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dcells: Tensor | None
 ) -> Cotangents:
     """With zeros in the place of a None, but for the cells."""
     if dy is None:
-        dy = torch.zeros_like(kept.y[-1] if kept.how.stacked else kept.y)
+        dy = torch.zeros_like(saved.y[-1] if saved.how.stacked else saved.y)
     if dhn is None or dcn is None:
-        zeros, P = torch.zeros_like(kept.inputs.c0), kept.inputs.h0.shape[2]
+        zeros, P = torch.zeros_like(saved.inputs.c0), saved.inputs.h0.shape[2]
         dcn = zeros if dcn is None else dcn
         if dhn is None:
             dhn = zeros if zeros.shape[2] == P else zeros[..., :P]
     return Cotangents(dy, dhn, dcn, dcells)
 
 
-def backward(kept: Saved, needs: Inputs, cotangents: Cotangents) -> Inputs:
+def backward(saved: Saved, needs: Inputs, cotangents: Cotangents) -> Inputs:
     """The gradients of forward(), None where none is needed."""
-    how, inputs, y, c, gates = kept
+    how, inputs, y, c, gates = saved
     if how.direct and not unwatched(cotangents):
         how = how._replace(direct=False)
     if how.chunk:
@@ -164,14 +164,14 @@ class Gradients(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         how, *flat = inputs
-        save(ctx, Differentiated(how, unflatten(SecondOrder, flat)))
+        save_record(ctx, Differentiated(how, unflatten(SecondOrder, flat)))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *by_grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        how, given = saved(ctx, Differentiated)
-        inputs, cotangents = flatten(given.inputs), flatten(given.cotangents)
-        nothing = unflatten(SecondOrder, [None] * len(flatten(given)))
+        how, second_order = saved_record(ctx, Differentiated)
+        inputs, cotangents = flatten(second_order.inputs), flatten(second_order.cotangents)
+        nothing = unflatten(SecondOrder, [None] * len(flatten(second_order)))
         asked = [k for k, by in enumerate(by_grads) if by is not None]
         if not asked:
             return None, *flatten(nothing)
@@ -200,7 +200,7 @@ class Gradients(torch.autograd.Function):
 
 @record
 class Differentiated(NamedTuple):
-    """What Gradients keeps."""
+    """What Gradients saves."""
 
     how: Recurrence
-    given: SecondOrder
+    second_order: SecondOrder

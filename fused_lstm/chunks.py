@@ -136,7 +136,7 @@ class BackwardArgs(NamedTuple):
     dhn: Tensor
     dcn: Tensor
     dcells: Tensor | None
-    taken: ForwardArgs
+    args: ForwardArgs
     y: Tensor
     c_between: Tensor
     h_between: Tensor
@@ -145,7 +145,7 @@ class BackwardArgs(NamedTuple):
 
 def _backward(b: BackwardArgs) -> tuple[Tensor, ...]:
     """The gradients of x, h0, c0, weight_ih, weight_hh, either bias, and weight_hr; empty where not wanted."""
-    a, wanted, wide = b.taken, b.wanted, accumulator(b.taken.c0.dtype)
+    a, wanted, wide = b.args, b.wanted, accumulator(b.args.c0.dtype)
     needed = Weights(wanted.dweight_ih, wanted.dweight_hh, wanted.dbias, wanted.dbias, wanted.dweight_hr)  # type: ignore[arg-type]
     needs = Inputs(wanted.dx, True, True, (needed,))  # type: ignore[arg-type]
     dx = a.x.new_empty(a.x.shape if wanted.dx else 0)
@@ -177,7 +177,7 @@ def _backward(b: BackwardArgs) -> tuple[Tensor, ...]:
 
 
 def _backward_fake(b: BackwardArgs) -> tuple[Tensor, ...]:
-    (x, h0, c0, weights, *_), wanted = b.taken, b.wanted
+    (x, h0, c0, weights, *_), wanted = b.args, b.wanted
     of_weights = (
         (weights.weight_ih, wanted.dweight_ih),
         (weights.weight_hh, wanted.dweight_hh),
@@ -219,17 +219,17 @@ for _operator in (forward_in_chunks, backward_in_chunks):
     _operator.custom.register_vmap(vmap.one_by_one(_operator.overload))
 
 
-def _taken(how: Recurrence, inputs: Inputs) -> list[ForwardArgs]:
+def _args_of_directions(how: Recurrence, inputs: Inputs) -> list[ForwardArgs]:
     """Of each direction."""
     x, h0, c0, weights = inputs
     options = how.states, how.chunk, how.ieee, how.project_in_kernel
-    each = zip(h0, c0, weights, how.sequences(weights), strict=True)
-    return [ForwardArgs(x, *of_one, *options) for of_one in each]
+    directions = zip(h0, c0, weights, how.sequences(weights), strict=True)
+    return [ForwardArgs(x, *direction, *options) for direction in directions]
 
 
 def forward(how: Recurrence, inputs: Inputs) -> Outputs:
     """Of all directions."""
-    of_each = [forward_in_chunks(args, how.direct) for args in _taken(how, inputs)]
+    of_each = [forward_in_chunks(args, how.direct) for args in _args_of_directions(how, inputs)]
     y, hn, cn, cells, c, h = (list(tensors) for tensors in zip(*of_each, strict=True))
     return Outputs(cat(y), stack(hn), stack(cn), stack(c), stack(h), cat(cells) if how.states else None)
 
@@ -238,14 +238,14 @@ def backward(how: Recurrence, inputs: Inputs, between: Between, cotangents: Cota
     """The gradients of forward(); each direction's chunks are in an order of their own."""
     D = len(inputs.weights)
     dx, dh0, dc0, dweights = [], [], [], []
-    for d, taken in enumerate(_taken(how, inputs)):
+    for d, forward_args in enumerate(_args_of_directions(how, inputs)):
         w = needs.weights[d]
         wanted = Wanted(needs.x, w.weight_ih, w.weight_hh, bool(w.bias_ih or w.bias_hh), w.weight_hr)  # type: ignore[arg-type]
         dy, dcells = cotangents.y.chunk(D, -1)[d], None
         if cotangents.cells is not None:
             dcells = cotangents.cells.chunk(D, -1)[d]
-        kept = between.y.chunk(D, -1)[d], between.c[d], between.h[d]
-        args = BackwardArgs(dy, cotangents.hn[d], cotangents.cn[d], dcells, taken, *kept, wanted)
+        saved = between.y.chunk(D, -1)[d], between.c[d], between.h[d]
+        args = BackwardArgs(dy, cotangents.hn[d], cotangents.cn[d], dcells, forward_args, *saved, wanted)
         of_x, of_h, of_c, dweight_ih, dweight_hh, dbias, dweight_hr = backward_in_chunks(args, how.direct)
         dx.append(of_x)
         dh0.append(of_h)

@@ -54,9 +54,9 @@ def record(cls: type[Record]) -> type[Record]:
     PARTS[cls] = parts
     if all(part.of is None for part in parts):
         _PLAIN.add(cls)
-    alone = [1 if part.of is None else COUNTS[part.of][0] for part in parts if not part.repeated]
-    in_each = [COUNTS[part.of][part.repeated ^ 1] for part in parts if part.of is not None]
-    COUNTS[cls] = sum(alone), sum(in_each)
+    fixed = [1 if part.of is None else COUNTS[part.of][0] for part in parts if not part.repeated]
+    per_repeat = [COUNTS[part.of][part.repeated ^ 1] for part in parts if part.of is not None]
+    COUNTS[cls] = sum(fixed), sum(per_repeat)
     return cls
 
 
@@ -73,8 +73,8 @@ def flatten(values: tuple[Any, ...]) -> list[Any]:
 
 def unflatten(cls: type[Record], flat: Sequence[Any]) -> Record:
     """The record that flatten() has made `flat` of. Its tuples of records, if it has several, are of one length."""
-    alone, in_each = COUNTS[cls]
-    return _build(cls, flat, 0, (len(flat) - alone) // in_each if in_each else 0)[0]
+    fixed, per_repeat = COUNTS[cls]
+    return _build(cls, flat, 0, (len(flat) - fixed) // per_repeat if per_repeat else 0)[0]
 
 
 def schema(cls: type) -> str:
@@ -83,27 +83,27 @@ def schema(cls: type) -> str:
     return ", ".join(schema(part.of) if part.of else f"{_SCHEMA[kind]} {name}" for (name, kind), part in fields)
 
 
-def save(ctx: Any, values: tuple[Any, ...]) -> None:
+def save_record(ctx: Any, values: tuple[Any, ...]) -> None:
     """Keeps a record for backward."""
     flat = flatten(values)
-    places = _tensor_places(type(values), len(flat))
-    ctx.save_for_backward(*[flat[k] for k in places])
-    for k in places:
+    indices = _tensor_indices(type(values), len(flat))
+    ctx.save_for_backward(*[flat[k] for k in indices])
+    for k in indices:
         flat[k] = None
     ctx.options = flat
 
 
-def saved(ctx: Any, cls: type[Record]) -> Record:
-    """The record that save() has kept. To be asked for once: under a checkpoint each look unpacks."""
+def saved_record(ctx: Any, cls: type[Record]) -> Record:
+    """The record that save_record() has kept. To be asked for once: under a checkpoint each look unpacks."""
     flat = list(ctx.options)
-    for k, tensor in zip(_tensor_places(cls, len(flat)), ctx.saved_tensors, strict=True):
+    for k, tensor in zip(_tensor_indices(cls, len(flat)), ctx.saved_tensors, strict=True):
         flat[k] = tensor
     return unflatten(cls, flat)
 
 
-def _tensor_places(cls: type, length: int) -> list[int]:
+def _tensor_indices(cls: type, length: int) -> list[int]:
     """Which values of a flat record of so many are declared as tensors."""
-    known = _TENSOR_PLACES.get((cls, length))
+    known = _TENSOR_INDICES.get((cls, length))
     if known is None:
         record: Any = unflatten(cls, [None] * length)
         known, at = [], 0
@@ -114,14 +114,14 @@ def _tensor_places(cls: type, length: int) -> list[int]:
                 continue
             for within in field if part.repeated else [field]:
                 size = len(flatten(within))
-                known += [at + place for place in _tensor_places(part.of, size)]
+                known += [at + index for index in _tensor_indices(part.of, size)]
                 at += size
         if not torch.compiler.is_compiling():  # which would take it for a side effect
-            _TENSOR_PLACES[cls, length] = known
+            _TENSOR_INDICES[cls, length] = known
     return known
 
 
-_TENSOR_PLACES: dict[tuple[type, int], list[int]] = {}
+_TENSOR_INDICES: dict[tuple[type, int], list[int]] = {}
 
 
 def _build(cls: type[Record], flat: Sequence[Any], at: int, repeats: int) -> tuple[Record, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import operators
-from .kernels.layout import Layout, Stack, accumulator
+from .kernels.layout import NO_STACK, Layout, Stack, accumulator
 from .products import matmul_precision
 from .records import record
 from .sequence import Sequence
@@ -54,7 +54,7 @@ class Inputs(NamedTuple):
 
 @record
 class Recurrence(NamedTuple):
-    """How the inputs how.
+    """How the inputs run.
 
     sequence: where the steps lie, of the first direction. dropout: between stacked layers.
     stacked: the recurrences are layers; otherwise the directions of one.
@@ -107,9 +107,6 @@ class Recurrence(NamedTuple):
         of_steps = y if self.sequence.offsets is not None else y.view(*sizes, y.shape[-1])
         args = operators.DropoutArgs(of_steps, seed, keep_prob, self.sequence.layout, layer, B)
         return operators.dropout(args, self.direct).view(y.shape)
-
-
-NO_STACK = Stack()
 
 
 class Results(NamedTuple):

@@ -17,7 +17,7 @@ class Stretches(NamedTuple):
     row: (N,), the batch row that each is of.
     first, last: (N,) bool, whether it is the first of its row, and the last.
     enters: (N,) bool, whether the forward direction enters the row there with hx.
-    places: where each packed row lies among the T * B rows of (T, B, I).
+    indices: where each packed row lies among the T * B rows of (T, B, I).
     batch_sizes: (longest,) int64 on the CPU, as in a PackedSequence.
     """
 
@@ -25,7 +25,7 @@ class Stretches(NamedTuple):
     first: Tensor
     last: Tensor
     enters: Tensor
-    places: Tensor
+    indices: Tensor
     batch_sizes: Tensor
 
     @staticmethod
@@ -51,8 +51,8 @@ class Stretches(NamedTuple):
         order = length.argsort(descending=True, stable=True)
         row, begin, length, first, last, enters = (t[order] for t in (row, begin, length, first, last, enters))
         inside = time[: int(length[0]) if len(length) else 0, None] < length
-        places = ((begin + time[: len(inside), None]) * B + row)[inside]
-        return Stretches(row, first, last, enters, places, inside.sum(1).cpu())
+        indices = ((begin + time[: len(inside), None]) * B + row)[inside]
+        return Stretches(row, first, last, enters, indices, inside.sum(1).cpu())
 
 
 def run(
@@ -70,21 +70,21 @@ def run(
         y: (T, B, D*Hout), zero past a row's length; hn, cn: as hx.
     """
     T, B, _ = x.shape
-    row, first, last, enters, places, batch_sizes = stretches
+    row, first, last, enters, indices, batch_sizes = stretches
     if B == 0:
         return x.new_zeros(T, B, directions * hx[0].shape[-1]), hx[0].clone(), hx[1].clone()
     if len(row) == 0:
         # Some step all the same, of which nothing is kept: results then have its dtype and gradients.
         y, hn, cn = lstm(x[0, :1], batch_sizes.new_ones(1), (hx[0][:, :1], hx[1][:, :1]))
-        y = y.new_zeros(T * B, y.shape[-1]).index_copy(0, places, y[:0]).view(T, B, -1)
+        y = y.new_zeros(T * B, y.shape[-1]).index_copy(0, indices, y[:0]).view(T, B, -1)
         return y, hx[0].to(hn.dtype, copy=True), hx[1].to(cn.dtype, copy=True)
     count = len(hx[0])
     states = [state[:, row] for state in hx]
     if not to_hx:
         entered = torch.stack([enters, last][:directions] * (count // directions))[..., None]
         states = [torch.where(entered, state, 0) for state in states]
-    y, hn, cn = lstm(x.reshape(T * B, -1)[places], batch_sizes, (states[0], states[1]))
-    y = y.new_zeros(T * B, y.shape[-1]).index_copy(0, places, y).view(T, B, -1)
+    y, hn, cn = lstm(x.reshape(T * B, -1)[indices], batch_sizes, (states[0], states[1]))
+    y = y.new_zeros(T * B, y.shape[-1]).index_copy(0, indices, y).view(T, B, -1)
 
     # A direction leaves a row where its last stretch ends.
     left = [last.nonzero()[:, 0], first.nonzero()[:, 0]][:directions] * (count // directions)

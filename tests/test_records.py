@@ -61,6 +61,6 @@ def test_a_record_that_is_saved_comes_back():
             self.saved_tensors = tensors
 
     ctx, tensor = Context(), torch.ones(2)
-    records.save(ctx, fused_lstm.recurrence.Dropout(tensor, None))
-    assert records.saved(ctx, fused_lstm.recurrence.Dropout) == (tensor, None)
+    records.save_record(ctx, fused_lstm.recurrence.Dropout(tensor, None))
+    assert records.saved_record(ctx, fused_lstm.recurrence.Dropout) == (tensor, None)
     assert all(kept is None or isinstance(kept, Tensor) for kept in ctx.saved_tensors)
