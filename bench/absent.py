@@ -79,7 +79,11 @@ def without_device(device: Device = H100) -> Driver:
     plan.choose.cache_clear()
 
     def asked_of_the_device(question: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **keywords: question(*(CUDA if arg == CPU else arg for arg in args), **keywords)
+        def asked(*args: Any, **keywords: Any) -> Any:
+            return question(*(CUDA if arg == CPU else arg for arg in args), **keywords)
+
+        vars(asked)["cache_clear"] = getattr(question, "cache_clear", None)
+        return asked
 
     for name in ("why_torch", "choose", "layers_together", "in_kernel", "choose_one_step"):
         own = getattr(plan, name)
