@@ -129,7 +129,8 @@ def backward_kernel(
     dh, dh_end = cotangents.y, cotangents.hn
     if folds:
         of_each = zip(how.unbind(dh, len(weights)), by, strict=True)
-        dh = cat([rows @ w_hr for rows, w_hr in of_each]).view(*dh.shape[:-1], -1)
+        of_h = cat([rows @ w_hr for rows, w_hr in of_each])
+        dh = of_h.view(*dh.shape[:-1], of_h.shape[-1])
         dh_end = dh_end @ torch.stack(by)
     c_first, c_start = c0.to(results.c.dtype).contiguous(), None
     to_hx = sequence.starts is not None and sequence.reset_to_hx

@@ -61,12 +61,27 @@ def unwatched(values: Iterable[Any]) -> bool:
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is torch.nn.Parameter:
-            # A tensor that has left its transform is still wrapped. The dispatcher takes that off, and a minus sign.
-            if _functorch.is_functorch_wrapped_tensor(value) or value.is_neg():
+            keys = torch._C._dispatch_keys(value)
+            plain = _PLAIN.get(keys.raw_repr())
+            if not (_is_plain(keys) if plain is None else plain):
                 return False
         elif isinstance(value, Tensor):
             return False
     return True
+
+
+_KEY: Any = torch._C.DispatchKey
+_PLAIN: dict[int, bool] = {}  # _is_plain() of the sets of keys that there have been
+
+
+def _is_plain(keys: Any) -> bool:
+    """Whether a tensor with these dispatch keys is its memory and no more."""
+    # A transform's tensor says that it is a Tensor, but has no backend; after the transform it has a wrapper, which the
+    # dispatcher takes off, as it carries out a minus sign that is only noted.
+    noted = (_KEY.FuncTorchGradWrapper, _KEY.Negative, _KEY.Conjugate, _KEY.Functionalize)
+    plain = (keys.has(_KEY.CUDA) or keys.has(_KEY.CPU)) and not any(map(keys.has, noted))
+    _PLAIN[keys.raw_repr()] = plain
+    return plain
 
 
 @record
