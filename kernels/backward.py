@@ -15,7 +15,7 @@ from .launch import SIZES, alloc_exchange_buffer, launch, weight_in_registers
 from .layout import DENSE, NO_STACK, Layout, Stack
 from .matmul import Weight, load_chunks, recurrent_matmul, shape
 from .plan import Plan
-from .rows import Sizes, locate_neighbours, rows_of_program
+from .rows import Sizes, locate_neighbours, rows_of_program, without_starts
 from .saved import cells_before, cut, load_dh, load_saved
 from .sync import publish, wait_if
 from .team import Team, sum_behind_flag
@@ -139,7 +139,8 @@ def backward_kernel(
     for step in range(step_begin, step_end):
         # In the direction's own order `after` comes next, and was done in the turn before this one.
         at, after, before = locate_neighbours(step, layout, rows)
-        next_rows, next_mask = dgates + after.rows * (4 * H), at.mask & after.mask & ~after.start
+        next_rows = dgates + after.rows * (4 * H)
+        next_mask = without_starts(at.mask & after.mask, after, layout)
         c_rows = cells_before(c, c0, c_reset, at, before, layout, rows, H)
         if PHASE == "projection":
             project_gradient(own, next_rows, next_mask, dy, dhn, dh_steps, at, after, rows, OF_OWN, ACC, PRECISION)

@@ -18,7 +18,7 @@ from .launch import SIZES, alloc_exchange_buffer, launch, weight_in_registers
 from .layout import DENSE, NO_STACK, Layout, Stack, accumulator
 from .matmul import Weight, load_chunks, recurrent_matmul, shape
 from .plan import Plan
-from .rows import Sizes, last_h, locate, rows_of_program, time_before, time_of, with_starts
+from .rows import Sizes, last_h, locate, rows_of_program, time_before, time_of, with_starts, without_starts
 from .sync import publish, wait_if
 
 
@@ -126,7 +126,7 @@ def forward_kernel(
         at = with_starts(locate(time_of(step, rows), layout, rows, rows.mask, True), layout, rows)
         before = locate(time_before(at.t, rows), layout, rows, step > 0, step > 0)
         h_rows = tl.where(before.mask, y + before.rows * OUT, h0 + rows.states * OUT)
-        prev_mask = at.mask & ~at.start
+        prev_mask = without_starts(at.mask, at, layout)
         if layout.starts is not None:
             c_tile = tl.where(at.start[None, :], c_reset_tile, c_tile)
         if PHASE == "projection":

@@ -14,7 +14,7 @@ from .launch import SIZES
 from .matmul import operand
 from .operands import load_operand, multiply, sum_last, sum_parts
 from .polling import behind_stores, fetch, form, multiply_polled, write_zeros
-from .rows import Sizes, locate_clamped, rows_of_program, with_mask, with_starts
+from .rows import Sizes, locate_clamped, rows_of_program, with_mask, with_starts, without_starts
 from .saved import cells_before, cut, load_dh, load_saved
 from .team import Team, sum_polled
 
@@ -238,7 +238,7 @@ def latency_backward_kernel(
         if MODE != "step":
             # What the next turn takes and need not wait for; after the last one it is loaded again, and not used.
             after, at = at, with_starts(with_mask(before, layout, rows, running), layout, rows)
-            next_mask = after.mask & at.mask & ~after.start
+            next_mask = without_starts(after.mask & at.mask, after, layout)
             before = locate_clamped(rows.last - step - 2, layout, rows, step + 1 < rows.last)
             c_rows = cells_before(c, c0, c_reset, at, before, layout, rows, H)
             active = mask & at.mask[:, None]

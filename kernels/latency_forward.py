@@ -15,7 +15,7 @@ from .launch import SIZES
 from .matmul import operand
 from .operands import load_operand, multiply, sum_gates
 from .polling import behind_stores, fetch, form, multiply_polled, write_zeros
-from .rows import Sizes, last_h, locate_clamped, rows_of_program, with_starts
+from .rows import Sizes, last_h, locate_clamped, rows_of_program, with_starts, without_starts
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def latency_forward_kernel(
             h_dropped = drop(h, stack.seed, stack.keep, recurrence, at.t, rows.batch[:, None] * H + units[None, :])
             tl.store(dropped + hidden, h_dropped, mask=active & (recurrence < tl.num_programs(2) - 1))
         # What the next step takes and need not wait for; after the last step it is loaded again, and not used.
-        prev_mask = at.mask & after.mask & ~after.start
+        prev_mask = without_starts(at.mask & after.mask, after, layout)
         active_after = mask & after.mask[:, None]
         gate_after = (after.first * DIRECTIONS + rows.offsets)[:, None] * (4 * H) + units[None, :]
         if MODE != "step":
@@ -212,7 +212,7 @@ def latency_forward_kernel(
             h_rows = behind_stores(y + at.first * (DIRECTIONS * H)) + rows.offsets * H
             recurrent = multiply_polled(weights, h_rows, prev_mask, step + 1, recurrent, sync, FORM)
         if LATE:
-            late_rows = after.mask & ~at.mask & ~after.start
+            late_rows = without_starts(after.mask & ~at.mask, after, layout)
         at, active, gate = after, active_after, gate_after
         # A step ahead, because addresses that wait for these loads would make everyone wait.
         after = with_starts(locate_clamped(step + 2, layout, rows, running), layout, rows)

@@ -155,6 +155,14 @@ def with_starts(at, layout, rows):
 
 
 @triton.jit
+def without_starts(mask, at, layout):
+    """The rows of a mask that are not reset before a step."""
+    if layout.starts is not None:
+        mask = mask & ~at.start
+    return mask
+
+
+@triton.jit
 def last_h(y, h0, layout, rows, OUT: tl.constexpr):
     """Pointers to each row's last h in y; without steps it is h0."""
     end = tl.where(rows.backwards, 0, rows.length - 1)
