@@ -103,7 +103,9 @@ def saved_record(ctx: Any, cls: type[Record]) -> Record:
 
 def _tensor_indices(cls: type, length: int) -> list[int]:
     """Which values of a flat record of so many are declared as tensors."""
-    known = _TENSOR_INDICES.get((cls, length))
+    # The compiler would guard what has been found before, and compile anew once more has been.
+    compiled = torch.compiler.is_compiling()
+    known = None if compiled else _TENSOR_INDICES.get((cls, length))
     if known is None:
         record: Any = unflatten(cls, [None] * length)
         known, at = [], 0
@@ -116,7 +118,7 @@ def _tensor_indices(cls: type, length: int) -> list[int]:
                 size = len(flatten(within))
                 known += [at + index for index in _tensor_indices(part.of, size)]
                 at += size
-        if not torch.compiler.is_compiling():  # which would take it for a side effect
+        if not compiled:
             _TENSOR_INDICES[cls, length] = known
     return known
 
