@@ -9,7 +9,7 @@ Record = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class Options(NamedTuple):
-    """As lstm() takes them."""
+    """As lstm() takes them; recompute: the steps of a chunk, 0 for none, None: as many as the memory suggests."""
 
     bias: bool = True
     num_layers: int = 1
@@ -19,7 +19,8 @@ class Options(NamedTuple):
     batch_first: bool = False
     reset_to_hx: bool = False
     return_states: bool = False
-    recompute: bool | int = False
+    # Not as lstm() has it: True and 1 would be one key of a Route.
+    recompute: int | None = 0
 
     @property
     def directions(self) -> int:

@@ -20,13 +20,12 @@ def checked(
     reset_to: str,
     mask: Any,
     mask_to: str,
-    recompute: bool | int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Checks these arguments of lstm(). Returns lengths (B,), resets (T, B), and the mask as the input lies, of padded
     input; None where there are none.
 
     Raises:
-        ValueError, TypeError: as lstm().
+        ValueError: as lstm().
     """
     if reset_to not in ("zero", "hx"):
         raise ValueError(f'reset_to must be "zero" or "hx", got {reset_to!r}')
@@ -38,7 +37,6 @@ def checked(
         if reset is not None:
             reset = of_steps("reset", reset, input)
             reset = (reset.T if batch_first else reset).contiguous()
-    check_recompute(recompute)
     if mask_to not in ("zero", "hold"):
         raise ValueError(f'mask_to must be "zero" or "hold", got {mask_to!r}')
     if mask is not None:
@@ -63,12 +61,17 @@ def checked_lengths(lengths: Tensor | Iterable[int], input: Tensor, batch_first:
     return lengths.to(input.device, torch.int64, non_blocking=True).clamp(0, T)
 
 
-def check_recompute(recompute: bool | int) -> None:
-    """Raises TypeError: not a bool or an integer. ValueError: below 0."""
+def checked_recompute(recompute: bool | int) -> int | None:
+    """The steps of a chunk, 0 for none; of True None, as many as the memory suggests.
+
+    Raises:
+        TypeError: not a bool or an integer. ValueError: below 0.
+    """
     if not isinstance(recompute, int):
         raise TypeError(f"recompute must be a bool or a number of steps, got {type(recompute).__name__}")
     if recompute < 0:
         raise ValueError(f"recompute must be a bool or a number of steps, got {recompute}")
+    return None if recompute is True else int(recompute)
 
 
 def as_tensor(values: Any, input: Tensor) -> Tensor:

@@ -5,13 +5,11 @@ from collections.abc import Sequence as Iterable
 from torch import Tensor
 
 from . import masks
-from .call import Call, Options, Record, Result, States
-from .checks import checked
+from .call import Call, Options, Record, Result
+from .checks import checked, checked_recompute
 from .paths import RUN
 from .route import full_precision_of_cell, route_of
 from .tensors import check_tensors, prepared
-
-__all__ = ["States", "lstm", "lstm_cell"]
 
 
 def lstm(
@@ -77,10 +75,9 @@ def lstm(
             found under FUSED_LSTM_DEBUG=1, because a look at them would wait for the device; otherwise clamped.
         ValueError: a mask or mask_to that do not fit the input.
     """
-    lengths, starts, mask = checked(input, batch_first, batch_sizes, lengths, reset, reset_to, mask, mask_to, recompute)
-    options = Options(
-        bias, num_layers, dropout, training, bidirectional, batch_first, reset_to == "hx", return_states, recompute
-    )
+    lengths, starts, mask = checked(input, batch_first, batch_sizes, lengths, reset, reset_to, mask, mask_to)
+    to_hx, chunk = reset_to == "hx", checked_recompute(recompute)
+    options = Options(bias, num_layers, dropout, training, bidirectional, batch_first, to_hx, return_states, chunk)
     call = Call(input, *hx, weights, batch_sizes, lengths, starts, options, ieee, record)
     return run(call) if mask is None else masks.run(call, mask, mask_to, run)
 

@@ -8,7 +8,7 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from .call import Options, States
-from .checks import as_tensor, check_recompute
+from .checks import as_tensor, checked_recompute
 from .context import Context
 from .functional import lstm, lstm_cell
 from .interop import Refusing, as_leaf
@@ -62,7 +62,7 @@ class LSTM(Refusing, nn.RNNBase):
         *,
         recompute: bool | int = False,
     ) -> None:
-        check_recompute(recompute)
+        checked_recompute(recompute)
         super().__init__(
             "LSTM",
             input_size,
@@ -221,7 +221,6 @@ class LSTM(Refusing, nn.RNNBase):
 
         Whether gradients are wanted counts, as within torch.no_grad(): one step without them has a kernel of its own.
         """
-        check_recompute(self.recompute)
         packed = isinstance(input, PackedSequence)
         if isinstance(input, PackedSequence):
             data, T, B = input.data, len(input.batch_sizes), int(input.batch_sizes[0])
@@ -236,7 +235,7 @@ class LSTM(Refusing, nn.RNNBase):
             self.training,
             bool(self.bidirectional),
             self.batch_first,
-            recompute=self.recompute,
+            recompute=checked_recompute(self.recompute),
         )
         context, sizes = Context.of(data, *self.parameters()), (B, self.hidden_size, self.proj_size)
         dtype, ieee = autocast_dtype(data), full_precision()

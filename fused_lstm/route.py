@@ -161,11 +161,10 @@ def takes_one_step(form: Form) -> bool:
 
 def chunk_of(form: Form) -> int:
     """The steps of a chunk, 0 for none. In a graph they follow no memory: it would be compiled for one B."""
-    recompute = form.options.recompute
-    memory = memory_of(form.device) if recompute is True and not form.context.compiled else None
-    if memory is not None:
-        return chunk_for(form.dtype, form.B, form.H, memory)
-    return CHUNK if recompute is True else int(recompute)
+    if form.options.recompute is not None:
+        return form.options.recompute
+    memory = None if form.context.compiled else memory_of(form.device)
+    return CHUNK if memory is None else chunk_for(form.dtype, form.B, form.H, memory)
 
 
 def groups_of(form: Form, one_by_one: bool) -> tuple[int, ...]:

@@ -53,6 +53,8 @@ CALLS = {
     "resets": lambda: MODULE(X, lengths=[4, 2, 0], reset=X[..., 0] > 0, reset_to="hx"),
     "states": lambda: MODULE(X, return_states=True),
     "recompute": lambda: LSTM(I, H, recompute=2)(X),
+    "recompute, one step each": lambda: LSTM(I, H, recompute=1)(X),
+    "recompute by memory": lambda: LSTM(I, H, recompute=True)(X),
 }
 
 

@@ -396,7 +396,7 @@ def test_lengths_on_a_device_are_looked_at_in_debug_mode_alone(monkeypatch):
     """A look would wait for the device. The meta device, which has no values, raises at one."""
     x, lengths, reset = torch.empty(T, B, I), torch.empty(B, dtype=torch.int64), torch.empty(T, B, dtype=torch.bool)
     given = [tensor.to("meta") for tensor in (x, lengths, reset)]
-    rest = False, None, given[1], given[2], "zero", None, "zero", False
+    rest = False, None, given[1], given[2], "zero", None, "zero"
     lengths, starts, _ = checks.checked(given[0], *rest)
     assert lengths.shape == (B,) and starts.shape == (T, B)
     monkeypatch.setattr(checks, "DEBUG", True)
