@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from . import chunks, composed, recurrence
-from .gradients import Cotangents, gradients
+from .gradients import Cotangents, Steps, gradients
 from .operators import unwatched
 from .records import flatten, record, save_record, saved_record, unflatten
-from .recurrence import Inputs, Outputs, Recurrence, Results
+from .recurrence import Inputs, Outputs, Recurrence
 from .weights import Weights
 
 
@@ -122,8 +122,8 @@ def backward(saved: Saved, needs: Inputs, cotangents: Cotangents) -> Inputs:
     if how.chunk:
         dx, dh0, dc0, dweights = chunks.backward(how, inputs, chunks.Between(y, c, gates), cotangents, needs)
     else:
-        results = Results(y, cotangents.hn, cotangents.cn, c, gates)
-        (dx, dh0, dc0, dweights), dh_reset, dc_reset = gradients(how, inputs, results, cotangents, needs)
+        found, dh_reset, dc_reset = gradients(how, inputs, Steps(y, c, gates), cotangents, needs)
+        dx, dh0, dc0, dweights = found
         if dc_reset is not None:
             dc0 = dc0 + dc_reset
         if dh0 is not None and dh_reset is not None:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from . import gradients, recurrence, vmap
-from .gradients import Cotangents
+from .gradients import Cotangents, Steps
 from .kernels.environment import WHY_NO_TRITON
 from .kernels.layout import accumulator
 from .operators import Operator
 from .products import matmul_precision
 from .records import record
-from .recurrence import Inputs, Outputs, Recurrence, Results, input_gates_of
+from .recurrence import Inputs, Outputs, Recurrence, input_gates_of
 from .sequence import Sequence
 from .weights import Weights, cat, stack
 
@@ -158,8 +158,8 @@ def _backward(b: BackwardArgs) -> tuple[Tensor, ...]:
         gates, c_steps = recompute(how, inputs, y, hx)
         cells = None if b.dcells is None else b.dcells[span]
         cotangents = Cotangents(b.dy[span], dh[None, :B], dc[None, :B], cells)
-        results = Results(y, dh, dc, c_steps, gates)
-        grads = gradients.gradients(how, inputs, results, cotangents, needs, hx, accumulate=True)
+        steps = Steps(y, c_steps, gates)
+        grads = gradients.gradients(how, inputs, steps, cotangents, needs, hx, accumulate=True)
         if wanted.dx:
             dx[span] = grads.inputs.x
         dh, dc = torch.cat([grads.inputs.h0[0], dh[B:]]), torch.cat([grads.inputs.c0[0], dc[B:]])

@@ -10,7 +10,7 @@ from . import operators
 from .kernels.layout import Layout, accumulator
 from .products import matmul_precision, matmul_tn
 from .records import record
-from .recurrence import Inputs, Recurrence, Results, layout_of
+from .recurrence import Inputs, Recurrence, layout_of
 from .sequence import Sequence
 from .weights import Weights, cat, projections, recurrent_weights, stack
 
@@ -24,6 +24,14 @@ class Cotangents(NamedTuple):
     hn: Tensor
     cn: Tensor
     cells: Tensor | None
+
+
+class Steps(NamedTuple):
+    """What recurrence.forward() has left of all steps, as its Results have it."""
+
+    y: Tensor
+    c: Tensor
+    gates: Tensor
 
 
 class Grads(NamedTuple):
@@ -50,7 +58,7 @@ class BySource(NamedTuple):
 def gradients(
     how: Recurrence,
     inputs: Inputs,
-    results: Results,
+    steps: Steps,
     cotangents: Cotangents,
     needs: Inputs,
     reset_to: tuple[Tensor, Tensor] | None = None,
@@ -59,7 +67,7 @@ def gradients(
     """The gradients of recurrence.forward().
 
     Args:
-        how, inputs, reset_to: as it took them. results: as it returned them, of which hn and cn are not used.
+        how, inputs, reset_to: as it took them. steps: as it returned them.
         needs: whether an input needs one. accumulate: those of the weights in the accumulator's dtype.
     """
     x, h0, c0, weights = inputs
@@ -70,14 +78,14 @@ def gradients(
     dh_reset: list[Tensor] = []
     dweights: list[Weights] = []
     with matmul_precision(x, how.ieee):
-        dgates_of_all, dc0, dc_reset, dh_steps = backward_kernel(how, inputs, results, cotangents, c_reset)
+        dgates_of_all, dc0, dc_reset, dh_steps = backward_kernel(how, inputs, steps, cotangents, c_reset)
 
         # From here on everything is parallel over time.
         if needs.x:
             weight_ih = cat([w.weight_ih for w in weights[: len(sequences)]], 0)
             lowest = dgates_of_all[0] if how.stacked else dgates_of_all
             dx = (lowest.reshape(-1, weight_ih.shape[0]) @ weight_ih).view(x.shape)  # (9)
-        every_dgates, every_y = how.unbind(dgates_of_all, R), how.unbind(results.y, R)
+        every_dgates, every_y = how.unbind(dgates_of_all, R), how.unbind(steps.y, R)
         for k, (w, dgates, y) in enumerate(zip(weights, every_dgates, every_y, strict=True)):
             needed, sequence = needs.weights[k], sequences[0 if how.stacked else k]
             _, last_rows, _, previous_rows = sequence.step_rows(B, dgates.shape[0])
@@ -102,7 +110,7 @@ def gradients(
                     by_states = matmul_tn(reset, h_reset[k], by_states, accumulate)
                 dweight_hh = matmul_tn(later, y[previous_rows], by_states, accumulate)  # (12)
             if needed.weight_hr and w.weight_hr is not None:
-                h = h_of(results, k, R, sequence.layout)
+                h = h_of(steps, k, R, sequence.layout)
                 if dh_steps is not None:
                     dweight_hr = matmul_tn(how.unbind(dh_steps, R)[k], h, None, accumulate)
                 else:
@@ -119,9 +127,9 @@ def gradients(
 
 
 def backward_kernel(
-    how: Recurrence, inputs: Inputs, results: Results, cotangents: Cotangents, c_reset: Tensor
+    how: Recurrence, inputs: Inputs, steps: Steps, cotangents: Cotangents, c_reset: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dgates as results.gates, dc0, dc_reset or None without resets to hx, and dh of all steps, None if no kernel
+    """dgates as steps.gates, dc0, dc_reset or None without resets to hx, and dh of all steps, None if no kernel
     projects."""
     c0, weights, sequence = inputs.c0, inputs.weights, how.sequence
     sequences, folds = how.sequences(weights), how.folds(weights)
@@ -132,7 +140,7 @@ def backward_kernel(
         of_h = cat([rows @ w_hr for rows, w_hr in of_each])
         dh = of_h.view(*dh.shape[:-1], of_h.shape[-1])
         dh_end = dh_end @ torch.stack(by)
-    c_first, c_start = c0.to(results.c.dtype).contiguous(), None
+    c_first, c_start = c0.to(steps.c.dtype).contiguous(), None
     to_hx = sequence.starts is not None and sequence.reset_to_hx
     if sequence.starts is not None:
         c_start = c_reset.to(c_first.dtype).contiguous() if to_hx else torch.zeros_like(c_first)
@@ -142,8 +150,8 @@ def backward_kernel(
         cotangents.cn,
         recurrent_weights(weights, folds),
         c_first,
-        results.c,
-        results.gates,
+        steps.c,
+        steps.gates,
         cotangents.cells,
         c_start,
         layout_of(sequences),
@@ -174,10 +182,10 @@ def by_source(dgates: Tensor, sequence: Sequence, B: int) -> BySource:
     return BySource(first, reset, dgates[later_rows])
 
 
-def h_of(results: Results, k: int, R: int, layout: Layout) -> Tensor:
+def h_of(steps: Steps, k: int, R: int, layout: Layout) -> Tensor:
     """h of every step of recurrence k by (4), (rows, H); zero past a row's length, where c and gates are as the memory
     was."""
-    c, gates = results.c.chunk(R, -1)[k], results.gates.chunk(R, -1)[k]
+    c, gates = steps.c.chunk(R, -1)[k], steps.gates.chunk(R, -1)[k]
     h = c.tanh().mul_(gates[..., -c.shape[-1] :]).to(gates.dtype)
     h = h.masked_fill(layout.past(h.shape), 0) if layout.padded else h
     return h.view(-1, h.shape[-1])

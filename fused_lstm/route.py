@@ -62,14 +62,12 @@ class Route(NamedTuple):
 
     path: "kernels"; "one step", a kernel of its own; "torch", its own LSTM; "in graph", the same as an operator; or
         "composed", torch operations step by step, where the others lack something.
-    ieee: as in Form.
     groups: how many layers each launch has, the first launch first.
     how: they run, where no row has an end or a reset of its own. Its sequence is batch first where the input runs as it
         lies, (B, T, I); otherwise the input is transposed if the call is batch_first.
     """
 
     path: str
-    ieee: bool
     groups: tuple[int, ...] = ()
     how: Recurrence = Recurrence(Sequence())
 
@@ -107,9 +105,9 @@ def route_of(call: Call) -> Route:
 def decide(form: Form) -> Route:
     options, path, save = form.options, path_of(form), form.record or form.context.saves
     if path not in ("kernels", "composed"):
-        return Route(path, form.ieee)
+        return Route(path)
     if path == "kernels" and takes_one_step(form):
-        return Route("one step", form.ieee)
+        return Route("one step", how=Recurrence(Sequence(), ieee=form.ieee))
     # Without gradients nothing is kept, with record all is asked for.
     chunk = chunk_of(form) if save and not form.record else 0
     one_by_one = bool(options.bidirectional or options.return_states or form.record or form.P or chunk)
@@ -125,7 +123,7 @@ def decide(form: Form) -> Route:
         chunk=chunk,
         direct=True,
     )
-    return Route(path, form.ieee, groups, how)
+    return Route(path, groups, how)
 
 
 known_route = lru_cache(256)(decide)

@@ -80,12 +80,8 @@ class Args(NamedTuple):
     reset_to_hx: bool
     states: bool
 
-    @property
-    def differentiable(self) -> list[Tensor]:
-        return [self.input, self.h0, self.c0, *self.weights]
-
     def of(self, input: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> "Args":
-        """With these in the place of its differentiable tensors."""
+        """With these in the place of Call.tensors()."""
         return self._replace(input=input, h0=h0, c0=c0, weights=list(weights))
 
     @property
@@ -106,8 +102,7 @@ class Args(NamedTuple):
             return torch_lstm.stretches_of(self.call)
         if self.batch_sizes is not None:
             return Sequence.packed(self.batch_sizes, self.input.device)
-        T = self.input.shape[1 if self.batch_first else 0]
-        return Sequence.padded(Layout(self.lengths, None, self.starts), self.reset_to_hx, T)
+        return Sequence.padded(Layout(self.lengths, None, self.starts), self.reset_to_hx, self.call.steps)
 
     def run(self, cuts: Stretches | Sequence | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y, hn, cn and the cells, which are empty without states."""
@@ -133,7 +128,7 @@ def _forward_fake(a: Args) -> tuple[Tensor, ...]:
 
 @record
 class BackwardArgs(NamedTuple):
-    """cotangents: of the first of what forward returns; needs: which of the differentiable tensors need a gradient."""
+    """cotangents: of the first of what forward returns; needs: which of Call.tensors() need a gradient."""
 
     cotangents: list[Tensor]
     needs: list[bool]
@@ -151,7 +146,7 @@ def recording() -> Iterator[None]:
 
 def _backward(b: BackwardArgs) -> list[Tensor]:
     cotangents, needs, args = b
-    cuts, tensors = args.cuts(), args.differentiable
+    cuts, tensors = args.cuts(), args.call.tensors()
     asked = [k for k, needed in enumerate(needs) if needed]
 
     def outputs(*differentiated: Tensor) -> tuple[Tensor, ...]:
@@ -167,7 +162,7 @@ def _backward(b: BackwardArgs) -> list[Tensor]:
 
 
 def _backward_fake(b: BackwardArgs) -> list[Tensor]:
-    pairs = zip(b.args.differentiable, b.needs, strict=True)
+    pairs = zip(b.args.call.tensors(), b.needs, strict=True)
     return [tensor.new_empty(tensor.shape) for tensor, needed in pairs if needed]
 
 

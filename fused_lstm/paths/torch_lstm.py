@@ -52,7 +52,5 @@ def stretches_of(call: Call) -> Stretches | None:
     """What lengths and resets make of the input; None without them."""
     if call.lengths is None and call.starts is None:
         return None
-    input, batch_first = call.input, call.options.batch_first
-    T, B = (input.shape[1], input.shape[0]) if batch_first else input.shape[:2]
-    layout = Layout(call.lengths, None, call.starts)
-    return Stretches.of(Sequence.padded(layout, False, T), T, B, input.device)
+    T, B = call.steps, call.input.shape[0 if call.options.batch_first else 1]
+    return Stretches.of(Sequence.padded(Layout(call.lengths, None, call.starts), False, T), T, B, call.input.device)
