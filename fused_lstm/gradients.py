@@ -81,11 +81,11 @@ def gradients(
         dgates_of_all, dc0, dc_reset, dh_steps = backward_kernel(how, inputs, steps, cotangents, c_reset)
 
         # From here on everything is parallel over time.
+        every_dgates, every_y = how.unbind(dgates_of_all, R), how.unbind(steps.y, R)
         if needs.x:
             weight_ih = cat([w.weight_ih for w in weights[: len(sequences)]], 0)
-            lowest = dgates_of_all[0] if how.stacked else dgates_of_all
-            dx = (lowest.reshape(-1, weight_ih.shape[0]) @ weight_ih).view(x.shape)  # (9)
-        every_dgates, every_y = how.unbind(dgates_of_all, R), how.unbind(steps.y, R)
+            of_x = every_dgates[0] if len(sequences) == 1 else dgates_of_all.reshape(-1, weight_ih.shape[0])
+            dx = (of_x @ weight_ih).view(x.shape)  # (9)
         for k, (w, dgates, y) in enumerate(zip(weights, every_dgates, every_y, strict=True)):
             needed, sequence = needs.weights[k], sequences[0 if how.stacked else k]
             _, last_rows, _, previous_rows = sequence.step_rows(B, dgates.shape[0])

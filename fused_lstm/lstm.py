@@ -1,9 +1,11 @@
 """LSTM and LSTMCell: torch.nn's conventions (batch_first, unbatched and packed input, hx) around functional.py."""
 
 from collections.abc import Sequence
+from operator import is_not
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
@@ -86,6 +88,12 @@ class LSTM(Refusing, nn.RNNBase):
     get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
     check_forward_args: Any = nn.LSTM.check_forward_args
     permute_hidden: Any = nn.LSTM.permute_hidden
+
+    def _update_flat_weights(self) -> None:
+        # torch's own finds each weight by nn.Module.__getattr__, which takes longer than to see that none has changed.
+        parameters = map(self._parameters.get, self._flat_weights_names)
+        if is_compiling() or any(map(is_not, parameters, self._flat_weights)):
+            super()._update_flat_weights()
 
     def forward(
         self,

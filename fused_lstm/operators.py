@@ -60,7 +60,10 @@ def unwatched(values: Iterable[Any]) -> bool:
         return False
     for value in values:
         kind = type(value)
-        if kind is Tensor or kind is torch.nn.Parameter:
+        if kind is torch.nn.Parameter:  # which no transform makes
+            if value.is_neg():
+                return False
+        elif kind is Tensor:
             keys = torch._C._dispatch_keys(value)
             plain = _PLAIN.get(keys.raw_repr())
             if not (_is_plain(keys) if plain is None else plain):

@@ -212,6 +212,8 @@ def plan_of(form: Form) -> Plan:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which autocast, where it is on, has a tensor used."""
+    if not torch._C._is_any_autocast_enabled():  # a look at a device's name takes longer
+        return tensor.dtype
     kind = tensor.device.type
     if tensor.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensor.dtype

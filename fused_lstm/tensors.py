@@ -8,7 +8,7 @@ from .route import autocast_dtype
 
 def prepared(call: Call) -> Call:
     """The call with everything in autocast's dtype, as nn.LSTM has it, and checked."""
-    if not call.input.is_meta and torch.is_autocast_enabled(call.input.device.type):
+    if torch._C._is_any_autocast_enabled():
         input, h0, c0, *weights = (tensor.to(autocast_dtype(tensor)) for tensor in call.tensors())
         call = call._replace(input=input, h0=h0, c0=c0, weights=weights)
     check_tensors(call)

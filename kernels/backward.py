@@ -249,7 +249,7 @@ def backward(
     B, H = c0.shape[-2:]
     tiles, lead = plan.backward, c0.shape[:-2]
     dgates = alloc_exchange_buffer(gates, gates.shape, tiles, layout)
-    dc0 = c0.new_empty(c0.shape)
+    dc0 = torch.empty_like(c0)
     dc_reset = None if c_reset is None else torch.zeros_like(c0)
     dh_steps = None if weight_hr is None else alloc_exchange_buffer(dy, dy.shape, tiles, layout)
     products = team_flags = None

@@ -6,6 +6,7 @@ layer below has left a step ago.
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -233,7 +234,7 @@ def forward(
     if save:
         new = input_gates.new_zeros if layout.padded else input_gates.new_empty
         c, gates = new((*lead, width), dtype=acc), input_gates.new_empty((*lead, 4 * width))
-    hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape, dtype=acc)
+    hn, cn = torch.empty_like(h0), torch.empty_like(c0, dtype=acc)
     if B > 0:
         if tiles.poll and h0.data_ptr() % 16 > 0:
             h0 = h0.clone()  # which a polling kernel loads 16 bytes at a time

@@ -1,5 +1,6 @@
 """One step of inference: both products of the gates and the cell in one kernel, which writes only the new state."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -81,7 +82,7 @@ def one_step(
         hn, cn: as h0 and c0; y is hn[-1].
     """
     L, B, H = h0.shape
-    hn, cn = h0.new_empty(h0.shape), c0.new_empty(c0.shape)
+    hn, cn = torch.empty_like(h0), torch.empty_like(c0)
     tiles = plan.forward
     programs = (*programs_of(tiles, H, B), 1)
     device, prepared = x.device, prepared_for(plan)

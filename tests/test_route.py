@@ -1,5 +1,7 @@
 """A route is decided once for each form of call, and never from another's."""
 
+import copy
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -113,7 +115,11 @@ def test_a_tensor_with_a_minus_sign_to_come_goes_through_the_dispatcher():
     module, h0 = LSTM(I, H), torch.randn(1, B, H)
     negative = torch._neg_view(-h0)
     assert negative.is_neg() and torch.equal(negative, h0)
+    other = copy.deepcopy(module)
+    other.weight_hh_l0 = torch.nn.Parameter(torch._neg_view(-module.weight_hh_l0.detach()))
+    assert other.weight_hh_l0.is_neg() and torch.equal(other.weight_hh_l0, module.weight_hh_l0)
     for train in (False, True):
         with torch.set_grad_enabled(train):
             for x in (X, X[:1]):
                 torch.testing.assert_close(module(x, (negative, h0)), module(x, (h0, h0)))
+                torch.testing.assert_close(other(x, (h0, h0)), module(x, (h0, h0)))
