@@ -26,17 +26,27 @@ class Part(NamedTuple):
     """What a field of a record is.
 
     of: the record that it is, or has a tuple of; None for a tensor or an option. repeated: it is a tuple of records
-        that have none within them.
-    plain: so many values, if that record has none within it; otherwise 0. is_tensor: declared as one, or None.
+        that have none within them. is_tensor: declared as one, or None.
+    """
+
+    of: Any
+    repeated: bool
+    is_tensor: bool
+
+
+class Piece(NamedTuple):
+    """Fields of a record that unflatten() makes at once: a record or a tuple of them as in Part, or several others.
+
+    plain: so many values, of a record with none within it or of several others; otherwise 0.
     """
 
     of: Any
     repeated: bool
     plain: int
-    is_tensor: bool
 
 
 PARTS: dict[type, list[Part]] = {}
+PIECES: dict[type, list[Piece]] = {}
 _PLAIN: set[type] = set()  # those with no record within
 # How many values a record has beside its tuples of records, and how many with one record in each of these.
 COUNTS: dict[type, tuple[int, int]] = {}
@@ -49,9 +59,13 @@ def record(cls: type[Record]) -> type[Record]:
         repeated = get_origin(kind) is tuple
         of: Any = get_args(kind)[0] if repeated else kind
         of = of if of in PARTS else None
-        plain = len(PARTS[of]) if of in _PLAIN else 0
-        parts.append(Part(of, repeated, plain, _SCHEMA.get(kind) in ("Tensor", "Tensor?")))
-    PARTS[cls] = parts
+        parts.append(Part(of, repeated, _SCHEMA.get(kind) in ("Tensor", "Tensor?")))
+    PARTS[cls], PIECES[cls] = parts, []
+    for of, repeated, _ in parts:
+        plain = len(PARTS[of]) if of in _PLAIN else of is None
+        if of is None and PIECES[cls] and PIECES[cls][-1].of is None:
+            plain += PIECES[cls].pop().plain
+        PIECES[cls].append(Piece(of, repeated, int(plain)))
     if all(part.of is None for part in parts):
         _PLAIN.add(cls)
     fixed = [1 if part.of is None else COUNTS[part.of][0] for part in parts if not part.repeated]
@@ -129,10 +143,10 @@ _TENSOR_INDICES: dict[tuple[type, int], list[int]] = {}
 def _build(cls: type[Record], flat: Sequence[Any], at: int, repeats: int) -> tuple[Record, int]:
     """The record whose values begin at flat[at], and where they end."""
     fields: list[Any] = []
-    for of, repeated, plain, _ in PARTS[cls]:
+    for of, repeated, plain in PIECES[cls]:
         if of is None:
-            fields.append(flat[at])
-            at += 1
+            fields += flat[at : at + plain]
+            at += plain
         elif repeated:
             end = at + repeats * plain
             fields.append(tuple([of(*flat[k : k + plain]) for k in range(at, end, plain)]))
