@@ -665,10 +665,10 @@ def simulate_code(
 def launches_of(plan: Plan, name: str, H: int, B: int, device: Device) -> tuple[tuple[int, int, int], int]:
     """The programs of the first launch of a plan in mode "grid", or of the only one in mode "local", and how many
     follow one another. Args as simulate_plan()."""
-    members, stacked = max(plan.directions, plan.layers), plan.layers > 1
+    recurrences, stacked = max(plan.directions, plan.layers), plan.layers > 1
     blocks, groups = programs_of(getattr(plan, name), H, B)
-    at_once = max_coresident(device.multiprocessors // blocks, members, groups, stacked)
-    count = ceil_div(members, at_once[0]) * ceil_div(groups, at_once[1]) if plan.mode == "grid" else 1
+    at_once = max_coresident(device.multiprocessors // blocks, recurrences, groups, stacked)
+    count = ceil_div(recurrences, at_once[0]) * ceil_div(groups, at_once[1]) if plan.mode == "grid" else 1
     return (blocks, at_once[1], at_once[0]), count
 
 

@@ -311,14 +311,12 @@ def candidates(H: int, size: int, device: Device, layers: int = 1) -> tuple[list
     return few[0] + many[0], few[1] + many[1]
 
 
-def cheapest(
-    candidates: list[Tiles], kind: str, B: int, H: int, device: Device, backward: bool, *members: int
-) -> Tiles:
-    """The candidate whose step takes least by the model; members: as model.step() takes them."""
+def cheapest(candidates: list[Tiles], kind: str, B: int, H: int, device: Device, backward: bool, *launch: int) -> Tiles:
+    """The candidate whose step takes least by the model; launch: as model.step() takes them."""
     if len(candidates) == 1:
         return candidates[0]
     terms = model.terms_for(device)
-    return min(candidates, key=lambda tiles: model.step(terms, kind, "grid", tiles, H, B, backward, *members).us)
+    return min(candidates, key=lambda tiles: model.step(terms, kind, "grid", tiles, H, B, backward, *launch).us)
 
 
 def name(dtype: torch.dtype) -> str:

@@ -262,10 +262,10 @@ class Explorer:
         self.bounded = options["MAX_SPINS"] > 0
         names = "y", "dropped", "dgates", "products"
         exchanged = [named[name] for name in names if named.get(name) is not None]
-        member, group = named["first_recurrence"], named["row_begin"] // options["TILES"].batch
-        _, groups, members = executor.grid
+        first, group = named["first_recurrence"], named["row_begin"] // options["TILES"].batch
+        _, groups, count = executor.grid
         for flags in (named["sync"].flags, named.get("team_flags")):
-            own = () if flags is None else flags.view(-1, *flags.shape[-2:])[member : member + members]
+            own = () if flags is None else flags.view(-1, *flags.shape[-2:])[first : first + count]
             if len(own) and own[:, group : group + groups].any():
                 raise self._named(Broken("the flags are not zero at launch"))
 

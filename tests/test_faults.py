@@ -53,7 +53,7 @@ SWITCH = "test_tf32.py::test_each_class_asks_the_switch_of_the_one_that_it_repla
 STEP = "test_kernels.py::test_step_with_many_programs[cpu-False-dtype3-flags]"
 POLLED = "test_kernels.py::test_step_with_many_programs[cpu-False-dtype2-polled]"
 RESET_POLLED = "test_kernels.py::test_layouts[cpu-reset-False-polled]"
-MEMBERS = "test_kernels.py::test_several_members_in_a_launch[layers with dropout-dense]"
+RECURRENCES = "test_kernels.py::test_several_recurrences_in_a_launch[layers with dropout-dense]"
 PACKED = "test_kernels.py::test_layouts[cpu-packed-False-local]"
 REVERSE = "test_kernels.py::test_layouts[cpu-packed-True-local]"
 PACKED_STEP = "test_kernels.py::test_layouts[cpu-packed-False-step]"
@@ -113,9 +113,9 @@ FAULTS = {
         "a reset that keeps c": ("tl.where(at.start[None, :], c_reset_tile, c_tile)", "c_tile", RESET_STEP),
         "cell of the launch before": ("mask & (step_begin > 0)", "mask & (step_begin > 1)", STEP),
         "cells of the padding": ("new_zeros if layout.padded else input_gates.new_empty", "new_empty", PADDED),
-        "the layer below a step late": ("(at.rows - total_rows) * H", "(before.rows - total_rows) * H", MEMBERS),
-        "bias of the layer below": ("below * (4 * H) + units[:, None]", "0 * below + units[:, None]", MEMBERS),
-        "h without dropout for the layer above": ("(y if dropped is None else dropped)", "y", MEMBERS),
+        "the layer below a step late": ("(at.rows - total_rows) * H", "(before.rows - total_rows) * H", RECURRENCES),
+        "bias of the layer below": ("below * (4 * H) + units[:, None]", "0 * below + units[:, None]", RECURRENCES),
+        "h without dropout for the layer above": ("(y if dropped is None else dropped)", "y", RECURRENCES),
         "h of the wrong neighbour": ("locate(time_before(at.t, rows),", "locate(at.t,", REVERSE_STEP),
     },
     "kernels/backward.py": {
@@ -123,10 +123,10 @@ FAULTS = {
         "the layer above a step late": (
             "(at.rows + total_rows) * (4 * H)",
             "(after.rows + total_rows) * (4 * H)",
-            MEMBERS,
+            RECURRENCES,
         ),
-        "dy for every layer": ("active & last_layer", "active", MEMBERS),
-        "gradient past what was dropped": ("dh_above = drop(dh_above,", "drop(dh_above,", MEMBERS),
+        "dy for every layer": ("active & last_layer", "active", RECURRENCES),
+        "gradient past what was dropped": ("dh_above = drop(dh_above,", "drop(dh_above,", RECURRENCES),
         "c0 taken as zero": ("ACC), c_prev,", "ACC), c_prev * (step < rows.last),", STEP),
         "dgates across a reset": (
             "without_starts(at.mask & after.mask, after, layout)",

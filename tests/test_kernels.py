@@ -13,7 +13,7 @@ from fused_lstm.kernels.layout import Layout
 from fused_lstm.kernels.plan import Plan, choose
 from fused_lstm.kernels.tiles import Tiles
 
-from . import members
+from . import recurrences
 from .layouts import NAMES, layout_of
 from .parity import assert_close
 
@@ -133,13 +133,13 @@ def test_layouts(plan, reverse, form, device):
 
 
 @pytest.mark.parametrize("form", NAMES)
-@pytest.mark.parametrize("of", members.FORMS)
-def test_several_members_in_a_launch(of, form):
+@pytest.mark.parametrize("of", recurrences.KINDS)
+def test_several_recurrences_in_a_launch(of, form):
     B = 17 if form == "lengths" else 5  # two batch groups of uneven rows
-    members.check(STEP, of, form, 3, B, 20)
-    members.check(LATENCY, of, form, 3, B, 20)
+    recurrences.check(STEP, of, form, 3, B, 20)
+    recurrences.check(LATENCY, of, form, 3, B, 20)
     if of == "directions":
-        members.check(local(16), of, form, 3, B, 7)
+        recurrences.check(local(16), of, form, 3, B, 7)
 
 
 @pytest.mark.parametrize("form", ["lengths", "lengths and reset"])

@@ -17,7 +17,7 @@ from fused_lstm.kernels import latency_backward, latency_forward, launch
 from fused_lstm.kernels.plan import Plan
 from fused_lstm.kernels.tiles import Tiles
 
-from . import members
+from . import recurrences
 from .explorer import SCHEDULES, Broken, explore
 from .layouts import NAMES, layout_of
 
@@ -71,7 +71,7 @@ def run(
     return explorer.switches
 
 
-def run_members(schedule, seed, strict=False, of="layers", *, sizes=(2, 4), plan=PLAN, form="dense", **modules):
+def run_recurrences(schedule, seed, strict=False, of="layers", *, sizes=(2, 4), plan=PLAN, form="dense", **modules):
     """run() for a launch of two directions, or of three layers."""
     B, H = sizes
 
@@ -79,18 +79,18 @@ def run_members(schedule, seed, strict=False, of="layers", *, sizes=(2, 4), plan
         with explore(schedule, seed, strict):
             return both()
 
-    members.check(replace(plan, resident=64), of, form, T, B, H, seed, within=within, **modules)
+    recurrences.check(replace(plan, resident=64), of, form, T, B, H, seed, within=within, **modules)
 
 
 def sweep(first, count):
     """`count` runs, each under another seed, going round the schedules and the forms of input; every eighth of them
-    of several members, and so of more programs."""
+    of several recurrences, and so of more programs."""
     names = list(SCHEDULES)
     for seed in range(first, first + count):
         form = seed // len(names)
         if seed % 8 == 7:
-            of, plan = members.FORMS[seed // 8 % len(members.FORMS)], PLANS[seed // 24 % len(PLANS[:-1])]
-            run_members(names[seed % len(names)], seed, form % 6 == 0, of, plan=plan, form=NAMES[form % len(NAMES)])
+            of, plan = recurrences.KINDS[seed // 8 % len(recurrences.KINDS)], PLANS[seed // 24 % len(PLANS[:-1])]
+            run_recurrences(names[seed % len(names)], seed, form % 6 == 0, of, plan=plan, form=NAMES[form % len(NAMES)])
             continue
         sizes = TWO_GROUPS if form % 2 else ONE_GROUP
         options = {"sizes": sizes, "reverse": form % 4 > 1, "form": NAMES[form % len(NAMES)]}
@@ -263,7 +263,7 @@ STORE = "tl.store(y + hidden if OUT == H else unprojected + state, h, mask=activ
 WAIT_BELOW = "wait_if(above, flags_below, step, "
 WAIT_ABOVE = "wait_if(depth > 0, flags_above, step, "
 # By the pass, what there are several of, and the fault.
-FAULTS_OF_MEMBERS = {
+FAULTS_OF_RECURRENCES = {
     "a layer a step ahead": ("forward", "layers", WAIT_BELOW, "wait_if(above, flags_below, tl.maximum(step - 1, 0), "),
     "a layer a step ahead, backward": (
         "backward",
@@ -296,13 +296,13 @@ FAULTS_OF_MEMBERS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS_OF_MEMBERS)
+@pytest.mark.parametrize("fault", FAULTS_OF_RECURRENCES)
 def test_planted_fault_between_members_is_found(plant, fault):
-    which, of, old, new = FAULTS_OF_MEMBERS[fault]
+    which, of, old, new = FAULTS_OF_RECURRENCES[fault]
     module = plant(MODULES[which], old, new)
     with pytest.raises(Broken, match=r"nobody has written|race|deadlock"):
         for seed, schedule in enumerate(SCHEDULES):
-            run_members(schedule, seed, of=of, **{which: module})
+            run_recurrences(schedule, seed, of=of, **{which: module})
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -311,7 +311,7 @@ def test_directions_that_do_not_fit_together_follow_in_further_launches(schedule
         with explore(schedule):
             return both()
 
-    members.check(replace(PLAN, resident=2), "directions", "lengths", T, 3, 4, within=within)
+    recurrences.check(replace(PLAN, resident=2), "directions", "lengths", T, 3, 4, within=within)
 
 
 def test_flag_published_before_the_data(plant):

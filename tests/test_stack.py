@@ -283,7 +283,7 @@ def test_the_plan_says_how_layers_are_grouped(monkeypatch, one_launch):
     assert LSTM(I, 256, **bf16, bidirectional=True).plan(x).directions == 2
 
 
-@pytest.mark.parametrize("slots,members,groups,stacked,expected", [
+@pytest.mark.parametrize("slots,recurrences,groups,stacked,expected", [
     (8, 1, 20, False, (1, 8)),
     (8, 2, 4, False, (2, 4)),
     (8, 2, 20, False, (2, 4)),
@@ -292,8 +292,8 @@ def test_the_plan_says_how_layers_are_grouped(monkeypatch, one_launch):
     (4, 4, 3, True, (4, 1)),
     (9, 4, 3, True, (4, 2)),
 ])  # fmt: skip
-def test_how_many_are_resident_together(slots, members, groups, stacked, expected):
-    assert launch.max_coresident(slots, members, groups, stacked) == expected
+def test_how_many_are_resident_together(slots, recurrences, groups, stacked, expected):
+    assert launch.max_coresident(slots, recurrences, groups, stacked) == expected
 
 
 def test_rows_are_dealt_by_their_lengths(monkeypatch):
