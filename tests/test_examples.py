@@ -71,8 +71,9 @@ def test_train_ddp():
         assert done.returncode == 0, done.stdout + done.stderr
         *lines, verdict = done.stdout.splitlines()
         assert verdict == f"AGREE: the weights of {processes} processes"
-        losses.append(lines)
-    assert len(losses[0]) == 5 and losses[0] == losses[1]
+        losses.append([float(line.removeprefix(f"step {step}: loss ")) for step, line in enumerate(lines, 1)])
+    # Sums of other parts can round to the next of the digits that are printed.
+    assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=0, abs=1.5e-4)
 
 
 LONG_MEMORY = EXAMPLES / "long_memory.py"
