@@ -79,7 +79,7 @@ def flatten(values: tuple[Any, ...]) -> list[Any]:
     flat: list[Any] = []
     for value in values:
         if isinstance(value, tuple):
-            flat += value if type(value) in _PLAIN else flatten(value)
+            flat.extend(value if type(value) in _PLAIN else flatten(value))
         else:
             flat.append(value)
     return flat
