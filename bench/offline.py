@@ -92,7 +92,7 @@ PROJECTIONS = tuple(pairs((1800, 2560, 4096), (136, 512, 1024)))
 # The phase of a kernel that projects, by the column `half`.
 PHASES = {"": "", "CELL": "cell", "PROJECT": "projection"}
 TENSOR_MEMORY = 512  # columns that a multiprocessor with tcgen05 has
-IN_ACCUMULATOR = {"cn", "c", "c0", "dc0", "c_reset", "dc_reset", "products", "keep"}
+IN_ACCUMULATOR = {"cn", "c", "c0", "dc0", "c_reset", "dc_reset", "products", "keep", "keep_prob"}
 INTEGER_POINTERS = {
     "flags": "*i32",
     "team_flags": "*i32",

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from .cell import cell_backward
 from .dropout import drop
-from .gates import cast_gates, store_gates
+from .gates import cast_gates, load_gates, store_gates
 from .latency_backward import latency_backward_kernel
 from .launch import SIZES, alloc_exchange_buffer, launch, weight_in_registers
 from .layout import DENSE, NO_STACK, Layout, Stack
 from .matmul import Weight, load_chunks, recurrent_matmul, shape
 from .plan import Plan
 from .rows import Sizes, locate_neighbours, rows_of_program, without_starts
-from .saved import cells_before, cut, load_dh, load_saved
+from .saved import cells_before, cut, load_dh
 from .sync import publish, wait_if
 from .team import Team, sum_behind_flag
 from .tiles import programs_of
@@ -90,9 +90,8 @@ def backward_kernel(
     # The chunks of W_hh^T that this program multiplies: those of all gates for its own units, or of one gate for the
     # units of its whole team. So many of them stay on chip for all steps.
     of_team = tl.program_id(0) // TEAM
-    gate_of_team = tl.program_id(0) % TEAM
+    first = tl.program_id(0) % TEAM * OF_ABOVE.GATE_CHUNKS
     team_units = of_team * TEAM * BLOCK_H + tl.arange(0, TEAM * BLOCK_H)
-    first = gate_of_team * OF_ABOVE.GATE_CHUNKS
     weight = weight_hh + recurrence * (4 * H * OUT)
     if PHASE == "projection":
         BLOCK_P: tl.constexpr = TILES.features
@@ -126,7 +125,7 @@ def backward_kernel(
         team_flag = team_flags + group * (tl.num_programs(0) // TEAM) + of_team
         part = B.to(tl.int64) * H
         of_rows, in_team = rows.batch[None, :] * H, team_units[:, None]
-        own_gate = recurrence * TEAM
+        own_gate, gate_of_team = recurrence * TEAM, first // OF_ABOVE.GATE_CHUNKS
         team = Team(products, part, own_gate, gate_of_team, of_rows, in_team, team_mask, units[:, None], mask)
     if layout.lengths is not None:
         step_end = tl.minimum(step_end, rows.last + 1)
@@ -149,7 +148,9 @@ def backward_kernel(
             active = mask if layout.lengths is None else mask & at.mask[None, :]
             gate = at.rows[None, :] * (4 * H) + units[:, None]
             hidden = at.rows[None, :] * H + units[:, None]
-            saved, c_t, c_prev = load_saved(gates + gate, c + hidden, c_rows[None, :] + units[:, None], active, H)
+            saved = load_gates(gates + gate, active, H)
+            c_t = tl.load(c + hidden, mask=active, other=0.0)
+            c_prev = tl.load(c_rows[None, :] + units[:, None], mask=active, other=0.0)
             if PHASE == "cell":
                 next_rows, next_mask = dh_steps + at.rows * OUT, at.mask
             else:

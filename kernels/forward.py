@@ -84,9 +84,9 @@ def forward_kernel(
     recurrence = 0
     if DIRECTIONS > 1 or STACK:
         recurrence = (first_recurrence + tl.program_id(2)).to(tl.int64)
+    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     sizes = Sizes(T, B, total_rows, step_stride, row_stride)
     rows = rows_of_program(layout, sizes, recurrence, row_begin, STACK, DIRECTIONS, REVERSE, BLOCK_B, False)
-    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = (units < H)[:, None] & rows.mask[None, :]
     state = rows.states[None, :] * H + units[:, None]
     group = row_begin // BLOCK_B + tl.program_id(1)

@@ -15,7 +15,7 @@ from .matmul import operand
 from .operands import load_operand, multiply, sum_last, sum_parts
 from .polling import behind_stores, fetch, form, multiply_polled, write_zeros
 from .rows import Sizes, locate_clamped, rows_of_program, with_mask, with_starts, without_starts
-from .saved import cells_before, cut, load_dh, load_saved
+from .saved import cells_before, cut, load_dh
 from .team import Team, sum_polled
 
 
@@ -211,7 +211,9 @@ def latency_backward_kernel(
         rows_above = dgates + (at.first + offsets_above) * (4 * H) + gate_of_team * H
         of_above = multiply_polled(weights_above, rows_above, at.mask & fed, step_begin + 1, zero, sync, FORM, CHAINS)
     hidden = at.rows[:, None] * H + units[None, :]
-    saved, c_t, c_prev = load_saved(gates + gate, c + hidden, c_rows[:, None] + units[None, :], active, H)
+    saved = load_gates(gates + gate, active, H)
+    c_t = tl.load(c + hidden, mask=active, other=0.0)
+    c_prev = tl.load(c_rows[:, None] + units[None, :], mask=active, other=0.0)
     dy_t, dhn_t = load_dh(dy + hidden, active & last_layer, dhn + state, active & ending[:, None])
     dh_t = dy_t.to(ACC) + dhn_t.to(ACC)
     if dc_steps is not None:

@@ -109,9 +109,9 @@ def latency_forward_kernel(
     recurrence = 0
     if DIRECTIONS > 1 or STACK:
         recurrence = (first_recurrence + tl.program_id(2)).to(tl.int64)
+    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     sizes = Sizes(T, B, total_rows, step_stride, row_stride)
     rows = rows_of_program(layout, sizes, recurrence, row_begin, STACK, DIRECTIONS, REVERSE, BLOCK_B, True)
-    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = rows.mask[:, None] & (units < H)[None, :]
     state = rows.states[:, None] * H + units[None, :]
 

@@ -96,10 +96,17 @@ def time_after(t, rows):
 
 
 @triton.jit
-def locate(t, layout, rows, mask, exists):
-    """The Step at time t, if it `exists` in the sequence at all, for the rows of a mask as far as they have it."""
+def that_have(t, mask, layout, rows):
+    """The rows of a mask that have a step at time t."""
     if layout.lengths is not None:
         mask = mask & (t < rows.length)
+    return mask
+
+
+@triton.jit
+def locate(t, layout, rows, mask, exists):
+    """The Step at time t, if it `exists` in the sequence at all, for the rows of a mask as far as they have it."""
+    mask = that_have(t, mask, layout, rows)
     if layout.offsets is not None:
         first = tl.load(layout.offsets + t, mask=exists, other=0)
     else:
@@ -116,17 +123,13 @@ def locate_clamped(step, layout, rows, mask):
         first = tl.load(layout.offsets + t)
     else:
         first = t.to(tl.int64) * rows.step_stride
-    if layout.lengths is not None:
-        mask = mask & (t < rows.length)
-    return Step(t, first, first * rows.DIRECTIONS + rows.offsets, mask)
+    return Step(t, first, first * rows.DIRECTIONS + rows.offsets, that_have(t, mask, layout, rows))
 
 
 @triton.jit
 def with_mask(at, layout, rows, mask):
     """A Step of locate_clamped() with another mask."""
-    if layout.lengths is not None:
-        mask = mask & (at.t < rows.length)
-    return Step(at.t, at.first, at.rows, mask)
+    return Step(at.t, at.first, at.rows, that_have(at.t, mask, layout, rows))
 
 
 @triton.jit

@@ -1,17 +1,7 @@
-"""What a backward step takes of its own: what forward has saved, the gradients of its outputs, and those of a reset."""
+"""What a backward step takes of its own: the cell before, the gradients of its outputs, and those of a reset."""
 
 import triton
 import triton.language as tl
-
-from .gates import load_gates
-
-
-@triton.jit
-def load_saved(gates, c, c_prev, mask, H: tl.constexpr):
-    """The gates, c_t and c_{t-1} at these pointers."""
-    saved = load_gates(gates, mask, H)
-    c_t = tl.load(c, mask=mask, other=0.0)
-    return saved, c_t, tl.load(c_prev, mask=mask, other=0.0)
 
 
 @triton.jit
