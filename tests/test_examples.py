@@ -64,16 +64,16 @@ def test_train_ddp():
     losses = []
     for processes in (1, 2):
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-        sizes = ["--steps=5", "--batch=4", "--length=4", "--hidden=4"]
+        # No loss of these sizes lies where the last digit that is printed would change with the order of a sum.
+        sizes = ["--steps=5", "--batch=4", "--length=5", "--hidden=4"]
         done = subprocess.run(
             [*torchrun, EXAMPLES / "train_ddp.py", *sizes], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stdout + done.stderr
         *lines, verdict = done.stdout.splitlines()
         assert verdict == f"AGREE: the weights of {processes} processes"
-        losses.append([float(line.removeprefix(f"step {step}: loss ")) for step, line in enumerate(lines, 1)])
-    # Sums of other parts can round to the next of the digits that are printed.
-    assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=0, abs=1.5e-4)
+        losses.append(lines)
+    assert len(losses[0]) == 5 and losses[0] == losses[1]
 
 
 LONG_MEMORY = EXAMPLES / "long_memory.py"
