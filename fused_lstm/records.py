@@ -62,10 +62,10 @@ def record(cls: type[Record]) -> type[Record]:
         parts.append(Part(of, repeated, _SCHEMA.get(kind) in ("Tensor", "Tensor?")))
     PARTS[cls], PIECES[cls] = parts, []
     for of, repeated, _ in parts:
-        plain = len(PARTS[of]) if of in _PLAIN else of is None
+        plain = len(PARTS[of]) if of in _PLAIN else int(of is None)
         if of is None and PIECES[cls] and PIECES[cls][-1].of is None:
             plain += PIECES[cls].pop().plain
-        PIECES[cls].append(Piece(of, repeated, int(plain)))
+        PIECES[cls].append(Piece(of, repeated, plain))
     if all(part.of is None for part in parts):
         _PLAIN.add(cls)
     fixed = [1 if part.of is None else COUNTS[part.of][0] for part in parts if not part.repeated]

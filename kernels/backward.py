@@ -125,6 +125,8 @@ def backward_kernel(
         team_flag = team_flags + group * (tl.num_programs(0) // TEAM) + of_team
         part = B.to(tl.int64) * H
         of_rows, in_team = rows.batch[None, :] * H, team_units[:, None]
+        # The gate's number is found again from its chunks: named before them, it has each turn of the loop make the
+        # weight's addresses anew.
         own_gate, gate_of_team = recurrence * TEAM, first // OF_ABOVE.GATE_CHUNKS
         team = Team(products, part, own_gate, gate_of_team, of_rows, in_team, team_mask, units[:, None], mask)
     if layout.lengths is not None:

@@ -297,7 +297,7 @@ FAULTS_OF_RECURRENCES = {
 
 
 @pytest.mark.parametrize("fault", FAULTS_OF_RECURRENCES)
-def test_planted_fault_between_members_is_found(plant, fault):
+def test_planted_fault_between_recurrences_is_found(plant, fault):
     which, of, old, new = FAULTS_OF_RECURRENCES[fault]
     module = plant(MODULES[which], old, new)
     with pytest.raises(Broken, match=r"nobody has written|race|deadlock"):
