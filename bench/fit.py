@@ -17,8 +17,8 @@ from statistics import correlation
 import torch
 
 from fused_lstm.kernels import model
-from fused_lstm.kernels.plan import candidates, choose_kernel
-from fused_lstm.kernels.tiles import H100, Tiles, ceil_div, programs_of
+from fused_lstm.kernels.choice import candidates, choose_kernel
+from fused_lstm.kernels.tiles import H100, Problem, Tiles, ceil_div, programs_of
 
 from .offline import DTYPES, KERNELS, Row, compile_kernel
 from .simulate import simulate_plan
@@ -30,7 +30,8 @@ def simulated(dtypes: Iterable[str], sizes: Iterable[int], batches: list[int], l
     """A row for each tile and each number of rows that its first launch has of these batches."""
     for dtype, H in product(dtypes, sizes):
         torch_dtype, ieee = DTYPES[dtype]
-        every = candidates(H, 8 if ieee else torch_dtype.itemsize, H100, layers)
+        problem = Problem(dtype, H, layers=layers)
+        every = [candidates("grid", problem._replace(backward=back), H100) for back in (False, True)]
         few, many = (choose_kernel(torch_dtype, B, H, H100, ieee, 1, layers) for B in (1, 4096))
         if few.mode == "local":
             every = [[few.forward, many.forward], [few.backward, many.backward]]

@@ -53,7 +53,7 @@ from fused_lstm.kernels import (
     sync,
     team,
 )
-from fused_lstm.kernels.plan import Plan, choose_kernel, choose_one_step, projects
+from fused_lstm.kernels.plan import Plan, choose_kernel, one_step_in, projects
 from fused_lstm.kernels.tiles import A100, B200, H100, Tiles, without_exchange
 
 from . import model, simulate
@@ -238,7 +238,7 @@ def beside(device: str, dtype: str, H: int) -> Iterator[Row]:
     constants = {"H": H, "BLOCK": dropout.BLOCK}
     kernel = compile_for(capability, dropout.drop_kernel, torch_dtype, constants, (), {})
     yield row | {"kernel": "dropout", "takes": ["lengths", "offsets"], "usage": usage(kernel)}
-    plan = choose_one_step(torch_dtype, torch.device("cuda"), ieee)
+    plan = one_step_in("ieee" if torch_dtype != torch.float32 else "tf32x3" if ieee else "tf32")
     made = launch.specialized(one_step.one_step_kernel, plan, plan.forward, H, H, I=H)
     kernel = compile_for(capability, made.kernel, torch_dtype, made.constants, (), made.options, in_accumulator=())
     yield row | {"kernel": "one step", "takes": [], "usage": usage(kernel)}

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import gradients, recurrence, vmap
+from . import gradients, recurrence, stand_in, vmap
 from .gradients import Cotangents, Steps
 from .kernels.environment import WHY_NO_TRITON
 from .kernels.layout import accumulator
-from .operators import Operator
+from .operators import Operator, beside
 from .products import matmul_precision
 from .records import record
 from .recurrence import Inputs, Outputs, Recurrence, input_gates_of
@@ -205,8 +205,8 @@ def recompute(how: Recurrence, inputs: Inputs, y: Tensor, reset_to: tuple[Tensor
             flat[later].addmm_(h_prev, weight_hh.T)
         else:
             flat[later] = torch.addmm(flat[later], h_prev, weight_hh.T)
-    layout, reverse = sequence.layout, sequence.reverse
-    return gates, scan(gates, c0[0].contiguous(), reverse=reverse, layout=layout, c_reset=c_start)
+    options = {"reverse": sequence.reverse, "layout": sequence.layout, "c_reset": c_start}
+    return gates, beside("scan", scan, stand_in.scan, gates, c0[0].contiguous(), **options)
 
 
 forward_in_chunks = Operator(

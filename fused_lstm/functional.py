@@ -1,15 +1,19 @@
 """lstm(): a call is checked, its route looked up, and run."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Iterable
 
-from torch import Tensor
+from torch import _VF, Tensor
 
 from . import masks
 from .call import Call, Options, Record, Result
 from .checks import checked, checked_recompute
 from .paths import RUN
-from .route import full_precision_of_cell, route_of
+from .route import Route, full_precision_of_cell, route_of
 from .tensors import check_tensors, prepared
+
+# Is shown every call before it runs: of tuning.py.
+watch: Callable[[Call], object] | None = None
 
 
 def lstm(
@@ -84,7 +88,13 @@ def lstm(
 
 def run(call: Call) -> Result:
     """lstm() of a call without a mask, of which all but the tensors is checked."""
-    route = route_of(call)
+    if watch is not None:
+        watch(call)
+    return run_on(route_of(call), call)
+
+
+def run_on(route: Route, call: Call) -> Result:
+    """run() on its route."""
     if route.path != "torch":
         call = prepared(call)
     elif call.lengths is not None or call.starts is not None:
@@ -108,5 +118,10 @@ def lstm_cell(
     """
     h0, c0 = hx
     call = Call(input[None], h0[None], c0[None], weights, None, None, None, Options(bias), full_precision_of_cell())
-    _, hn, cn, _ = run(call)
+    if watch is not None:
+        watch(call)
+    route = route_of(call)
+    if route.path in ("torch", "in graph"):  # torch's own LSTM would have the precision of nn.LSTM's products
+        return _VF.lstm_cell(input, hx, *weights)
+    _, hn, cn, _ = run_on(route, call)
     return hn[0], cn[0]

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .call import Options, States
 from .checks import as_tensor, checked_recompute
-from .context import Context
+from .context import PLAIN, Context
 from .functional import lstm, lstm_cell
 from .interop import Refusing, as_leaf
 from .kernels.plan import Plan
@@ -306,6 +306,7 @@ class LSTMCell(Refusing, nn.LSTMCell):
 
     def plan(self, input: Tensor) -> Plan:
         """Returns the Plan that forward(input) takes without gradients."""
-        context, sizes = Context.of(input)._replace(saves=False), (input.shape[0], self.hidden_size, 0)
+        context, sizes = Context.of(input), (input.shape[0], self.hidden_size, 0)
+        context = PLAIN if context.plain else context._replace(saves=False)
         dtype, ieee = autocast_dtype(input), full_precision_of_cell()
         return plan_of(Form(Options(), context, input.device, dtype, *sizes, one_step=True, ieee=ieee))

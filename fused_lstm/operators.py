@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import vmap
+from . import stand_in, vmap
 from .kernels.environment import WHY_NO_TRITON
+from .kernels.findings import Candidate, Refused, findings_on
 from .kernels.layout import Layout, Stack, accumulator
-from .kernels.plan import Plan, choose, choose_one_step
+from .kernels.plan import Plan, choose, choose_one_step, hardware_of, kind_of, refuse
+from .kernels.tiles import Problem
 from .records import flatten, record, schema, unflatten
 
 if WHY_NO_TRITON is None:
@@ -104,20 +106,29 @@ class ForwardArgs(NamedTuple):
     ieee: bool
 
 
-def _forward(a: ForwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    return forward_kernel.forward(
+def run_forward(a: ForwardArgs, launcher: Callable[..., Any], **plan: Plan) -> Any:
+    return launcher(
         a.input_gates.contiguous(),
         a.weight_hh.contiguous(),
         a.h0.contiguous(),
         a.c0.contiguous(),
-        plan=_plan(a, a.input_gates, a.weight_hh, a.c0),
         reverse=a.reverse,
         layout=_contiguous(a.layout),
         c_reset=a.c_reset,
         stack=a.stack,
         weight_hr=a.weight_hr,
         save=a.save,
+        **plan,
     )
+
+
+def _forward(a: ForwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    while (plan := _plan(a)).mode != "torch":
+        try:
+            return run_forward(a, forward_kernel.forward, plan=plan)
+        except Refused as refused:
+            _refuse(a, plan, refused)
+    return run_forward(a, stand_in.forward)
 
 
 def _forward_fake(a: ForwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -151,8 +162,8 @@ class BackwardArgs(NamedTuple):
     ieee: bool
 
 
-def _backward(a: BackwardArgs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    return backward_kernel.backward(
+def run_backward(a: BackwardArgs, launcher: Callable[..., Any], **plan: Plan) -> Any:
+    return launcher(
         a.dy.contiguous(),
         a.dhn.contiguous(),
         a.dcn.contiguous(),
@@ -160,14 +171,23 @@ def _backward(a: BackwardArgs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | 
         a.c0.contiguous(),
         a.c.contiguous(),
         a.gates.contiguous(),
-        plan=_plan(a, a.gates, a.weight_hh, a.c0),
         reverse=a.reverse,
         layout=_contiguous(a.layout),
         c_reset=a.c_reset,
         stack=a.stack,
         weight_hr=a.weight_hr,
         dc_steps=None if a.dc_steps is None else a.dc_steps.contiguous(),
+        **plan,
     )
+
+
+def _backward(a: BackwardArgs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    while (plan := _plan(a)).mode != "torch":
+        try:
+            return run_backward(a, backward_kernel.backward, plan=plan)
+        except Refused as refused:
+            _refuse(a, plan, refused)
+    return run_backward(a, stand_in.backward)
 
 
 def _backward_fake(a: BackwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -180,10 +200,18 @@ def _contiguous(layout: Layout) -> Layout:
     return layout if layout.starts is None else layout._replace(starts=layout.starts.contiguous())
 
 
-def _plan(a: ForwardArgs | BackwardArgs, gates: Tensor, weight_hh: Tensor, c0: Tensor) -> Plan:
-    """The plan for the sizes of a launch, which it checks: the kernels take those of all tensors from c0, and would
-    read a weight of another size out of bounds."""
-    R, B, H = c0.shape
+Launch = ForwardArgs | BackwardArgs
+
+
+def gates_of(a: Launch) -> Tensor:
+    """Of all steps: of their shape and dtype are the plan and the steps."""
+    return a.input_gates if isinstance(a, ForwardArgs) else a.gates
+
+
+def sizes_of(a: Launch) -> tuple[torch.dtype, int, int, torch.device, bool, int, int, int]:
+    """What choose() takes, of the sizes of a launch. It checks them: the kernels take those of all tensors from c0, and
+    would read a weight of another size out of bounds."""
+    (R, B, H), weight_hh, gates = a.c0.shape, a.weight_hh, gates_of(a)
     stacked = a.stack.weight_ih is not None
     D, P = 1 if stacked else R, 0 if a.weight_hr is None else a.weight_hr.shape[-2]
     if weight_hh.shape != (R, 4 * H, P or H) or gates.shape[-1] != D * 4 * H:
@@ -194,7 +222,40 @@ def _plan(a: ForwardArgs | BackwardArgs, gates: Tensor, weight_hh: Tensor, c0: T
     fits = a.weight_hr is None or (a.weight_hr.shape == (R, P, H) and P < H and not stacked)
     if not fits or (stacked and a.stack.weight_ih.shape != (R - 1, 4 * H, H)):  # type: ignore[union-attr]
         raise RuntimeError(f"hidden size {H} does not go with the other weights of the launch")
-    return choose(gates.dtype, B, H, gates.device, a.ieee, D, R if stacked else 1, P)
+    return gates.dtype, B, H, gates.device, a.ieee, D, R if stacked else 1, P
+
+
+def problem_of(a: Launch) -> Problem:
+    """What a launch multiplies."""
+    dtype, _, H, _, ieee, directions, layers, proj = sizes_of(a)
+    return Problem(kind_of(dtype, ieee), H, isinstance(a, BackwardArgs), directions, layers, proj)
+
+
+def _plan(a: Launch) -> Plan:
+    return choose(*sizes_of(a))
+
+
+def _refuse(a: Launch, plan: Plan, refused: Refused) -> None:
+    """Records it, so that the next plan has another kernel."""
+    problem, device = problem_of(a), a.c0.device
+    candidate = Candidate.of(problem, plan.mode, plan.tiles(problem.backward))
+    if candidate in findings_on(hardware_of(device)).refused:
+        raise refused  # the plan has it all the same
+    refuse(device, candidate, refused)
+
+
+def beside(
+    name: str, launcher: Callable[..., Tensor], instead: Callable[..., Tensor], *args: Any, **more: Any
+) -> Tensor:
+    """What the launcher of a kernel beside the recurrence returns; if that does not run on the device of the first
+    argument, `instead`, which takes the same."""
+    device, candidate = args[0].device, Candidate(Problem(kind_of(args[0].dtype, True), args[0].shape[-1]), name)
+    if candidate not in findings_on(hardware_of(device)).refused:
+        try:
+            return launcher(*args, **more)
+        except Refused as refused:
+            refuse(device, candidate, refused)
+    return instead(*args, **more)
 
 
 @record
@@ -210,7 +271,8 @@ class DropoutArgs(NamedTuple):
 
 
 def _dropout(a: DropoutArgs) -> Tensor:
-    return dropout_kernel.dropout(a.y.contiguous(), a.seed, a.keep, a.layer, a.B, a.layout)
+    args = a.y.contiguous(), a.seed, a.keep, a.layer, a.B, a.layout
+    return beside("dropout", dropout_kernel.dropout, stand_in.dropout, *args)
 
 
 @record
@@ -243,8 +305,15 @@ def _one_step(a: OneStepArgs) -> tuple[Tensor, Tensor]:
             raise RuntimeError(f"{tuple(weight_ih.shape)} takes {weight_ih.shape[1]} features, got {features}")
         tensors = [weight.contiguous() for weight in weights]
         layers.append((*tensors, None, None) if len(tensors) == 2 else tuple(tensors))
-    plan = choose_one_step(x.dtype, x.device, a.ieee)
-    return one_step_kernel.one_step(x.contiguous(), h0.contiguous(), c0.contiguous(), layers, plan=plan)
+    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
+    plan = choose_one_step(x.dtype, H, x.device, a.ieee)
+    if plan.mode != "torch":
+        try:
+            return one_step_kernel.one_step(x, h0, c0, layers, plan=plan)
+        except Refused as refused:
+            candidate = Candidate.of(Problem(kind_of(x.dtype, a.ieee), H), plan.mode, plan.tiles(False))
+            refuse(x.device, candidate, refused)
+    return stand_in.one_step(x, h0, c0, layers)
 
 
 def _one_step_fake(a: OneStepArgs) -> tuple[Tensor, Tensor]:

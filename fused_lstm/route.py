@@ -16,15 +16,19 @@ from .call import Call, Options
 from .chunks import CHUNK, chunk_for, memory_of
 from .context import Context, constant
 from .kernels import plan as kernels_plan
+from .kernels.choice import why_cudnn
+from .kernels.findings import CallForm, CallTime, findings_on, rounded
 from .kernels.plan import (
     Plan,
     choose,
     choose_one_step,
+    hardware_of,
     in_kernel,
+    kind_of,
     layers_together,
-    on_torch,
-    with_memory_estimate,
 )
+from .kernels.planned import on_torch, with_memory_estimate
+from .kernels.tiles import Problem
 from .recurrence import Recurrence
 from .sequence import Sequence
 
@@ -103,9 +107,13 @@ def route_of(call: Call) -> Route:
 
 
 def decide(form: Form) -> Route:
-    options, path, save = form.options, path_of(form), form.record or form.context.saves
-    if path not in ("kernels", "composed"):
-        return Route(path)
+    path = path_of(form)
+    return on_layers(form, path) if path in ("kernels", "composed") else Route(path)
+
+
+def on_layers(form: Form, path: str = "kernels") -> Route:
+    """The Route of a path that runs layer by layer, or several in a launch."""
+    options, save = form.options, form.record or form.context.saves
     if path == "kernels" and takes_one_step(form):
         return Route("one step", how=Recurrence(Sequence(), ieee=form.ieee))
     # Without gradients nothing is kept, with record all is asked for.
@@ -127,13 +135,14 @@ def decide(form: Form) -> Route:
 
 
 known_route = lru_cache(256)(decide)
+kernels_plan.follow(known_route.cache_clear)
 
 
 def path_of(form: Form) -> str:
     context, options = form.context, form.options
     if context.forward_mode:
         return "composed"
-    if why_torch(context, form.dtype, form.device) is None:
+    if torch_plan(form) is None:
         return "kernels"
     if context.compiled and not (context.recorded or form.record):
         return "in graph"
@@ -144,17 +153,87 @@ def path_of(form: Form) -> str:
 
 
 def why_torch(context: Context, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why torch's own LSTM serves a call; None where the kernels do."""
+    """Why torch's own LSTM serves a call, whatever its sizes; None where the kernels may."""
     if context.recorded:
         return "torch.jit.trace and torch.onnx.export know torch's operators alone: torch's own LSTM"
     return kernels_plan.why_torch(dtype, device)
 
 
+def torch_plan(form: Form) -> Plan | None:
+    """The plan that says why torch's own LSTM serves a call; None where the kernels do."""
+    if (why := why_torch(form.context, form.dtype, form.device)) is not None:
+        return on_torch(why)
+    plan = plan_of_layer(form)
+    if plan.mode == "torch":
+        return plan
+    asks_more = form.cut or form.record or form.options.return_states or chunk_of(form)
+    if asks_more or not form.context.plain or type(form.B) is not int:
+        return None  # torch's own LSTM lacks it, or has it slowly, or the call is made for every B
+    if (time := time_of(form)) is not None:
+        why = f"torch's own LSTM is faster here: {time.torch:,.0f} us a call, the kernels {time.kernels:,.0f}"
+        return replace(on_torch(why), measured=evidence_of(form, time)) if time.torch < time.kernels else None
+    if form.device.type == "cuda" and form.B >= LARGE and not form.P:
+        problem = Problem(kind_of(form.dtype, form.ieee), form.H, directions=form.options.directions)
+        why = why_cudnn(plan, problem, form.B, hardware_of(form.device), form.context.saves)
+        return None if why is None else on_torch(f"{why}: torch's own LSTM; fused_lstm.tune() measures which is faster")
+    return None
+
+
+def plan_of_layer(form: Form) -> Plan:
+    """The plan of a single layer, its projection folded."""
+    if form.context.compiled:
+        return compiled_plan(form.dtype, form.H, form.device, form.options.directions)
+    B = form.B if type(form.B) is int else COMPILED_B
+    return choose(form.dtype, B, form.H, form.device, form.ieee, form.options.directions)
+
+
+# Batch rows from which on cuDNN is estimated: with fewer it has forms of which the model says nothing.
+LARGE: float = 256
+
+
+def call_form_of(form: Form) -> CallForm:
+    """What of a Form counts for the time of a call."""
+    options, kind = form.options, kind_of(form.dtype, form.ieee)
+    sizes = rounded(form.B), form.H, form.P, options.num_layers, options.directions
+    return CallForm(kind, *sizes, form.context.saves, form.one_step, form.cut)
+
+
+def time_of(form: Form) -> CallTime | None:
+    """What tune() has measured for a call; None for nothing, and in a graph, which is the same for every B."""
+    if not form.context.plain or type(form.B) is not int:
+        return None
+    return findings_on(hardware_of(form.device)).calls.get(call_form_of(form))
+
+
+def evidence_of(form: Form, time: CallTime) -> str:
+    device = findings_on(hardware_of(form.device)).device or form.device.type
+    text = f"measured on this device, {device}, on {time.date}: {time.kernels:,.0f} us a call"
+    return f"{text}, torch's own LSTM {time.torch:,.0f}"
+
+
+# A graph is to be the same for every B: what is decided for it is decided for a middling one.
+COMPILED_B = 16
+
+
+@constant
+def compiled_plan(dtype: torch.dtype, H: int, device: torch.device, directions: int) -> Plan:
+    """The plan of a layer in a graph."""
+    return choose(dtype, COMPILED_B, H, device, full_precision(), directions)
+
+
 def takes_one_step(form: Form) -> bool:
     """Whether the kernel of one step serves a call on the kernels' path."""
     options = form.options
-    asks_more = form.cut or form.record or options.return_states or options.bidirectional or form.P > 0
-    return form.one_step and not (asks_more or form.context.saves or options.use_dropout)
+    several = options.bidirectional or form.P > 0 or options.use_dropout
+    if not form.one_step or several or form.context.saves or form.cut or form.record or options.return_states:
+        return False
+    return has_one_step(form.dtype, form.H, form.device, form.ieee)
+
+
+@constant
+def has_one_step(dtype: torch.dtype, H: int, device: torch.device, ieee: bool) -> bool:
+    """Whether the kernel of one step runs."""
+    return choose_one_step(dtype, H, device, ieee).mode != "torch"
 
 
 def chunk_of(form: Form) -> int:
@@ -177,8 +256,8 @@ def groups_of(form: Form, one_by_one: bool) -> tuple[int, ...]:
 
 @constant
 def compiled_groups(dtype: torch.dtype, H: int, num_layers: int, device: torch.device) -> tuple[int, ...]:
-    """groups_of() for a graph, which is to be the same for every B: the groups of a middling one."""
-    return tuple(layers_together(dtype, 16, H, num_layers, device, full_precision()))
+    """groups_of() for a graph."""
+    return tuple(layers_together(dtype, COMPILED_B, H, num_layers, device, full_precision()))
 
 
 def projects_in_kernel(form: Form) -> bool:
@@ -191,22 +270,24 @@ def projects_in_kernel(form: Form) -> bool:
 
 @constant
 def compiled_projects(dtype: torch.dtype, H: int, P: int, device: torch.device, directions: int) -> bool:
-    """projects_in_kernel() for a graph, as compiled_groups()."""
-    return in_kernel(dtype, 16, H, P, device, full_precision(), directions)
+    """projects_in_kernel() for a graph."""
+    return in_kernel(dtype, COMPILED_B, H, P, device, full_precision(), directions)
 
 
 def plan_of(form: Form) -> Plan:
     """The plan of a call, as the module shows it."""
-    if (why := why_torch(form.context, form.dtype, form.device)) is not None:
-        return on_torch(why)
+    if (plan := torch_plan(form)) is not None:
+        return plan
     if takes_one_step(form):
-        return choose_one_step(form.dtype, form.device, form.ieee)
+        return choose_one_step(form.dtype, form.H, form.device, form.ieee)
     options, chunk = form.options, chunk_of(form)
     groups = groups_of(form, bool(form.P or chunk or options.bidirectional))
     proj = form.P if form.P and projects_in_kernel(form) else 0
     plan = choose(form.dtype, form.B, form.H, form.device, form.ieee, options.directions, groups[0], proj)
     if groups[0] > 1 and len(groups) > 1:
         plan = replace(plan, why=f"{plan.why}; the launches have {', '.join(map(str, groups))} layers")
+    if (time := time_of(form)) is not None:
+        plan = replace(plan, measured=evidence_of(form, time))
     return with_memory_estimate(plan, form.dtype, form.H, form.P, chunk)
 
 

@@ -271,5 +271,5 @@ def backward(
             outputs = dgates, dc0, dh_steps, products, team_flags
             kernel, args = backward_kernel, (*inputs, weight_hr, layout.tensors, stack, *outputs)
         out, stacked = dhn.shape[-1], stack.weight_ih is not None
-        launch(kernel, args, plan, tiles, layout, c0, out, ("projection", "cell"), reverse, stacked)
+        launch(kernel, args, plan, layout, c0, out, True, reverse, stacked)
     return dgates, dc0, dc_reset, dh_steps

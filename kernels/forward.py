@@ -245,5 +245,5 @@ def forward(
         else:
             unprojected = None if weight_hr is None else y.new_empty(c0.shape)
             kernel, args = forward_kernel, (*inputs, weight_hr, layout.tensors, stack, *outputs, unprojected)
-        launch(kernel, args, plan, tiles, layout, cn, out, ("cell", "projection"), reverse, stacked)
+        launch(kernel, args, plan, layout, cn, out, False, reverse, stacked)
     return y, hn, cn, c, gates

@@ -1,21 +1,25 @@
 """What the launchers share: what is prepared once for all launches of a form, and the launch itself."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.compiler import CompiledKernel
+from triton.compiler import CompilationError, CompiledKernel
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from .environment import DEBUG
+from .findings import Candidate, Refused
 from .layout import Layout
-from .plan import Plan, as_per_step, cuda_device, disable_grid
+from .plan import cuda_device, kind_of, note_spills
+from .planned import Plan
 from .sync import Sync
-from .tiles import Tiles, ceil_div, programs_of, without_exchange
+from .tiles import Problem, Tiles, ceil_div, programs_of
 
 # Of every kernel: later Tritons have another default, and other sums.
 OPTIONS = {"enable_fp_fusion": True}
@@ -31,9 +35,43 @@ SIZES = ["T", "B", "total_rows", "step_stride", "row_stride", "first_recurrence"
 _INTERPRETER = threading.RLock()
 
 
-def on_device(device: torch.device) -> AbstractContextManager:
-    """Within it kernels are launched on a device, or one thread at a time has the interpreter."""
-    return torch.cuda.device(device) if device.type == "cuda" else _INTERPRETER
+class on_device:
+    """Within it kernels are launched on a device, or one thread at a time has the interpreter.
+
+    Raises:
+        Refused: for an error within it that another kernel may not have.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.context: AbstractContextManager = torch.cuda.device(device) if device.type == "cuda" else _INTERPRETER
+
+    def __enter__(self) -> None:
+        self.context.__enter__()
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self.context.__exit__(kind, error, traceback)
+        if error is not None and (refused := refusal(error, self.device)) is not None:
+            raise refused from error
+
+
+def refusal(error: BaseException, device: torch.device) -> Refused | None:
+    """The Refused that an error of a launch is; None where no other kernel would do better."""
+    text = next(iter(str(error).splitlines()), "")
+    if not isinstance(error, Exception) or "out of memory" in text:
+        return None
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():  # nothing can be loaded then, whichever it is
+            return None
+        torch.cuda.synchronize(device)  # raises what is the error of something that ran before
+    if isinstance(error, OutOfResources):
+        return Refused(f"takes {error.required} of {error.limit} ({error.name})", lasts=True)
+    if isinstance(error, CompilationError | PTXASError):
+        return Refused(f"does not compile ({type(error).__name__}: {text})", lasts=True)
+    # Other errors may not come again. In the interpreter they are ours.
+    if device.type == "cuda" or "Triton Error" in text:
+        return Refused(f"{type(error).__name__}: {text}", cooperative="cooperative" in text)
+    return None
 
 
 def alloc_exchange_buffer(like: Tensor, shape: tuple[int, ...], tiles: Tiles, layout: Layout) -> Tensor:
@@ -85,10 +123,11 @@ Launches = dict[Any, "Prepared | Specialized"]
 class Specialized:
     """A kernel with its constexpr arguments and compile options.
 
-    compiled: what Triton has made of it so far, by arguments_key().
+    compiled: what Triton has made of it so far, by arguments_key(). found: is told of each.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
+        self.found: Callable[[CompiledKernel], None] | None = None
         self.kernel, self.options = kernel, options
         # In the kernel's order, which does not have all of them.
         self.constants = {name: constants[name] for name in kernel.arg_names if name in constants}
@@ -107,6 +146,8 @@ class Specialized:
         compiled = self.kernel[programs](*args, *sizes, **self.constants, **self.options)
         if compiled is not None:  # the interpreter compiles nothing
             self.compiled[key] = compiled
+            if self.found is not None:
+                self.found(compiled)
 
 
 def arguments_key(args: Args, sizes: tuple[int, ...]) -> Any:
@@ -158,7 +199,7 @@ class Prepared:
 
     The form is the key under which launch() keeps it with the plan: the kernel, the states' shape and device, the
     features of h, the direction, what of the layout and the stack is there, and MAX_SPINS, which tests set. It holds as
-    long as its plan. A device that refuses a grid gets another plan, so nothing has to be thrown away.
+    long as its plan. A device that refuses a kernel gets another plan, so nothing has to be thrown away.
 
     kernel: held, because the key has only its id. parts: each with the launches of a step, of which a projection has
         two.
@@ -176,16 +217,16 @@ class Prepared:
         cls,
         kernel: Any,
         plan: Plan,
-        tiles: Tiles,
+        candidate: Candidate,
         states: Tensor,
         out: int,
-        phases: tuple[str, str],
         reverse: bool,
         stacked: bool,
         ragged: bool,
     ) -> "Prepared":
         """Args as launch() takes them; ragged: rows may begin or end within the sequence, or be reset."""
         device, (B, H) = states.device, states.shape[-2:]
+        tiles = plan.tiles(candidate.problem.backward)
         recurrences = states.shape[0] if states.dim() == 3 else 1
         unit_blocks, batch_groups = programs_of(tiles, H, B)
         form: dict[str, Any] = {"DIRECTIONS": 1 if stacked else recurrences, "REVERSE": reverse}
@@ -195,11 +236,14 @@ class Prepared:
         blocks = {"": unit_blocks}
         if out < H:
             of_phase = {"cell": unit_blocks, "projection": ceil_div(out, tiles.features)}
-            blocks = {phase: of_phase[phase] for phase in phases}
+            blocks = dict(reversed(of_phase.items())) if candidate.problem.backward else of_phase
         at_once = recurrences, batch_groups
         if plan.mode == "grid":
             at_once = max_coresident(plan.resident // unit_blocks, recurrences, batch_groups, stacked)
         kernels = [specialized(kernel, plan, tiles, H, out, PHASE=phase, **form) for phase in blocks]
+        if device.type == "cuda":
+            for each in kernels:
+                each.found = partial(note_spills, device, candidate)
 
         def launches_of(first: int, group: int) -> tuple[Part, ...]:
             others = min(at_once[1], batch_groups - group), min(at_once[0], recurrences - first)
@@ -234,11 +278,10 @@ def launch(
     kernel: Any,
     args: Args,
     plan: Plan,
-    tiles: Tiles,
     layout: Layout,
     states: Tensor,
     out: int,
-    phases: tuple[str, str],
+    backward: bool,
     reverse: bool,
     stacked: bool,
 ) -> None:
@@ -247,10 +290,11 @@ def launch(
     Args:
         args: in the kernel's order, all before its Sync; the first one is a tensor that lies as `layout` says.
         states: (R, B, H), or (B, H) of a single recurrence. out: features of h.
-        phases: of a step with a projection, "cell" and "projection" in their order.
+        backward: the pass, which has its tiles, and of a step with a projection the projection before the cell.
         stacked: the recurrences are layers.
 
     Raises:
+        Refused: the device or Triton does not take the kernel.
         RuntimeError: under FUSED_LSTM_DEBUG=1, a program that waited in vain for another, and at which step.
     """
     first, shape, device = args[0], states.shape, states.device
@@ -258,7 +302,10 @@ def launch(
     key = id(kernel), shape, device, out, reverse, stacked, ragged, MAX_SPINS
     prepared = prepared_for(plan).get(key)
     if prepared is None:
-        prepared = Prepared.of(kernel, plan, tiles, states, out, phases, reverse, stacked, ragged)
+        kind, H = kind_of(first.dtype, plan.precision != "tf32"), shape[-1]
+        problem = Problem(kind, H, backward, 1, plan.layers, out if out < H else 0)
+        candidate = Candidate.of(problem, plan.mode, plan.tiles(backward))
+        prepared = Prepared.of(kernel, plan, candidate, states, out, reverse, stacked, ragged)
         prepared_for(plan)[key] = prepared
     T, B = layout.steps(first.shape), shape[-2]
     flags = timeout_info = zeros = None
@@ -277,22 +324,14 @@ def launch(
         for part in prepared.parts:
             for begin, end in steps:
                 for of_phase, programs, first_recurrence, row_begin in part:
-                    try:
-                        numbers = *sizes, first_recurrence, row_begin, begin, end
-                        of_phase.launch(programs, args_and_sync, numbers, code)
-                    except RuntimeError as error:
-                        if plan.mode != "grid" or part is not prepared.parts[0] or "cooperative" not in str(error):
-                            raise
-                        # The device refused before anything ran. From now on the form without waiting serves it.
-                        disable_grid(device, str(error))
-                        plan, tiles = as_per_step(plan, str(error)), without_exchange(tiles)
-                        return launch(kernel, args, plan, tiles, layout, states, out, phases, reverse, stacked)
+                    numbers = *sizes, first_recurrence, row_begin, begin, end
+                    of_phase.launch(programs, args_and_sync, numbers, code)
     if timeout_info is not None:
         stuck, program, group, step_of_wait = timeout_info.tolist()
         if stuck:
             raise RuntimeError(
                 f"program {program} of batch group {group} waited in vain for step {step_of_wait - 1} of the others, "
-                f"in {kernel.__name__} under {plan}"
+                f"in {kernel.__name__} under {plan!r}"
             )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 
-from .tiles import A100, B200, H100, Device, Tiles, ceil_div, programs_of
+from .tiles import A100, B200, H100, Device, Problem, Tiles, ceil_div, programs_of
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,22 @@ def step(
     programs = layers * blocks * at_once
     cycles = of_launch(terms, kind, mode, tiles, H, B * directions, programs, layers, proj, backward)
     return Time(ceil_div(groups, at_once) * sum(cycles.values()) / terms.clock, max(cycles, key=cycles.__getitem__))
+
+
+def cudnn_step(terms: Terms, problem: Problem, B: int) -> float:
+    """Microseconds of a step of a pass in cuDNN's LSTM with a large batch, an estimate until it is measured.
+
+    A product of matrices at 0.7 of the device's rate, then a kernel that reads the sums of the gates and writes the
+    states and what backward needs, 15 numbers a unit and row, in backward 20, through L2 or, where that holds no step,
+    memory; and both launches. With few rows cuDNN has other forms, of which this says nothing.
+    """
+    rate = terms.matrix[problem.kind]
+    if problem.kind == "fp32":  # by the CUDA cores, of which sm_80 has half as many
+        rate = (128 if terms.clock == TERMS["A100"].clock else 256) * terms.clock
+    product = 8 * problem.H * problem.H * B / (0.7 * rate * terms.multiprocessors)
+    moved = (20 if problem.backward else 15) * problem.H * B * problem.itemsize
+    cells = moved / (terms.memory if moved > terms.l2_size / 2 else terms.l2)
+    return problem.directions * (product + cells + 2 * terms.launch)
 
 
 def of_launch(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Tiles:
     poll: bool = False
     features: int = 0
 
+    def __str__(self) -> str:
+        of_weight = f", {self.kept} of them on chip" if self.kept else ""
+        text = f"{self.batch} rows x {self.units} units, chunks of {self.chunk}{of_weight}, {self.warps} warps"
+        return text + (", teams of 4" if self.team > 1 else "") + (", polled" if self.poll else "")
+
 
 @dataclass(frozen=True)
 class Device:
@@ -43,6 +49,31 @@ class Device:
 A100 = Device(108, 163 * 1024, (8, 0))
 H100 = Device(132, 227 * 1024, (9, 0))
 B200 = Device(148, 227 * 1024, (10, 0))
+
+
+class Problem(NamedTuple):
+    """What one pass of a launch multiplies.
+
+    kind: of products, "bf16", "fp16", "tf32" or "fp32". H: hidden units. backward: the pass.
+    directions, layers: in the launch. proj: features of a projection in the kernel.
+    """
+
+    kind: str
+    H: int
+    backward: bool = False
+    directions: int = 1
+    layers: int = 1
+    proj: int = 0
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element in memory."""
+        return 2 if self.kind in ("bf16", "fp16") else 4
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight on chip: in full precision it is two TF32 numbers."""
+        return 8 if self.kind == "fp32" else self.itemsize
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -232,6 +263,8 @@ def streaming_tiles(forward: list[Tiles], backward: list[Tiles], H: int, size: i
         return
     room = int(0.6 * device.shared)
     kept = room // (4 * units * (chunk // 2) * size)
+    if kept == 0:  # which would mean all
+        return
     if size < 8:
         kept = min(kept, 12 if device.capability[0] != 10 else 10 if size == 2 else 8)  # the loads of more chunks spill
         forward.append(Tiles(32 if units == 16 else 16, units, chunk // 2, 8, kept))

@@ -10,6 +10,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 from bench.measure import precision
+from fused_lstm import route
+from fused_lstm.kernels import findings
 from fused_lstm.kernels.plan import choose
 from fused_lstm.route import known_route
 
@@ -39,6 +41,22 @@ def no_routes_of_other_tests():
     yield
     known_route.cache_clear()
     choose.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def no_refusals():
+    """Where a kernel is refused another one gives the same numbers: no test may pass by that unless it says so."""
+    yield
+    refused = findings.refused_kernels()
+    findings.forget()
+    assert not refused
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_large_batches(monkeypatch):
+    """On a GPU these are tested too, whatever the model says of cuDNN."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr(route, "LARGE", float("inf"))
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,8 @@ from bench import cases, fit, measure, memory, report, run, store, timing, worke
 from bench.model import TERMS, floor, predicted, terms_of
 from bench.offline import KERNELS
 from bench.providers import PROVIDERS, Provider, checkpointed, fused
-from fused_lstm.kernels.plan import candidates, choose_kernel
-from fused_lstm.kernels.tiles import H100
+from fused_lstm.kernels.choice import candidates, choose_kernel
+from fused_lstm.kernels.tiles import H100, Problem
 
 CPU = torch.device("cpu")
 FORWARD, BOTH, ONE_STEP, *FORMS = (case for case in cases.DRY if case.dtype == "fp32")
@@ -299,8 +299,8 @@ def test_a_plan_is_predicted_above_the_floor_and_near_it(dtype, backward):
 def test_the_fit_of_the_model_names_its_error_and_a_wrong_choice(tmp_path, monkeypatch, capsys):
     """On rows whose cycles are the model's own, but for one of the kernels for few rows, which takes half as many."""
     rows = []
-    for kernel, found in zip(KERNELS, candidates(512, 2, H100), strict=True):
-        for tiles, B in product(found, (1, 4)):
+    for kernel in KERNELS:
+        for tiles, B in product(candidates("grid", Problem("bf16", 512, kernel == "backward"), H100), (1, 4)):
             row = {"dtype": "bf16", "kernel": kernel, "mode": "grid", "H": 512, "layers": 1, "proj": 0}
             row |= {"tiles": asdict(tiles), "B": B}
             rows.append(row | {"cycles": fit.predicted(row, B)})

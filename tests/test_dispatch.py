@@ -5,11 +5,12 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_lstm import LSTM, LSTMCell, reference
+from fused_lstm import LSTM, LSTMCell, route
 from fused_lstm.call import Call, Options
-from fused_lstm.kernels import forward, launch, plan
+from fused_lstm.context import SAVES, Context
+from fused_lstm.kernels import launch, plan
 from fused_lstm.kernels.plan import choose, choose_kernel
-from fused_lstm.kernels.tiles import A100, H100, Tiles
+from fused_lstm.kernels.tiles import A100, H100, Device
 from fused_lstm.tensors import check_tensors
 
 from .parity import twin
@@ -77,6 +78,14 @@ def test_a_batch_group_is_always_resident_together(device, dtype, ieee, B):
             assert chosen.mode != "grid" or programs <= chosen.resident <= device.multiprocessors
 
 
+def test_a_device_without_room_runs_step_by_step():
+    """Where not one chunk of W_hh fits, none is kept: and no program keeps all."""
+    small = Device(64, 16 * 1024, (8, 6))
+    for dtype, ieee in KERNEL_DTYPES:
+        chosen = choose_kernel(dtype, 16, 1024, small, ieee)
+        assert chosen.mode == "step" and "does not fit on 64 multiprocessors" in chosen.why
+
+
 def test_plan_takes_every_form_of_input():
     module = LSTM(5, 8, batch_first=True)
     forms = [torch.randn(3, 4, 5), torch.randn(4, 5), pack_sequence([torch.randn(4, 5), torch.randn(2, 5)])]
@@ -137,44 +146,24 @@ def test_a_replaced_weight_of_another_size_is_not_read_out_of_bounds(name, shape
 
 
 @pytest.mark.parametrize(
-    "kernel, tiles",
+    "B, options, mode",
     [
-        ("forward_kernel", Tiles(2, 2, 4, 4)),
-        ("latency_forward_kernel", Tiles(2, 2, 32, 2, split=2, poll=True)),
+        (16, {}, "grid"),
+        (1024, {}, "torch"),
+        (1024, {"cut": True}, "grid"),  # which cuDNN has slowly
+        (1024, {"options": Options(return_states=True)}, "grid"),
+        (1024, {"options": Options(recompute=128)}, "grid"),
+        (1024, {"context": Context(compiled=True)}, "grid"),  # a graph is made for every B
     ],
-    ids=["flags", "polled"],
 )
-def test_a_device_that_cannot_hold_the_grid_gets_one_launch_a_step(kernel, tiles, monkeypatch):
-    text = "Triton Error [CUDA]: too many blocks in cooperative launch"
-    real, refused = getattr(forward, kernel), []
-
-    class Kernel:
-        """Refuses a cooperative launch as CUDA does."""
-
-        arg_names = real.arg_names
-
-        def __getitem__(self, programs):
-            def run(*args, MODE, **options):
-                if MODE == "grid":
-                    refused.append(programs)
-                    raise RuntimeError(text)
-                real[programs](*args, MODE=MODE, **options)
-
-            return run
-
-    monkeypatch.setattr(forward, kernel, Kernel())
-    monkeypatch.setattr(plan, "_grid_disabled", {})
-    grid = plan.Plan("grid", tiles, tiles, 8, "ieee", "")
-    tensors = [torch.randn(size) for size in [(3, 2, 24), (24, 6), (2, 6), (2, 6)]]
-    y, *_ = forward.forward(*tensors, plan=grid)
-    assert refused == [(3, 1, 1)]
-    torch.testing.assert_close(y, reference.forward(*tensors)[0])
-
-    cuda = torch.device("cuda", 0)
-    plan.disable_grid(cuda, text)
+def test_a_large_batch_goes_where_the_model_says(B, options, mode, monkeypatch):
     monkeypatch.setattr(plan, "cuda_device", lambda device: H100)
-    chosen = choose(torch.float16, 16, 512, cuda, ieee=False)
-    assert chosen.mode == "step" and text in chosen.why
+    monkeypatch.setattr(route, "memory_of", lambda device: None)
+    monkeypatch.setattr(route, "LARGE", 256)
+    form = {"options": Options(), "context": SAVES, "device": torch.device("cuda", 0), "dtype": torch.bfloat16}
+    planned = route.plan_of(route.Form(**form | {"B": B, "H": 1024, "P": 0, "ieee": False} | options))
+    assert planned.mode == mode and ("cuDNN" in planned.why) == (mode == "torch")
+    assert mode == "torch" or planned.forward.poll
 
 
 # Streaming

@@ -47,6 +47,9 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
+STOOD_IN = "test_refusals.py::test_stand_ins_of_both_passes[dense-layers with dropout]"
+REFUSED = "test_refusals.py::test_the_next_candidate_runs[forward-too large-1]"
+LARGE = "test_dispatch.py::test_a_large_batch_goes_where_the_model_says[16-options0-grid]"
 ONE_ROW = "test_kernels.py::test_awkward_shapes[cpu-9-1-16]"
 TF32 = "test_tf32.py::test_no_product_cuts_its_operands[step]"
 SWITCH = "test_tf32.py::test_each_class_asks_the_switch_of_the_one_that_it_replaces[LSTMCell-False]"
@@ -340,6 +343,32 @@ FAULTS = {
     "fused_lstm/lstm.py": {
         "hx in the caller's order": ("self.permute_hidden(hx, permutation)", "hx", UNSORTED),
         "hn in the packed order": ("self.permute_hidden(hidden, unsorted_indices)", "hidden", UNSORTED),
+    },
+    "fused_lstm/stand_in.py": {
+        "another mask than the kernels'": ("0xCD9E8D57", "0xCD9E8D5B", STOOD_IN),
+        "the layers above given what is below them": (
+            "stack.weight_ih[r - 1], stack",
+            "stack.weight_ih[0], stack",
+            STOOD_IN,
+        ),
+    },
+    "fused_lstm/tuning.py": {
+        "wrong numbers taken": (
+            "if off > TOLERANCE",
+            "if off < -TOLERANCE",
+            "test_tuning.py::test_wrong_numbers_are_refused",
+        ),
+    },
+    "kernels/findings.py": {
+        "a refused kernel asked for again": ("if one not in self.refused]", "]", REFUSED),
+        "what does not last remembered": (
+            "if lasts:",
+            "if True:",
+            "test_refusals.py::test_what_lasts_is_known_to_the_next_process",
+        ),
+    },
+    "kernels/choice.py": {
+        "the slowest kernel by the model": ("key=lambda tiles: model.step", "key=lambda tiles: -model.step", LARGE),
     },
     "fused_lstm/trace.py": {
         "two gates in each other's place": ("i, f, g, o = (formed", "i, g, f, o = (formed", TRACE),

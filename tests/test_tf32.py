@@ -77,7 +77,7 @@ def test_no_product_cuts_its_operands(form, cut):
 
 
 def test_one_step_does_not(cut):
-    plan = replace(choose_one_step(torch.float32, torch.device("cpu"), False), precision="tf32")
+    plan = replace(choose_one_step(torch.float32, 20, torch.device("cpu"), False), precision="tf32")
     shapes = (3, 5), (1, 3, 20), (1, 3, 20), (80, 5), (80, 20), (80,), (80,)
     x, h0, c0, *weights = test_kernels.tensors(shapes, torch.float32, "cpu")
     hn, cn = one_step(x, h0, c0, [tuple(weights)], plan=plan)
@@ -98,9 +98,9 @@ def asked(monkeypatch):
         found.append(ieee)
         return choose(dtype, B, H, device, ieee, *launch)
 
-    def of_one_step(dtype, device, ieee):
+    def of_one_step(dtype, H, device, ieee):
         found.append(ieee)
-        return choose_one_step(dtype, device, ieee)
+        return choose_one_step(dtype, H, device, ieee)
 
     monkeypatch.setattr(operators, "choose", of_recurrence)
     monkeypatch.setattr(operators, "choose_one_step", of_one_step)

@@ -1,0 +1,246 @@
+"""tune(): what is the fastest on the device at hand is taken from then on, and nothing wrong ever is.
+
+In the interpreter its times mean nothing; where they decide they are set here.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_lstm
+from fused_lstm import LSTM, LSTMCell, tuning
+from fused_lstm.kernels import findings, plan
+from fused_lstm.kernels.findings import Findings, findings_on
+from fused_lstm.kernels.tiles import H100
+
+from .parity import assert_parity, run, twin
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def forgets(no_refusals, monkeypatch):
+    """Timings are short here, and forgotten after each test."""
+    monkeypatch.setattr(tuning, "SHORTEST", 1e-3)
+    monkeypatch.setattr(tuning, "MOST", 2)
+    yield
+    findings.forget()
+    plan.forget_plans()
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """In "each" what the timings give, one after another, as a test sets it."""
+    taken = {}
+    real = tuning.microseconds
+
+    def microseconds(call):
+        real(call)
+        return next(taken["each"])
+
+    monkeypatch.setattr(tuning, "microseconds", microseconds)
+    return taken
+
+
+def module_and_input(H=20, **options):
+    torch.manual_seed(0)
+    return LSTM(5, H, dtype=torch.float64, **options), torch.randn(4, 3, 5, dtype=torch.float64)
+
+
+CALLS = {
+    "plain": {},
+    "layers": {"num_layers": 2, "bidirectional": True, "dropout": 0.5},
+    "projection": {"proj_size": 7},
+    "recompute": {"recompute": 2},
+    "batch first": {"batch_first": True},
+}
+
+
+@pytest.mark.parametrize("options", CALLS)
+def test_tunes_and_keeps_the_numbers(options, capsys):
+    module, x = module_and_input(**CALLS[options])
+    before = torch.get_rng_state()
+    tuned = fused_lstm.tune(module, x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in module.parameters())
+    shown = capsys.readouterr().out
+    assert str(tuned) in shown and "backward" in shown and "torch's own LSTM" in shown
+    ((form, of_call),) = tuned.calls.items()
+    assert form.B == 8 and form.saves and form.layers == module.num_layers and of_call.kernels > 0 < of_call.torch
+    planned, torch_wins = module.plan(x), of_call.torch < of_call.kernels
+    # Torch's own LSTM cannot recompute.
+    assert (planned.mode == "torch") == (torch_wins and not module.recompute)
+    assert "measured on this device" in str(planned)
+    module.dropout = 0.0
+    assert_parity(module, x)
+
+
+def test_a_second_time_nothing_is_timed_but_again(times):
+    module, x = module_and_input()
+    times["each"] = iter(range(1, 100))
+    first = fused_lstm.tune(module, x, progress=False)
+    times["each"] = iter([])
+    known = fused_lstm.tune(module, x, progress=False)
+    assert [row.us for row in known.rows] == [row.us for row in first.rows] and known.calls == first.calls
+    assert all(row.remark == "known" for row in known.rows[:-2])
+    times["each"] = iter(range(100, 200))
+    again = fused_lstm.tune(module, x, again=True, progress=False)
+    assert min(row.us for row in again.rows) > max(row.us * 4 for row in first.rows[:-2])
+
+
+@pytest.mark.parametrize("fastest", range(3))
+def test_the_fastest_kernel_is_taken(times, fastest):
+    module, x = module_and_input()
+    forward = plan.alternatives(*launch_of(module, x, False))
+    each = [9.0] * len(forward)
+    each[fastest] = 1.0
+    times["each"] = iter([*each, *each, 100.0, 200.0])  # both passes have as many, then the call
+    fused_lstm.tune(module, x, progress=False)
+    chosen = module.plan(x)
+    assert chosen.mode == forward[fastest].mode and chosen.forward == forward[fastest].forward
+    assert "100 us a call, torch's own LSTM 200" in chosen.evidence and "fastest" in chosen.why
+    assert_parity(module, x)
+    # Another batch of as many programs has it too, and a larger one, another dtype and one without gradients do not.
+    assert module.plan(x[:, :1]).forward == chosen.forward
+    assert "model" in module.plan(x.repeat(1, 3, 1)).evidence
+    with torch.no_grad():
+        assert "model" in module.plan(x).evidence
+
+
+def launch_of(module, x, backward):
+    problem = plan.Problem("fp32", module.hidden_size, backward)
+    return x.dtype, x.shape[1], problem, x.device, tuning.MOST
+
+
+def test_torch_is_taken_where_it_is_faster(times):
+    module, x = module_and_input()
+    count = 2 * len(plan.alternatives(*launch_of(module, x, False)))
+    times["each"] = iter([*[1.0] * count, 300.0, 200.0])
+    fused_lstm.tune(module, x, progress=False)
+    planned = module.plan(x)
+    assert planned.mode == "torch" and "faster here: 200 us a call, the kernels 300" in planned.why
+    torch.testing.assert_close(run(module, x, None), run(twin(module), x, None), rtol=0, atol=0)
+    # A compiled graph is the same for every batch, and a call with lengths another one.
+    assert module.plan(torch.nn.utils.rnn.pack_padded_sequence(x, [4, 3, 1])).mode == "local"
+
+
+def test_wrong_numbers_are_refused(monkeypatch):
+    module, x = module_and_input()
+    real, wrong = tuning.operators.forward_kernel.forward, []
+
+    def forward(*args, plan, **options):
+        y, *rest = real(*args, plan=plan, **options)
+        if not wrong or plan.forward in wrong:
+            wrong.append(plan.forward)
+            y = y + 0.1
+        return y, *rest
+
+    monkeypatch.setattr(tuning.operators.forward_kernel, "forward", forward)
+    with pytest.warns(RuntimeWarning, match="its numbers are wrong"):
+        tuned = fused_lstm.tune(module, x, progress=False)
+    assert sum("wrong" in row.remark for row in tuned.rows) == 1
+    assert module.plan(x).forward not in wrong
+    findings.forget()
+
+
+@pytest.mark.parametrize("module", [LSTM(5, 20, num_layers=2), LSTMCell(5, 20)], ids=["LSTM", "LSTMCell"])
+def test_one_step(module):
+    x = torch.randn(1, 3, 5) if isinstance(module, LSTM) else torch.randn(3, 5)
+    with torch.no_grad():
+        tuned = fused_lstm.tune(module, x, progress=False)
+        (form,) = tuned.calls
+        assert form.one_step and not form.saves and "measured" in module.plan(x).evidence
+        torch.testing.assert_close(module(x), twin(module)(x))
+
+
+def test_a_model_has_each_of_its_layers_tuned():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 5), LSTM(5, 20), Second(), LSTM(20, 24))
+    assert len(fused_lstm.tune(model, torch.randn(2, 3, 5), progress=False).calls) == 2
+    with pytest.raises(ValueError, match="swap"):
+        fused_lstm.tune(torch.nn.LSTM(5, 20), torch.randn(2, 3, 5))
+
+
+class Second(torch.nn.Module):
+    def forward(self, pair):
+        return pair[0]
+
+
+def test_at_each_first_call(times):
+    """As FUSED_LSTM_TUNE=1 has it."""
+    module, x = module_and_input()
+    times["each"] = iter(range(1, 1000))
+    with tuning.watching(tuning.at_first_call):
+        module(x)
+        after = next(times["each"])
+        module(x)
+        torch.compile(module, backend="eager")(x)
+        torch.vmap(module)(x[None])
+        assert next(times["each"]) == after + 1 > 3
+        with torch.no_grad():
+            module(x)
+        assert next(times["each"]) > after + 3
+    assert "measured" in module.plan(x).evidence
+
+
+# A process of its own, which is killed, and its file
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+import fused_lstm
+from fused_lstm import tuning
+from fused_lstm.kernels.findings import findings_on
+from fused_lstm.kernels.tiles import H100
+tuning.SHORTEST, tuning.MOST = 1e-3, 2
+findings_on(H100).attach(Path(sys.argv[1]))
+module, x = fused_lstm.LSTM(5, 20), torch.randn(4, 3, 5)
+print("ready", flush=True)
+tuned = fused_lstm.tune(module, x, progress=False)
+print(sum(row.remark == "known" for row in tuned.rows), "measured" in module.plan(x).evidence)
+"""
+
+
+def test_goes_on_after_a_kill_and_beside_another(tmp_path):
+    file = tmp_path / "device.jsonl"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+
+    def start():
+        command = [sys.executable, "-c", SCRIPT, str(file)]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+    killed = start()
+    while not file.exists():
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    lines = len(file.read_text().split())
+    with file.open("ab") as damaged:
+        damaged.write(b'\n{"problem": {"kind"\xff\n[1, 2]\n{"call": {"B": 1}}')
+    both = [start(), start()]
+    results = [process.communicate()[0].split() for process in both]
+    assert lines and all(int(known) > 0 and measured == "True" for _, known, measured in results), results
+    found = Findings()
+    found.attach(file)
+    assert len(found.calls) == 1 and all(us > 0 for us in found.times.values())
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "-m", "fused_lstm.tune", "--hidden-size", "20", "--batch", "2", "--steps", "2"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    options = ["--dtype", "float32", "--input-size", "5", "--inference"]
+    process = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "float32, H 20, B 2, T 2, inference" in process.stdout and "measured on this device" in process.stdout
+
+
+def test_where_no_kernel_runs_there_is_nothing_to_tune(monkeypatch):
+    monkeypatch.setattr(plan, "interpreted", lambda: False)
+    tuned = fused_lstm.tune(LSTM(5, 20), torch.randn(2, 3, 5), progress=False)
+    assert not tuned.calls and "torch's own LSTM" in str(tuned)
+    assert not findings_on(H100).times
