@@ -52,7 +52,7 @@ def forward(
         h[active] = h_t if weight_hr is None else h_t @ weight_hr.T
         y[rows], cells[rows], gates[rows] = h[active], c[active], torch.cat([i, f, g, o], dim=1)
     shape = input_gates.shape[:-1]
-    return y.reshape(*shape, -1), h, c, cells.reshape(*shape, H), gates.reshape(input_gates.shape)
+    return y.reshape(*shape, h0.shape[1]), h, c, cells.reshape(*shape, H), gates.reshape(input_gates.shape)
 
 
 def backward(

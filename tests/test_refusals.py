@@ -26,6 +26,8 @@ from . import recurrences
 from .layouts import NAMES, layout_of
 from .parity import assert_parity, run, twin
 
+pytestmark = pytest.mark.stands_in
+
 ERRORS = {
     "too large": lambda: OutOfResources(131072, 101376, "shared memory"),
     "does not compile": lambda: CompilationError("src", None, "no such instruction"),
@@ -266,6 +268,8 @@ def test_stand_ins_of_both_passes(kind, layout_name):
         backward=lambda *args, plan, **options: stand_in.backward(*args, **options),
     )
     recurrences.check(None, kind, layout_name, 4, 5, 6, forward=launchers, backward=launchers)
+    if layout_name == "dense":
+        recurrences.check(None, kind, layout_name, 4, 0, 6, forward=launchers, backward=launchers)
 
 
 @pytest.mark.parametrize("layout_name", NAMES)

@@ -22,6 +22,7 @@ from fused_lstm.kernels.tiles import H100
 from .parity import assert_parity, run, twin
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.stands_in
 
 
 @pytest.fixture(autouse=True)
