@@ -9,8 +9,9 @@ from fused_lstm import LSTM, LSTMCell, route
 from fused_lstm.call import Call, Options
 from fused_lstm.context import SAVES, Context
 from fused_lstm.kernels import launch, plan
+from fused_lstm.kernels.choice import candidates
 from fused_lstm.kernels.plan import choose, choose_kernel
-from fused_lstm.kernels.tiles import A100, H100, Device
+from fused_lstm.kernels.tiles import A100, H100, Device, Problem
 from fused_lstm.tensors import check_tensors
 
 from .parity import twin
@@ -78,12 +79,12 @@ def test_a_batch_group_is_always_resident_together(device, dtype, ieee, B):
             assert chosen.mode != "grid" or programs <= chosen.resident <= device.multiprocessors
 
 
-def test_a_device_without_room_runs_step_by_step():
-    """Where not one chunk of W_hh fits, none is kept: and no program keeps all."""
-    small = Device(64, 16 * 1024, (8, 6))
-    for dtype, ieee in KERNEL_DTYPES:
-        chosen = choose_kernel(dtype, 16, 1024, small, ieee)
-        assert chosen.mode == "step" and "does not fit on 64 multiprocessors" in chosen.why
+@pytest.mark.parametrize("kind", ["bf16", "tf32", "fp32"])
+def test_a_device_without_room_for_one_chunk_keeps_none(kind):
+    """Of tiles that keep 0 chunks every program would have all of W_hh."""
+    for backward in (False, True):
+        found = candidates("grid", Problem(kind, 1024, backward), Device(128, 8 * 1024, (8, 6)))
+        assert all(tiles.poll for tiles in found)
 
 
 def test_plan_takes_every_form_of_input():
