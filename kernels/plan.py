@@ -122,7 +122,9 @@ def fastest(plan: Plan, dtype: torch.dtype, B: int, problem: Problem, device: to
     forward, backward = (min(times, key=times.__getitem__, default=None) for times in whole[mode])
     if backward is None:
         by_model = alternatives(dtype, B, problem._replace(backward=True), device, 1)
-        backward = next(made.backward for made in by_model if made.mode == mode)
+        backward = next((made.backward for made in by_model if made.mode == mode), None)
+        if backward is None:  # none of that form runs
+            return plan
     resident = hardware_of(device).multiprocessors if mode == "grid" else 0
     why = f"the fastest of {sum(map(len, whole[mode]))} kernels that were timed in this form; {plan.why}"
     return replace(plan, mode=mode, forward=forward, backward=backward, resident=resident, why=why)

@@ -82,6 +82,35 @@ def test_tunes_and_keeps_the_numbers(options, capsys):
     assert_parity(module, x)
 
 
+@pytest.mark.parametrize("form", ["lengths", "not finite"])
+def test_no_right_kernel_is_refused(form):
+    """The kernels leave the gates of the padding as the memory was, and NaN in the input is NaN in every result."""
+    module, x = module_and_input()
+    if form == "not finite":
+        x[2, 1] = torch.nan
+    given = {"lengths": [4, 0, 2]} if form == "lengths" else {}
+    tuned = fused_lstm.tune(module, x, progress=False, **given)
+    assert not findings.refused_kernels() and all(row.us for row in tuned.rows)
+
+
+def test_a_form_whose_other_pass_is_refused_is_not_taken(times):
+    """What was tuned for inference may have to train."""
+    module, x = module_and_input()
+    with torch.no_grad():
+        forward = plan.alternatives(*launch_of(module, x, False))
+        times["each"] = iter([*range(1, len(forward) + 1), 1.0, 2.0])
+        fused_lstm.tune(module, x, progress=False)
+        assert module.plan(x).mode == "local"
+    for made in plan.alternatives(*launch_of(module, x, True)):
+        if made.mode == "local":
+            kernel = findings.Candidate(plan.Problem("fp32", 20, True), "local", made.backward)
+            findings_on(H100).refuse(kernel, "too large", True)
+    plan.forget_plans()
+    assert module.plan(x).mode == "step"
+    assert_parity(module, x)
+    findings.forget()
+
+
 def test_a_second_time_nothing_is_timed_but_again(times):
     module, x = module_and_input()
     times["each"] = iter(range(1, 100))
