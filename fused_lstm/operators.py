@@ -107,6 +107,7 @@ class ForwardArgs(NamedTuple):
 
 
 def run_forward(a: ForwardArgs, launcher: Callable[..., Any], **plan: Plan) -> Any:
+    """launcher: kernels.forward.forward, which takes a plan, or stand_in.forward."""
     return launcher(
         a.input_gates.contiguous(),
         a.weight_hh.contiguous(),
@@ -120,15 +121,6 @@ def run_forward(a: ForwardArgs, launcher: Callable[..., Any], **plan: Plan) -> A
         save=a.save,
         **plan,
     )
-
-
-def _forward(a: ForwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    while (plan := _plan(a)).mode != "torch":
-        try:
-            return run_forward(a, forward_kernel.forward, plan=plan)
-        except Refused as refused:
-            _refuse(a, plan, refused)
-    return run_forward(a, stand_in.forward)
 
 
 def _forward_fake(a: ForwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -163,6 +155,7 @@ class BackwardArgs(NamedTuple):
 
 
 def run_backward(a: BackwardArgs, launcher: Callable[..., Any], **plan: Plan) -> Any:
+    """launcher: kernels.backward.backward, which takes a plan, or stand_in.backward."""
     return launcher(
         a.dy.contiguous(),
         a.dhn.contiguous(),
@@ -179,15 +172,6 @@ def run_backward(a: BackwardArgs, launcher: Callable[..., Any], **plan: Plan) ->
         dc_steps=None if a.dc_steps is None else a.dc_steps.contiguous(),
         **plan,
     )
-
-
-def _backward(a: BackwardArgs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    while (plan := _plan(a)).mode != "torch":
-        try:
-            return run_backward(a, backward_kernel.backward, plan=plan)
-        except Refused as refused:
-            _refuse(a, plan, refused)
-    return run_backward(a, stand_in.backward)
 
 
 def _backward_fake(a: BackwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -231,8 +215,22 @@ def problem_of(a: Launch) -> Problem:
     return Problem(kind_of(dtype, ieee), H, isinstance(a, BackwardArgs), directions, layers, proj)
 
 
-def _plan(a: Launch) -> Plan:
-    return choose(*sizes_of(a))
+def pass_of(a: Launch) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """What runs a launch with a launcher, the kernels' launcher, and the one that stands in for it."""
+    if isinstance(a, ForwardArgs):
+        return run_forward, forward_kernel.forward, stand_in.forward
+    return run_backward, backward_kernel.backward, stand_in.backward
+
+
+def _launched(a: Launch) -> tuple[Tensor | None, ...]:
+    """Runs a launch on the best of the kernels that run."""
+    run, kernels, instead = pass_of(a)
+    while (plan := choose(*sizes_of(a))).mode != "torch":
+        try:
+            return run(a, kernels, plan=plan)
+        except Refused as refused:
+            _refuse(a, plan, refused)
+    return run(a, instead)
 
 
 def _refuse(a: Launch, plan: Plan, refused: Refused) -> None:
@@ -320,8 +318,8 @@ def _one_step_fake(a: OneStepArgs) -> tuple[Tensor, Tensor]:
     return a.h0.new_empty(a.h0.shape), a.c0.new_empty(a.c0.shape)
 
 
-forward = Operator("forward", ForwardArgs, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _forward, _forward_fake)
-backward = Operator("backward", BackwardArgs, "(Tensor, Tensor, Tensor, Tensor)", _backward, _backward_fake)
+forward = Operator("forward", ForwardArgs, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _launched, _forward_fake)
+backward = Operator("backward", BackwardArgs, "(Tensor, Tensor, Tensor, Tensor)", _launched, _backward_fake)
 dropout = Operator("dropout", DropoutArgs, "Tensor", _dropout, lambda a: a.y.new_empty(a.y.shape))
 one_step = Operator("one_step", OneStepArgs, "(Tensor, Tensor)", _one_step, _one_step_fake)
 

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from . import reference
 from .kernels.layout import DENSE, NO_STACK, Layout, Stack, accumulator
+from .weights import cat
 
 
 def forward(
@@ -39,8 +40,8 @@ def forward(
         options = of_recurrence(r, stacked, reverse, layout, c_reset, weight_hr)
         y, hn, cn, c, gates = reference.forward(*map(wide, (pre, weight_hh[r], h0[r], c0[r])), **options)
         of_each.append((y.to(dtype), hn.to(dtype), cn, c, gates.to(dtype)))
-    ys, hns, cns, cs, every_gates = zip(*of_each, strict=True)
-    of_all = torch.stack if stacked else beside
+    ys, hns, cns, cs, every_gates = (list(tensors) for tensors in zip(*of_each, strict=True))
+    of_all = torch.stack if stacked else cat
     saved = (of_all(cs), of_all(every_gates)) if save else (None, None)
     return of_all(ys), torch.stack(hns), torch.stack(cns), *saved
 
@@ -75,23 +76,18 @@ def backward(
         tensors = map(wide, (above, dhn[r], dcn[r], weight_hh[r], c0[r], *saved))
         dgates, *of_states, dh_steps = reference.backward(*tensors, **options)
         of_each.append((dgates.to(dtype), *of_states, None if dh_steps is None else dh_steps.to(dtype)))
-    of_gates, dc0, dc_reset, of_steps = zip(*reversed(of_each), strict=True)
+    of_gates, dc0, dc_reset, of_steps = (list(tensors) for tensors in zip(*reversed(of_each), strict=True))
     return (
-        torch.stack(of_gates) if stacked else beside(of_gates),
+        torch.stack(of_gates) if stacked else cat(of_gates),
         torch.stack(dc0),
         None if c_reset is None else torch.stack(dc_reset),
-        None if weight_hr is None else beside(of_steps),
+        None if weight_hr is None else cat(of_steps),
     )
 
 
 def wide(tensor: Tensor) -> Tensor:
     """In the accumulator's dtype, in which the kernels sum."""
     return tensor.to(accumulator(tensor.dtype))
-
-
-def beside(tensors: tuple[Tensor, ...]) -> Tensor:
-    """The features of all directions."""
-    return torch.cat(tensors, -1)
 
 
 def of_recurrence(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import functional, operators, stand_in
+from . import functional, operators
 from .call import Call
 from .kernels import plan as kernels_plan
 from .kernels.findings import CallForm, CallTime, Launch, Refused, findings_on, rounded
@@ -115,8 +115,8 @@ def tune_call(call: Call, again: bool = False, progress: bool = False) -> Tuned:
         rows: list[Row] = []
         with tqdm(total=sum(len(plans) for _, plans in work) + 1, disable=not progress) as bar:
             for args, plans in work:
-                for plan in plans:
-                    rows.append(time_launch(args, plan, again))
+                for row in time_launch(args, plans, again):
+                    rows.append(row)
                     bar.update(1)
             kernels_plan.forget_plans()
             if again or key not in found.calls:
@@ -172,32 +172,29 @@ def run(call: Call, route: Route, saves: bool) -> None:
         torch.autograd.grad([y, hn, cn], tensors, [torch.ones_like(end) for end in (y, hn, cn)], allow_unused=True)
 
 
-def time_launch(args: operators.Launch, plan: Plan, again: bool) -> Row:
-    """Times a launch under a plan, unless it is known; refuses a kernel whose numbers are wrong."""
+def time_launch(args: operators.Launch, plans: list[Plan], again: bool) -> Iterator[Row]:
+    """Times a launch under each plan, unless it is known; refuses a kernel whose numbers are wrong."""
     problem, device, B = operators.problem_of(args), args.c0.device, args.c0.shape[1]
-    launch = Launch(problem, rounded(B), plan.mode, plan.tiles(problem.backward))
-    found, what = findings_on(hardware_of(device)), str(launch.candidate)
-    if launch.candidate in found.refused:
-        return Row(what, None, found.refused[launch.candidate])
-    if launch in found.times and not again:
-        return Row(what, found.times[launch], "known")
-    run_pass: Any = operators.run_backward if problem.backward else operators.run_forward
-    kernels: Any = operators.backward_kernel.backward if problem.backward else operators.forward_kernel.forward
-    right = run_pass(args, stand_in.backward if problem.backward else stand_in.forward)
-
-    def timed() -> Any:
-        return run_pass(args, kernels, plan=plan)
-
-    try:
-        if wrong := mismatch(timed(), right, args):
-            raise Refused(f"its numbers are wrong: {wrong}", lasts=True)
-        steps = args.layout.steps(operators.gates_of(args).shape)
-        us = microseconds(timed) / steps
-    except Refused as refused:
-        kernels_plan.refuse(device, launch.candidate, refused)
-        return Row(what, None, str(refused))
-    found.note_time(launch, us)
-    return Row(what, us)
+    found, steps = findings_on(hardware_of(device)), args.layout.steps(operators.gates_of(args).shape)
+    run_pass, kernels, instead = operators.pass_of(args)
+    right = None
+    for plan in plans:
+        launch = Launch(problem, rounded(B), plan.mode, plan.tiles(problem.backward))
+        what, timed = str(launch.candidate), partial(run_pass, args, kernels, plan=plan)
+        if launch.candidate in found.refused:
+            yield Row(what, None, found.refused[launch.candidate])
+        elif launch in found.times and not again:
+            yield Row(what, found.times[launch], "known")
+        else:
+            right = right or run_pass(args, instead)
+            try:
+                if wrong := mismatch(timed(), right, args):
+                    raise Refused(f"its numbers are wrong: {wrong}", lasts=True)
+                found.note_time(launch, microseconds(timed) / steps)
+                yield Row(what, found.times[launch])
+            except Refused as refused:
+                kernels_plan.refuse(device, launch.candidate, refused)
+                yield Row(what, None, str(refused))
 
 
 def mismatch(ours: Sequence[Tensor | None], right: Sequence[Tensor | None], args: operators.Launch) -> str:

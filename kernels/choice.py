@@ -35,7 +35,7 @@ def grouped(dtype: torch.dtype, B: int, H: int, layers: int, device: Device, iee
         plan = choose_kernel(dtype, B, H, device, ieee, 1, layers)
         if plan.mode != "grid":
             return 0.0 if layers == 1 else float("inf")  # alone, these need no flags
-        return both_passes(plan, Problem(kind_of(dtype, ieee), H, layers=layers), B, device)
+        return of_passes(plan, Problem(kind_of(dtype, ieee), H, layers=layers), B, device)
 
     def sizes(launches: int) -> list[int]:
         return [layers // launches + (k < layers % launches) for k in range(launches)]
@@ -50,23 +50,22 @@ def projects(dtype: torch.dtype, B: int, H: int, P: int, device: Device, ieee: b
     folded, projecting = (choose_kernel(dtype, B, H, device, ieee, directions, 1, proj) for proj in (0, P))
     if folded.mode == "local" or projecting.mode == "torch" or not projectable(H, P, problem.size, device):
         return False
-    taken = both_passes(projecting, problem._replace(proj=P), B, device)
-    return folded.mode == "torch" or taken < both_passes(folded, problem, B, device)
+    taken = of_passes(projecting, problem._replace(proj=P), B, device)
+    return folded.mode == "torch" or taken < of_passes(folded, problem, B, device)
 
 
-def both_passes(plan: Plan, problem: Problem, B: int, device: Device) -> float:
-    """The model's microseconds of a step of both passes of a plan for a problem."""
-    passes = (plan.forward, False), (plan.backward, True)
-    return sum(step(plan.mode, tiles, problem._replace(backward=back), B, device) for tiles, back in passes)
+def of_passes(plan: Plan, problem: Problem, B: int, device: Device, backward: bool = True) -> float:
+    """The model's microseconds of a step of a plan for a problem; backward: with the backward pass."""
+    passes = (False, True)[: 1 + backward]
+    return sum(step(plan.mode, plan.tiles(back), problem._replace(backward=back), B, device) for back in passes)
 
 
 def why_cudnn(plan: Plan, problem: Problem, B: int, device: Device, trains: bool) -> str | None:
     """Why cuDNN's LSTM should be faster than a plan with a large batch, by estimates of both; None where it should not.
     trains: with the backward pass."""
-    terms = model.terms_for(device)
-    passes = [(problem, plan.forward), (problem._replace(backward=True), plan.backward)][: 1 + trains]
-    ours = sum(step(plan.mode, tiles, each, B, device) for each, tiles in passes if tiles is not None)
-    theirs = sum(model.cudnn_step(terms, each, B) for each, _ in passes)
+    ours, terms = of_passes(plan, problem, B, device, trains), model.terms_for(device)
+    passes = (False, True)[: 1 + trains]
+    theirs = sum(model.cudnn_step(terms, problem._replace(backward=back), B) for back in passes)
     if theirs >= ours:
         return None
     return f"by the model cuDNN's large products take {theirs:.1f} us a step, the kernels {ours:.1f}"
@@ -138,11 +137,12 @@ def candidates(mode: str, problem: Problem, device: Device) -> list[Tiles]:
     """The tiles among which a pass chooses in a form, "local", "grid" or "step"."""
     H, size = problem.H, problem.size
     if mode == "local":
-        return local_tiles(problem, device)
+        return local_tiles(problem)
     if mode == "grid":
         sizes = H, size, device, problem.layers
-        of_passes = [] if problem.proj else [tiles(*sizes)[problem.backward] for tiles in (latency_tiles, grid_tiles)]
-        return [tiles for of_pass in of_passes for tiles in of_pass]
+        if problem.proj:
+            return []
+        return [*latency_tiles(*sizes)[problem.backward], *grid_tiles(*sizes)[problem.backward]]
     if problem.proj:
         return [Tiles(16, 16, 256 if problem.backward else 128, 4, features=16)]
     wide = aligned(H, size)
@@ -150,7 +150,7 @@ def candidates(mode: str, problem: Problem, device: Device) -> list[Tiles]:
     return [Tiles(rows, units=16, chunk=128 // size, warps=4 if wide else 8)]
 
 
-def local_tiles(problem: Problem, device: Device) -> list[Tiles]:
+def local_tiles(problem: Problem) -> list[Tiles]:
     """Of the local form: all of W_hh in the registers of one program, beside the addresses of its rows, which narrow
     ones have more of: more units spill. Eight batch rows a program where more would spill, and otherwise sixteen."""
     H, size = problem.H, problem.size
