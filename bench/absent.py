@@ -16,9 +16,8 @@ from triton.backends.nvidia import driver as nvidia
 
 from fused_lstm import operators, route
 from fused_lstm.kernels import plan
-from fused_lstm.kernels.tiles import A100, B200, H100, Device
+from fused_lstm.kernels.tiles import H100, Device
 
-DEVICES = {"A100": A100, "H100": H100, "B200": B200}
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 

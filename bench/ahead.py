@@ -38,10 +38,10 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.cache import triton_key
 
 from fused_lstm import LSTM
-from fused_lstm.kernels.tiles import H100, Device
+from fused_lstm.kernels.tiles import DEVICES, H100, Device
 
 from . import cases, lab, measure, micro, store, tune
-from .absent import CPU, DEVICES, target, without_device
+from .absent import CPU, target, without_device
 from .providers import PROVIDERS
 from .timing import Times
 

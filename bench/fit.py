@@ -30,15 +30,13 @@ def simulated(dtypes: Iterable[str], sizes: Iterable[int], batches: list[int], l
     """A row for each tile and each number of rows that its first launch has of these batches."""
     for dtype, H in product(dtypes, sizes):
         torch_dtype, ieee = DTYPES[dtype]
-        problem = Problem(dtype, H, layers=layers)
-        every = [candidates("grid", problem._replace(backward=back), H100) for back in (False, True)]
-        few, many = (choose_kernel(torch_dtype, B, H, H100, ieee, 1, layers) for B in (1, 4096))
-        if few.mode == "local":
-            every = [[few.forward, many.forward], [few.backward, many.backward]]
+        chosen = choose_kernel(torch_dtype, 1, H, H100, ieee, 1, layers)
+        problems = (Problem(dtype, H, name == "backward", 1, layers) for name in KERNELS)
+        every = [candidates(chosen.mode, problem, H100) for problem in problems]
         for name, found in zip(KERNELS, every, strict=True):
-            for tiles in dict.fromkeys(found):
-                plan = replace(few, forward=tiles, backward=tiles)
-                kernel = compile_kernel(name, plan, H, torch_dtype, H100.capability)
+            for tiles in found:
+                plan = replace(chosen, forward=tiles, backward=tiles)
+                kernel = compile_kernel(name, plan, H, torch_dtype, H100)
                 row = {"dtype": dtype, "kernel": name, "mode": plan.mode, "H": H, "layers": layers}
                 row["tiles"] = vars(tiles)
                 for B in sorted({min(B, at_once(row) * tiles.batch) for B in batches}):
@@ -54,16 +52,18 @@ def at_once(row: Row) -> int:
 
 def predicted(row: Row, B: int) -> float:
     """The model's cycles of B rows, of all launches."""
-    shape = Tiles(**row["tiles"]), row["H"], B, row["kernel"] == "backward", 1, row["layers"]
-    return model.step(TERMS, row["dtype"], row["mode"], *shape).us * TERMS.clock
+    return model.step(TERMS, row["mode"], Tiles(**row["tiles"]), problem_of(row), B).us * TERMS.clock
+
+
+def problem_of(row: Row) -> Problem:
+    return Problem(row["dtype"], row["H"], row["kernel"] == "backward", 1, row["layers"])
 
 
 def terms(row: Row) -> dict[str, float]:
     """The model's cycles of a row, by term."""
     tiles, layers = Tiles(**row["tiles"]), row["layers"]
     blocks, groups = programs_of(tiles, row["H"], row["B"])
-    shape = tiles, row["H"], row["B"], layers * blocks * groups, layers, 0, row["kernel"] == "backward"
-    return model.of_launch(TERMS, row["dtype"], row["mode"], *shape)
+    return model.of_launch(TERMS, row["mode"], tiles, problem_of(row), row["B"], layers * blocks * groups)
 
 
 def function(row: Row) -> str:

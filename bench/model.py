@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from fused_lstm.kernels.model import BYTES, TERMS, Terms, Time, step
 from fused_lstm.kernels.plan import Plan
-from fused_lstm.kernels.tiles import ceil_div
+from fused_lstm.kernels.tiles import Problem, ceil_div
 
 
 def _like(name: str, memory: float, tflops: float | None = None, **others: float) -> Terms:
@@ -133,7 +133,8 @@ def predicted(
     """Returns what the model gives for one step under a plan, of all directions and layers of a launch: its tiles, its
     padding, its launches one after another. proj: features of a projection in it. Args and errors as floor()."""
     tiles = plan.backward if backward else plan.forward
-    return step(known(device), dtype, plan.mode, tiles, H, B, backward, plan.directions, plan.layers, proj)
+    problem = Problem(dtype, H, backward, plan.directions, plan.layers, proj)
+    return step(known(device), plan.mode, tiles, problem, B)
 
 
 def known(device: str | Terms) -> Terms:

@@ -1,14 +1,16 @@
 """What machine code says without a GPU: compiles the kernels for a compute capability and reads their resources.
 
 `python -m bench.offline` compiles one kernel for each group of sizes that the plans treat alike, over H 1 to 2048 and
-B 1 to 1024, and writes bench/results/offline: a JSON Lines file for the installed Triton and a table over all of them.
+B 1 to 8192, for A100, H100 and B200. Where one fails it lowers the limit that the plans keep to (limits.py),
+kernels/limits.json, until all that are planned pass. Then it writes bench/results/offline: a JSON Lines file for the
+installed Triton and a table over all of them. Cut short, it goes on where it was. The other devices of kernels/tiles.py
+have limits and no table: `--explore`, with their `--target`.
 With `--H` or `--groups` it prints the rows of chosen sizes or groups instead, with `--beside` what the kernels beside
 the recurrence take. Exit status 1: a kernel was not compiled, spills or does not fit.
 
-H is a constant of the kernels, so one size stands for a group, the largest of the most demanding. Where no 16-byte load
-divides a row, multiples of 4, of 2 and odd sizes share a group: an odd H has the narrowest loads, and so the most
-addresses to hold. Elsewhere an H that the chunk does not divide has masks to hold. In the grid form the largest H
-stands beside it, because the compiler aims at another number of registers where there are no masks.
+H is a constant of the kernels, so one size stands for a group, the largest of those of its class: where no 16-byte load
+divides a row odd and even ones are apart, because an odd H has the narrowest loads, and so the most addresses to hold;
+elsewhere those that the chunk divides, powers of two with their simpler addresses apart, and those that have masks.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from itertools import product as pairs
 from pathlib import Path
@@ -53,17 +56,17 @@ from fused_lstm.kernels import (
     sync,
     team,
 )
-from fused_lstm.kernels.plan import Plan, choose_kernel, one_step_in, projects
-from fused_lstm.kernels.tiles import A100, B200, H100, Tiles, without_exchange
+from fused_lstm.kernels.limits import class_of, target
+from fused_lstm.kernels.plan import Plan, choose_kernel, one_step_in, precision_of, projects
+from fused_lstm.kernels.tiles import AMD, DEVICES, H100, Device, Problem, Tiles, without_exchange
 
-from . import model, simulate
+from . import limits, model, simulate
 from .sass import disassemble, parse, time_loop, tool, width
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "offline"
 Row = dict[str, Any]
 
-DEVICES = {"A100": A100, "H100": H100, "B200": B200}
 # A torch dtype, and whether its products are in full precision.
 DTYPES = {
     "bf16": (torch.bfloat16, False),
@@ -104,14 +107,15 @@ INTEGER_POINTERS = {
     "starts": "*i1",
 }
 
-# Every size to 130, and beyond those around which kernels/tiles.py may draw a line: what fits in whole chunks on a
-# multiprocessor, and in 8 or 16 units each on all of a device.
+# Every size to 130, and beyond those around which the plans may change: what fits in whole chunks on a multiprocessor,
+# and in 8 or 16 units each on all of a device. Beside each bound the largest of each class below it.
 BOUNDS = {*range(192, 2049, 64), *(units * device.multiprocessors for units in (8, 16) for device in DEVICES.values())}
-SIZES = [*range(1, 131), *sorted(bound - less for bound in BOUNDS if bound <= 2048 for less in (0, 1, 4, 8))]
+SIZES = [*range(1, 131), *sorted(bound - less for bound in BOUNDS if bound <= 2048 for less in (0, 1, 2, 4, 8))]
+BATCHES = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 8192)
 
 # What makes two rows of one Triton the same compile, and what names a group in the table.
-COMPILE = ("device", "dtype", "kernel", "mode", "precision", "tiles", "stack", "H", "proj", "half")
-GROUP = (*COMPILE, "aligned", "H_range", "B_range")
+COMPILE = ("target", "dtype", "kernel", "mode", "precision", "tiles", "stack", "H", "proj", "half")
+GROUP = (*COMPILE, "devices", "class", "H_range", "B_range")
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def compile_kernel(
     plan: Plan,
     H: int,
     dtype: torch.dtype,
-    capability: tuple[int, int],
+    device: Device,
     *,
     reverse: bool = False,
     packed: bool = False,
@@ -151,13 +155,13 @@ def compile_kernel(
     out: int = 0,
     half: str = "",
 ) -> CompiledKernel:
-    """Compiles a kernel of KERNELS as its launcher would, for a capability such as (9, 0), without a GPU."""
+    """Compiles a kernel of KERNELS as its launcher would, for a device that need not be there."""
     tiles = getattr(plan, name)
     in_registers = launch.weight_in_registers(plan, tiles)
     kernel: Any = KERNELS[name][in_registers]
     stack = plan.layers > 1
     form = {"PHASE": PHASES[half], "DIRECTIONS": plan.directions, "REVERSE": reverse}
-    form["PAIRS"] = launch.compares_pairs(capability)
+    form["PAIRS"] = launch.compares_pairs(device.capability)
     made = launch.specialized(kernel, plan, tiles, H, out or H, **form)
     ragged = packed or lengths or reset
     taken = {
@@ -180,11 +184,11 @@ def compile_kernel(
     in_accumulator = IN_ACCUMULATOR - ({"c0"} if name == "forward" else set())
     if in_registers:
         in_accumulator -= {"products"}
-    return compile_for(capability, kernel, dtype, made.constants, absent, made.options, in_accumulator)
+    return compile_for(device, kernel, dtype, made.constants, absent, made.options, in_accumulator)
 
 
 def compile_for(
-    capability: tuple[int, int],
+    device: Device,
     kernel: Any,
     dtype: torch.dtype,
     constants: dict[str, Any],
@@ -216,7 +220,9 @@ def compile_for(
             signature[argument] = record(*(pointer(name, (index, at)) for at, name in enumerate(record._fields)))
         else:
             signature[argument] = pointer(argument, (index,))
-    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    target = GPUTarget("cuda", 10 * device.capability[0] + device.capability[1], 32)
+    if device.gcn:
+        target = GPUTarget("hip", device.gcn, 64 if device.gcn.startswith("gfx9") else 32)
     return triton.compile(ASTSource(kernel, signature, given, attributes), target=target, options=options)
 
 
@@ -228,29 +234,47 @@ SCANS = ((True, {"lengths", "offsets"}), (False, {"lengths", "starts", "c_reset"
 def beside(device: str, dtype: str, H: int) -> Iterator[Row]:
     """What the kernels beside the recurrence take, which have tiles of their own: the scans, dropout of packed rows and
     one step of I = H."""
-    (torch_dtype, ieee), capability = DTYPES[dtype], DEVICES[device].capability
+    (torch_dtype, ieee), of_device = DTYPES[dtype], ALL[device]
     row = {"device": device, "dtype": dtype, "H": H}
     for reverse, taken in SCANS:
         absent = {"lengths", "offsets", "starts", "order", "c_reset"} - taken
         constants = {"H": H, "REVERSE": reverse, "BLOCK": scan.BLOCK}
-        kernel = compile_for(capability, scan.scan_kernel, torch_dtype, constants, absent, {"num_warps": 1})
+        kernel = compile_for(of_device, scan.scan_kernel, torch_dtype, constants, absent, {"num_warps": 1})
         yield row | {"kernel": "scan", "reverse": reverse, "takes": sorted(taken), "usage": usage(kernel)}
     constants = {"H": H, "BLOCK": dropout.BLOCK}
-    kernel = compile_for(capability, dropout.drop_kernel, torch_dtype, constants, (), {})
+    kernel = compile_for(of_device, dropout.drop_kernel, torch_dtype, constants, (), {})
     yield row | {"kernel": "dropout", "takes": ["lengths", "offsets"], "usage": usage(kernel)}
-    plan = one_step_in("ieee" if torch_dtype != torch.float32 else "tf32x3" if ieee else "tf32")
+    plan = one_step_in(precision_of(torch_dtype, ieee, of_device), of_device.gcn)
     made = launch.specialized(one_step.one_step_kernel, plan, plan.forward, H, H, I=H)
-    kernel = compile_for(capability, made.kernel, torch_dtype, made.constants, (), made.options, in_accumulator=())
+    kernel = compile_for(of_device, made.kernel, torch_dtype, made.constants, (), made.options, in_accumulator=())
     yield row | {"kernel": "one step", "takes": [], "usage": usage(kernel)}
 
 
 def usage(kernel: CompiledKernel) -> dict[str, int]:
     """Registers and bytes of spilled ones that a thread takes anywhere in a kernel; bytes of shared memory."""
+    if "amdgcn" in kernel.asm:
+        found = of_amd(kernel)
+        return {"registers": found["registers"], "stack": 4 * found["spills"], "shared": found["shared"]}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         found = dict(re.findall(r"(REG|STACK):(\d+)", tool("cuobjdump", "--dump-resource-usage", file.name)))
     return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "shared": kernel.metadata.shared}
+
+
+def of_amd(kernel: CompiledKernel) -> dict[str, Any]:
+    """What a kernel for AMD takes anywhere, as far as its assembly says so: of Resources those that do not ask for the
+    time loop. What is kept in lanes of vector registers instead of scalar ones is no spill."""
+    text = kernel.asm["amdgcn"]
+    registers, spills = (int(re.findall(rf"\.vgpr_{name}:\s+(\d+)", text)[0]) for name in ("count", "spill_count"))
+    matrix = Counter(re.findall(r"\bv_(mfma|wmma)_", text))
+    return {
+        "registers": registers,
+        "shared": kernel.metadata.shared,
+        "tensor": 0,
+        "spills": spills,
+        "matrix": {name.upper(): count for name, count in sorted(matrix.items())},
+    }
 
 
 def resources(kernel: CompiledKernel) -> Resources:
@@ -291,70 +315,72 @@ def resources(kernel: CompiledKernel) -> Resources:
     )
 
 
+ALL = DEVICES | AMD
+# A device of each target: all that share one have as much shared memory.
+TARGETS = {target(device): device for device in ALL.values()}
+# Those that the table has, and their devices.
+TABULATED = ("sm_80", "sm_90", "sm_100")
+TABULATED_DEVICES = [name for name, device in ALL.items() if target(device) in TABULATED]
+
+
 def choices(
-    device: str, dtype: str, H: int, first: int, last: int, directions: int = 1, layers: int = 1, proj: int = 0
-) -> Iterator[tuple[Plan, int, int]]:
-    """The plans for batches first to last, each with its range of them; none comes back after another. proj: only where
-    the kernels then project to so many features."""
+    device: Device, dtype: str, H: int, batches: Iterable[int], directions: int = 1, layers: int = 1, proj: int = 0
+) -> dict[Plan, tuple[int, int]]:
+    """The plans for these batches, each with its least and its largest. proj: only where the kernels then project to so
+    many features."""
     choose = choose_kernel.__wrapped__  # its cache would keep every plan
     torch_dtype, ieee = DTYPES[dtype]
-
-    def chosen(B: int) -> Plan | None:
-        if proj and not projects.__wrapped__(torch_dtype, B, H, proj, DEVICES[device], ieee, directions):
-            return None
-        return choose(torch_dtype, B, H, DEVICES[device], ieee, directions, layers, proj)
-
-    low, high = chosen(first), chosen(last)
-    if low == high:
-        if low is not None:
-            yield low, first, last
-    elif last - first == 1:
-        yield from ((plan, B, B) for plan, B in ((low, first), (high, last)) if plan is not None)
-    else:
-        middle = (first + last) // 2
-        yield from choices(device, dtype, H, first, middle, directions, layers, proj)
-        yield from choices(device, dtype, H, middle, last, directions, layers, proj)
+    found: dict[Plan, tuple[int, int]] = {}
+    for B in batches:
+        if proj and not projects.__wrapped__(torch_dtype, B, H, proj, device, ieee, directions):
+            continue
+        plan = choose(torch_dtype, B, H, device, ieee, directions, layers, proj)
+        found[plan] = found.get(plan, (B,))[0], B
+    return found
 
 
 def groups(
-    devices: Iterable[str] = DEVICES,
+    devices: Iterable[str] = ALL,
     dtypes: Iterable[str] = PRODUCTS,
     sizes: Iterable[int] = SIZES,
-    batches: Iterable[tuple[int, int]] = ((1, 1024),),
+    batches: Iterable[int] = BATCHES,
     launches: Iterable[tuple[int, int, int]] = LAUNCHES,
     projections: Iterable[tuple[int, int]] = PROJECTIONS,
 ) -> list[Row]:
-    """What plan.py chooses over sizes H and ranges of batches B: a row for each kernel that differs in more than H.
+    """What plan.py chooses over sizes H and batches B: a row for each kernel that differs in more than H.
 
-    H is the size that stands for the group and B its smallest batch; H_range and B_range are all that the group has.
+    H is the size that stands for the group and B its smallest batch on the first of its devices; H_range and B_range
+    are all that the group has, and sizes those that are compiled alike.
     launches: how many directions and layers they have, and to how many features they project. That the members are
     layers is a constant of the machine code, how many is not: `layers` is the fewest of a stack, 1 without.
     projections: further sizes H, of one direction, and features.
     """
-    found: dict[tuple[Any, ...], list[tuple[int, int, int, int]]] = {}
+    found: dict[tuple[Any, ...], list[tuple[int, int, int, int, str]]] = {}
     shapes = [*pairs(sizes, launches), *((H, (1, 1, P)) for H, P in projections)]
-    for device, dtype, (H, launch_of), batch_range in pairs(devices, dtypes, shapes, batches):
-        aligned = H * DTYPES[dtype][0].itemsize % 16 == 0
-        for plan, first, last in choices(device, dtype, H, *batch_range, *launch_of):
-            if plan.layers > 1 and plan.mode != "grid":
+    batches = tuple(batches)
+    for device, dtype, (H, launch_of) in pairs(devices, dtypes, shapes):
+        proj = launch_of[-1]
+        for plan, (first, last) in choices(ALL[device], dtype, H, batches, *launch_of).items():
+            if plan.mode == "torch" or (plan.layers > 1 and plan.mode != "grid"):
                 continue  # they do not fit together
-            proj = launch_of[-1]
             # Of the step form each launch has a half of the kernel that projects.
             halves = ("CELL", "PROJECT") if proj and plan.mode == "step" else ("",)
             for kernel, half in pairs(KERNELS, halves):
+                tiles = getattr(plan, kernel)
                 several = plan.directions, plan.layers > 1, proj, half
-                same = (device, dtype, kernel, plan.mode, plan.precision, getattr(plan, kernel), *several, aligned)
-                found.setdefault(same, []).append((H, first, last, plan.layers))
+                which = class_of(Problem(dtype, H, proj=proj), tiles, plan.mode)
+                same = (target(ALL[device]), dtype, kernel, plan.mode, plan.precision, tiles, *several, which)
+                found.setdefault(same, []).append((H, first, last, plan.layers, device))
     rows = []
     for same, members in found.items():
-        device, dtype, kernel, mode, precision, tiles, directions, stack, proj, half, aligned = same
-        sizes, firsts, lasts, layers = zip(*members, strict=True)
-        chosen = {max(sizes, key=lambda H: (H % tiles.chunk > 0 if aligned else H % 2, H))}
-        if mode == "grid":
-            chosen.add(max(sizes))
-        rows += [
+        of_target, dtype, kernel, mode, precision, tiles, directions, stack, proj, half, which = same
+        sizes_of, firsts, lasts, layers, on = zip(*members, strict=True)
+        demand = partial(demanding, tiles.chunk, which)
+        H = max(sizes_of, key=demand)
+        rows.append(
             {
-                "device": device,
+                "target": of_target,
+                "devices": list(dict.fromkeys(on)),
                 "dtype": dtype,
                 "kernel": kernel,
                 "mode": mode,
@@ -363,49 +389,57 @@ def groups(
                 "stack": stack,
                 "proj": proj,
                 "half": half,
-                "aligned": aligned,
+                "class": which,
                 "H": H,
-                "B": min(first for size, first, _, _ in members if size == H),
+                "B": min(first for size, first, _, _, device in members if size == H),
                 "directions": directions,
                 "layers": min(layers),
-                "H_range": [min(sizes), max(sizes)],
+                "H_range": [min(sizes_of), max(sizes_of)],
                 "B_range": [min(firsts), max(lasts)],
+                "sizes": sorted({size for size in sizes_of if demand(size)[0] == demand(H)[0]}),
             }
-            for H in sorted(chosen)
-        ]
+        )
     return rows
+
+
+def demanding(chunk: int, which: str, H: int) -> tuple[bool, int]:
+    """By what a size stands for the others of its class: those with masks, or with the narrowest loads, then H."""
+    return {"power": True, "whole": True, "masked": H % chunk > 0, "even": H % 4 == 2, "odd": H % 2 == 1}[which], H
 
 
 def compiled(group: Row, simulate: bool = False, **flags: bool) -> Row:
     """A group's row with what its compiled kernel takes, or with the error of its compilation. simulate: with what
     simulated() says."""
-    dtype, device = DTYPES[group["dtype"]][0], DEVICES[group["device"]]
+    dtype, device = DTYPES[group["dtype"]][0], TARGETS[group["target"]]
     tiles = Tiles(**group["tiles"])
     plan = Plan(group["mode"], tiles, tiles, 0, group["precision"], "", group["directions"], group["layers"])
     try:
         halves = {"out": group["proj"], "half": group["half"]}
-        kernel = compile_kernel(group["kernel"], plan, group["H"], dtype, device.capability, **flags, **halves)
+        kernel = compile_kernel(group["kernel"], plan, group["H"], dtype, device, **flags, **halves)
         if tiles.poll:
             # In another order than the kernel's the operands pass through shared memory; where the parts of a row are
             # too short for it, Triton 3.6 and 3.7 then multiply what they should not.
             widths = set(re.findall(r"kWidth = (\d+)", kernel.asm["ttgir"]))
             width = operands.operand_width(tiles.batch, dtype.itemsize)
             assert widths == {str(width)}, f"operands of kWidth {widths}, not {width}"
-        found = asdict(resources(kernel))
+        found = of_amd(kernel) if device.gcn else asdict(resources(kernel))
         row = group | {"resources": found}
         if simulate:
             row["simulated"] = simulated(group, kernel, plan)
     except Exception:  # the other rows are still worth having
         return group | {"error": traceback.format_exc(limit=0)}
-    options = {"stages": kernel.metadata.num_stages, "cooperative": kernel.metadata.launch_cooperative_grid}
+    options = {
+        "stages": kernel.metadata.num_stages,
+        "cooperative": getattr(kernel.metadata, "launch_cooperative_grid", False),
+    }
     return row | {"options": options}
 
 
 def simulated(group: Row, kernel: CompiledKernel, plan: Plan) -> Row:
     """What bench.simulate makes of one step of a group's least B: the cycles of all launches that follow one another,
     and the wavefronts of a program in the pipe to memory; or why it says nothing."""
-    name, device = group["kernel"], DEVICES[group["device"]]
-    if device != H100:
+    name, device = group["kernel"], H100
+    if group["target"] != target(device):
         return {"why": "the simulation has an H100's clocks"}
     timing, why = simulate.simulate_plan(kernel, name, plan, group["H"], group["B"], device=device)
     if timing is None:
@@ -416,10 +450,19 @@ def simulated(group: Row, kernel: CompiledKernel, plan: Plan) -> Row:
 
 def fails(row: Row) -> bool:
     """Whether a row's kernel was not compiled, spills in the time loop or does not fit on chip."""
+    return why_failed(row) != ""
+
+
+def why_failed(row: Row) -> str:
+    """What happens to a kernel that fails(), in words."""
     if "error" in row:
-        return True
-    found = row["resources"]
-    return found["spills"] > 0 or found["shared"] > DEVICES[row["device"]].shared or found["tensor"] > TENSOR_MEMORY
+        return "Triton compiles no kernel"
+    found, shared = row["resources"], TARGETS[row["target"]].shared
+    if found["shared"] > shared:
+        return "too little shared memory"
+    if found["tensor"] > TENSOR_MEMORY:
+        return "too little tensor memory"
+    return "registers spill" if found["spills"] else ""
 
 
 def predicted(row: Row) -> Row:
@@ -428,10 +471,11 @@ def predicted(row: Row) -> Row:
     tiles, backward = Tiles(**row["tiles"]), row["kernel"] == "backward"
     plan = Plan(row["mode"], tiles, tiles, 0, row["precision"], "", row["directions"], row["layers"])
     sizes = row["H"], row["B"], backward
-    planned = model.predicted(row["device"], row["dtype"], plan, *sizes, row["proj"])
+    device = row["devices"][0]
+    planned = model.predicted(device, row["dtype"], plan, *sizes, row["proj"])
     bound = None
     if not row["proj"]:  # of a projection there is no floor
-        bound = round(model.floor(row["device"], row["dtype"], row["mode"], *sizes, layers=row["layers"]).us, 2)
+        bound = round(model.floor(device, row["dtype"], row["mode"], *sizes, layers=row["layers"]).us, 2)
     return {"us": round(planned.us, 2), "floor": bound, "binds": planned.binds}
 
 
@@ -458,26 +502,36 @@ def key(row: Row, fields: Iterable[str]) -> str:
     return json.dumps([row[field] for field in fields])
 
 
-def tabulate(results: Path, fresh: bool) -> list[Row]:
-    """Brings the installed Triton's file and the table up to date; returns the file's rows."""
+def tabulate(asked: limits.Asked, fresh: bool, devices: list[str]) -> bool:
+    """Brings the installed Triton's file, as far as it is of some devices, and the table up to date; returns whether
+    what is compiled passes."""
+    results = asked.path.parent
     path = results / f"triton-{triton.__version__}.jsonl"
     version = {"source": source()}
+    targets = {target(ALL[device]) for device in devices}
     # A row that failed is compiled again: the failure may have been the machine's.
-    old = [row for row in read(path) if not fresh and row["source"] == version["source"] and not fails(row)]
-    known = {key(row, COMPILE): row for row in old}
-    wanted = {key(group, COMPILE): group for group in groups()}
+    old = [row for row in read(path) if row["source"] == version["source"] and not fails(row)]
+    others = [row for row in old if row["target"] not in targets]
+    known = {key(row, COMPILE): row for row in old if row["target"] in targets and not fresh}
+    wanted = {key(group, COMPILE): planned(group) for group in groups(devices)}
     for at, (name, group) in enumerate(wanted.items(), 1):
         # A simulation is of one B.
         if name in known and ("cycles" not in known[name].get("simulated", {}) or known[name]["B"] == group["B"]):
             known[name] |= group | predicted(group)
             continue
         known[name] = compiled(group, simulate=True) | predicted(group) | version
-        write(path, known.values())  # each at once: a run that is cut short goes on here
+        asked.answered(group, why_failed(known[name]))
+        write(path, [*others, *known.values()])  # each at once: a run that is cut short goes on here
         print(f"{at}/{len(wanted)} {name} {known[name].get('resources') or known[name]['error']}", flush=True)
-    rows = [known[name] for name in wanted]
+    rows = [*others, *(known[name] for name in wanted)]
     write(path, rows)
     (results / "README.md").write_text(table(results), encoding="utf-8")
-    return rows
+    return not any(map(fails, rows))
+
+
+def planned(group: Row) -> Row:
+    """A group without what only limits.py asks for."""
+    return {name: value for name, value in group.items() if name != "sizes"}
 
 
 def table(results: Path) -> str:
@@ -496,10 +550,12 @@ def table(results: Path) -> str:
         f"`python -m bench.offline` with Triton {', '.join(files)}: {count} kernels, of which {failures} spill",
         "registers in the time loop, exceed the device's shared or tensor memory or do not compile.",
         "",
-        "A line is a group of sizes that `kernels/plan.py` treats alike, with the figures of one H: the largest that",
-        "the chunk does not divide or, where no 16-byte load divides a row (marked `*`), the largest odd one; in the",
-        "grid form a second line has the largest of all. Where Tritons differ, their figures stand in the order",
-        f"{' / '.join(files)}. Tiles: batch rows and units of a program, chunk of the product, warps; how many chunks",
+        "A line is a group of sizes that `kernels/plan.py` treats alike on the devices that have this compute",
+        "capability, with the figures of the largest H of its class: those that the chunk divides, powers of two",
+        "apart; those that it does not, with masks (marked `+`); and, where no 16-byte load divides a row, even and",
+        "odd ones (`*`, `**`). What is not planned because it spills or does not fit is in `kernels/limits.json`.",
+        f"Where Tritons differ, their figures stand in the order {' / '.join(files)}. Tiles:",
+        "batch rows and units of a program, chunk of the product, warps; how many chunks",
         "of W_hh are kept on chip, if not all; whether the programs are in teams, into how many parts each product is",
         "split among warps, to how many features of a projection one program comes, and whether h (dgates) is polled.",
         "The kernels that project stand for the H and features that are given. In the time loop, for one step of",
@@ -512,12 +568,17 @@ def table(results: Path) -> str:
         "that of a step of all of them. One direction of a layer; both have the same tiles, and addresses that take a",
         "few registers more (`--directions 2`). fp16 has the tiles of bf16.",
     ]
-    head = "dtype | pass | form | tiles | H | of H | of B | registers | spills | shared KiB | matrix | barriers"
+    head = (
+        "devices | dtype | pass | form | tiles | H | of H | of B | registers | spills | shared KiB | matrix | barriers"
+    )
     head += " | instructions | loads KiB | stores KiB | wavefronts | simulated µs | model µs | floor µs | binds"
-    for device in DEVICES:
-        lines += ["", f"## {device}", "", f"| {head} |", "| --- " * (head.count("|") + 1) + "|"]
-        lines += [f"| {' | '.join(cells(row))} |" for row in rows.values() if first(row)["device"] == device]
+    for of_target in TABULATED:
+        lines += ["", f"## {of_target}", "", f"| {head} |", "| --- " * (head.count("|") + 1) + "|"]
+        lines += [f"| {' | '.join(cells(row))} |" for row in rows.values() if first(row)["target"] == of_target]
     return "\n".join(lines) + "\n"
+
+
+CLASSES = {"power": "", "whole": "", "masked": "+", "even": "*", "odd": "**"}
 
 
 def first(versions: dict[str, Row]) -> Row:
@@ -528,7 +589,7 @@ def cells(versions: dict[str, Row]) -> Iterator[str]:
     """The cells of a line of the table, from the rows of one group by Triton's version."""
     row = first(versions)
     tiles, found = row["tiles"], [version.get("resources") for version in versions.values()]
-    yield from (row["dtype"], row["kernel"], ", ".join(filter(None, forms(row))))
+    yield from (", ".join(row["devices"]), row["dtype"], row["kernel"], ", ".join(filter(None, forms(row))))
     shape = [str(tiles[name]) for name in ("batch", "units", "chunk", "warps")]
     shape += [
         f"{name} {tiles[name]}"
@@ -536,12 +597,12 @@ def cells(versions: dict[str, Row]) -> Iterator[str]:
         if tiles[name] != plain
     ]
     yield ", ".join(shape + ["polled"] * tiles["poll"])
-    yield f"{row['H']}{'' if row['aligned'] else '*'}"
+    yield f"{row['H']}{CLASSES[row['class']]}"
     yield from (f"{low}-{high}" for low, high in (row["H_range"], row["B_range"]))
     for name in ("registers", "spills", "shared", "matrix", "barriers", "instructions", "loaded", "stored"):
         yield side_by_side(figure(name, each[name]) if each else "error" for each in found)
     times = [version.get("simulated", {}) for version in versions.values()]
-    clock = model.TERMS[row["device"]].clock
+    clock = model.TERMS[row["devices"][0]].clock
     yield side_by_side(str(each.get("wavefronts", "-")) for each in times)
     yield side_by_side(f"{each['cycles'] / clock:.2f}" if "cycles" in each else "-" for each in times)
     yield from (f"{row['us']:.2f}", "-" if row["floor"] is None else f"{row['floor']:.2f}", row["binds"])
@@ -570,13 +631,15 @@ def figure(name: str, value: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the planned kernels without a GPU.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the files that are brought up to date")
+    parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TABULATED), help="of these alone")
+    parser.add_argument("--explore", action="store_true", help="find the limits, also of --H, and make no table")
     parser.add_argument("--fresh", action="store_true", help="compile again what is in the file")
     printed = parser.add_argument_group("print JSON lines instead, without a file")
     printed.add_argument("--groups", type=int, nargs="+", help="of these places in groups()")
     printed.add_argument("--H", type=int, nargs="+", help="of the kernels that are chosen for these sizes")
     printed.add_argument("--beside", nargs="+", help="of the scan and of one step, by device:dtype:H")
     printed.add_argument("--B", type=int, nargs="+", default=[1, 64])
-    printed.add_argument("--device", choices=DEVICES, nargs="+", default=["H100"])
+    printed.add_argument("--device", choices=ALL, nargs="+", default=["H100"])
     printed.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
     printed.add_argument("--directions", type=int, default=1)
     printed.add_argument("--layers", type=int, default=1, help="in one launch")
@@ -590,20 +653,27 @@ def main() -> None:
     printed.add_argument("--inference", action="store_true", help="save nothing for backward")
     printed.add_argument("--simulate", action="store_true", help="and the simulated cycles of a step")
     args = parser.parse_args()
+    if not args.explore and not set(args.target) <= {*TABULATED}:
+        parser.error(f"the table has {', '.join(TABULATED)} alone: --explore")
     if args.beside:
         for case in args.beside:
             device, dtype, H = case.split(":")
             print(*map(json.dumps, beside(device, dtype, int(H))), sep="\n", flush=True)
         return
-    if args.groups is None and args.H is None:
-        sys.exit(any(fails(row) for row in tabulate(args.results, args.fresh)))
+    if args.explore or (args.groups is None and args.H is None):
+        devices = [name for name, device in ALL.items() if target(device) in args.target]
+        args.results.mkdir(parents=True, exist_ok=True)
+        asked = limits.Asked(args.results, triton.__version__, lambda group: why_failed(compiled(group)))
+        limits.explore(partial(groups, devices, sizes=args.H or SIZES), asked)
+        sys.exit(not (args.explore or tabulate(asked, args.fresh, devices)))
     if args.H is None:
         every = groups()
         chosen = [every[place] for place in args.groups]
     else:  # each size a group of its own
-        batches = [(B, B) for B in args.B]
         launches = [(args.directions, args.layers, args.proj)]
-        chosen = [group for H in args.H for group in groups(args.device, args.dtype, [H], batches, launches, ())]
+        chosen = [
+            group for H in args.H for B in args.B for group in groups(args.device, args.dtype, [H], [B], launches, ())
+        ]
     if args.refused:
         of_grid = [group for group in chosen if group["mode"] == "grid"]
         chosen = [
@@ -614,7 +684,7 @@ def main() -> None:
     failed = False
     for group in chosen:
         began = time.perf_counter()
-        row = compiled(group, args.simulate, **flags) | predicted(group) | flags
+        row = compiled(planned(group), args.simulate, **flags) | predicted(group) | flags
         failed |= fails(row)
         print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}), flush=True)
     sys.exit(failed)

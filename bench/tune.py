@@ -23,9 +23,11 @@ from triton.runtime import driver
 
 from fused_lstm import reference
 from fused_lstm.kernels.backward import backward
+from fused_lstm.kernels.choice import choose_kernel
 from fused_lstm.kernels.forward import forward
 from fused_lstm.kernels.layout import accumulator
-from fused_lstm.kernels.plan import Plan, as_per_step, choose, choose_kernel
+from fused_lstm.kernels.plan import choose
+from fused_lstm.kernels.planned import Plan, as_per_step
 from fused_lstm.kernels.tiles import Device, Tiles, programs_of
 
 from .absent import Compiler

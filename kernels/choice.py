@@ -3,23 +3,15 @@ the ones that take least by the model."""
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 
 import torch
 
 from . import model
 from .findings import findings_on
+from .limits import why_not
 from .planned import Plan, name, on_torch
-from .tiles import (
-    Device,
-    Problem,
-    Tiles,
-    aligned,
-    ceil_div,
-    grid_tiles,
-    latency_tiles,
-    next_power_of_2,
-    projectable,
-)
+from .tiles import Device, Problem, Tiles, ceil_div, listed
 
 
 def kind_of(dtype: torch.dtype, ieee: bool) -> str:
@@ -45,19 +37,21 @@ def grouped(dtype: torch.dtype, B: int, H: int, layers: int, device: Device, iee
 
 @cache
 def projects(dtype: torch.dtype, B: int, H: int, P: int, device: Device, ieee: bool, directions: int) -> bool:
-    """in_kernel() on a device: whether a step of both passes then takes less by the model."""
+    """in_kernel() on a device: whether a step of both passes then takes less by the model. Not where narrow rows leave
+    no registers for a second product, nor in float32, whose products of few rows take three times as long."""
     problem = Problem(kind_of(dtype, ieee), H, directions=directions)
+    within = problem._replace(proj=P)
     folded, projecting = (choose_kernel(dtype, B, H, device, ieee, directions, 1, proj) for proj in (0, P))
-    if folded.mode == "local" or projecting.mode == "torch" or not projectable(H, P, problem.size, device):
+    if folded.mode == "local" or projecting.mode == "torch" or within.size > 2 or not within.wide:
         return False
-    taken = of_passes(projecting, problem._replace(proj=P), B, device)
+    taken = of_passes(projecting, within, B, device)
     return folded.mode == "torch" or taken < of_passes(folded, problem, B, device)
 
 
 def of_passes(plan: Plan, problem: Problem, B: int, device: Device, backward: bool = True) -> float:
     """The model's microseconds of a step of a plan for a problem; backward: with the backward pass."""
-    passes = (False, True)[: 1 + backward]
-    return sum(step(plan.mode, plan.tiles(back), problem._replace(backward=back), B, device) for back in passes)
+    terms, passes = model.terms_for(device), (False, True)[: 1 + backward]
+    return sum(model.step(terms, plan.mode, plan.tiles(b), problem._replace(backward=b), B).us for b in passes)
 
 
 def why_cudnn(plan: Plan, problem: Problem, B: int, device: Device, trains: bool) -> str | None:
@@ -66,7 +60,7 @@ def why_cudnn(plan: Plan, problem: Problem, B: int, device: Device, trains: bool
     ours, terms = of_passes(plan, problem, B, device, trains), model.terms_for(device)
     passes = (False, True)[: 1 + trains]
     theirs = sum(model.cudnn_step(terms, problem._replace(backward=back), B) for back in passes)
-    if theirs >= ours:
+    if theirs >= ours or device.gcn:  # what MIOpen takes nobody has estimated
         return None
     return f"by the model cuDNN's large products take {theirs:.1f} us a step, the kernels {ours:.1f}"
 
@@ -98,9 +92,14 @@ def choose_kernel(
     return on_torch(f"{why_no_form(problem, device)}: torch's own LSTM")
 
 
+def precision_of(dtype: torch.dtype, full: bool, device: Device) -> str:
+    """Plan.precision; full: of float32 products. AMD has matrix instructions of float32 itself."""
+    return "ieee" if dtype != torch.float32 or device.gcn else "tf32x3" if full else "tf32"
+
+
 def plans(dtype: torch.dtype, B: int, problem: Problem, device: Device) -> Iterator[Plan]:
     """Of each form that has tiles for both passes, the plan that takes least by the model."""
-    precision = "ieee" if dtype != torch.float32 else "tf32x3" if problem.kind == "fp32" else "tf32"
+    precision = precision_of(dtype, problem.kind == "fp32", device)
     for mode in ("local", "grid", "step"):
         forward, backward = (ranked(mode, problem._replace(backward=back), B, device) for back in (False, True))
         if forward and backward:
@@ -129,52 +128,22 @@ def why_mode(mode: str, tiles: Tiles, weight: str, problem: Problem, device: Dev
 
 def why_no_form(problem: Problem, device: Device) -> str:
     """Why not even a launch a step runs a recurrence."""
-    return "; ".join(findings_on(device).about(problem)) or "no kernel runs"
+    both = problem, problem._replace(backward=True)
+    reasons = [*(why_not(tiles, "step", each, device) for each in both for tiles in listed("step", each, device))]
+    reasons.append(findings_on(device).about(problem))
+    return "; ".join(dict.fromkeys(chain.from_iterable(reasons))) or "no kernel projects in such rows"
 
 
 @cache
 def candidates(mode: str, problem: Problem, device: Device) -> list[Tiles]:
-    """The tiles among which a pass chooses in a form, "local", "grid" or "step"."""
-    H, size = problem.H, problem.size
-    if mode == "local":
-        return local_tiles(problem)
-    if mode == "grid":
-        sizes = H, size, device, problem.layers
-        if problem.proj:
-            return []
-        return [*latency_tiles(*sizes)[problem.backward], *grid_tiles(*sizes)[problem.backward]]
-    if problem.proj:
-        return [Tiles(16, 16, 256 if problem.backward else 128, 4, features=16)]
-    wide = aligned(H, size)
-    rows = 16 if size == 8 and not wide else 32  # more spill
-    return [Tiles(rows, units=16, chunk=128 // size, warps=4 if wide else 8)]
-
-
-def local_tiles(problem: Problem) -> list[Tiles]:
-    """Of the local form: all of W_hh in the registers of one program, beside the addresses of its rows, which narrow
-    ones have more of: more units spill. Eight batch rows a program where more would spill, and otherwise sixteen."""
-    H, size = problem.H, problem.size
-    padded, wide = max(16, next_power_of_2(H)), aligned(H, size)
-    most = 128 if size == 2 and wide else 64 if size < 8 or wide else 32
-    if padded > most or problem.layers > 1 or problem.proj:
-        return []
-    spread = padded * size <= 128 if problem.backward else padded == 32
-    warps = 4 if padded == 16 or (spread and wide) else 8
-    few = size > 2 or padded > 64 or not wide
-    return [Tiles(batch, padded, padded, warps, split=warps) for batch in ((8,) if few else (8, 16))]
+    """The tiles among which a pass chooses in a form, "local", "grid" or "step": those of the table that nothing
+    keeps it from having."""
+    return [tiles for tiles in listed(mode, problem, device) if not why_not(tiles, mode, problem, device)]
 
 
 def ranked(mode: str, problem: Problem, B: int, device: Device) -> list[Tiles]:
     """The candidates that run, as far as is known, that whose step takes least by the model first; of several alike the
-    first that is listed."""
+    first of the table."""
     usable = findings_on(device).usable(problem, mode, candidates(mode, problem, device))
-    if mode == "local":  # eight rows a program as long as all run at once
-        at_once = problem.directions * ceil_div(B, 8) <= device.multiprocessors
-        return sorted(usable, key=lambda tiles: tiles.batch, reverse=not at_once)
-    return sorted(usable, key=lambda tiles: step(mode, tiles, problem, B, device)) if len(usable) > 1 else usable
-
-
-def step(mode: str, tiles: Tiles, problem: Problem, B: int, device: Device) -> float:
-    """The model's microseconds of a step of a pass."""
-    kind, H, backward, *launch = problem
-    return model.step(model.terms_for(device), kind, mode, tiles, H, B, backward, *launch).us
+    terms = model.terms_for(device) if usable else None
+    return sorted(usable, key=lambda tiles: model.step(terms, mode, tiles, problem, B).us)

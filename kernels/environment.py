@@ -8,6 +8,9 @@ OLDEST = (3, 6)
 # Every wait of one program for another is then bounded, and sizes on a device are looked at.
 DEBUG = os.environ.get("FUSED_LSTM_DEBUG") == "1"
 
+# The kernels run on AMD's devices, too, where nobody has seen them run.
+ROCM = os.environ.get("FUSED_LSTM_ROCM") == "1"
+
 TRITON: str | None = None
 VERSION: tuple[int, ...] = ()
 WHY_NO_TRITON: str | None = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 
-from .tiles import A100, B200, H100, Device, Problem, Tiles, ceil_div, programs_of
+from .tiles import A100, AMD, DEVICES, Device, Problem, Tiles, ceil_div, programs_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Terms:
     multiprocessors: int
     clock: float  # clocks
     matrix: Mapping[str, float]  # flop of one multiprocessor's tensor cores, by kind of product
+    scalar: float  # flop of one multiprocessor in float32 without them
     shared: float  # bytes that one multiprocessor reads from its shared memory
     on_chip: int  # bytes of W_hh that one multiprocessor can hold: its shared memory
     l2: float  # bytes that all multiprocessors together read from L2
@@ -44,24 +45,40 @@ class Terms:
         )
 
 
-def _terms(device: Device, mhz: float, tflops: tuple[float, float], l2: float, l2_size: float, memory: float) -> Terms:
-    """tflops: dense peaks of the device in 16 bit and TF32."""
+def _terms(name: str, mhz: float, tflops: tuple[float, float], l2: float, l2_size: float, memory: float) -> Terms:
+    """tflops: dense peaks of the device in 16 bit and TF32, of AMD's in 16 bit and float32."""
+    device = (DEVICES | AMD)[name]
     bit16, tf32 = (1e6 * peak / device.multiprocessors for peak in tflops)  # a microsecond has 1e6 flop of each
-    matrix = {"bf16": bit16, "fp16": bit16, "tf32": tf32, "fp32": tf32 / 3}  # fp32: three TF32 products
-    rates = MappingProxyType(matrix), 128 * mhz, device.shared, l2, l2_size, memory
+    # In full precision three TF32 products, but for AMD, which has float32's own for both.
+    matrix = {"bf16": bit16, "fp16": bit16, "tf32": tf32, "fp32": tf32 if device.gcn else tf32 / 3}
+    # Multiplications and sums of a clock: the CUDA programming guide's table of throughputs.
+    cores = 64 if device.capability == A100.capability else 128
+    rates = MappingProxyType(matrix), 2 * cores * mhz, 128 * mhz, device.shared, l2, l2_size, memory
     return Terms(device.multiprocessors, mhz, *rates, 0.9, 750 / mhz, 1.3)
 
 
-# Peaks, clocks and memory: NVIDIA's data sheets of A100 80 GB SXM (1.41 GHz), H100 SXM5 (1.83 GHz) and B200 (1.86 GHz).
+# Peaks, clocks and memory: NVIDIA's data sheets of A100 80 GB SXM (1.41 GHz), H100 SXM5 (1.83 GHz), B200 (1.86 GHz),
+# A10 and L4, and its white papers on GA102 (RTX 3090), Ada (RTX 4090) and RTX Blackwell (RTX 5090, RTX PRO 6000), at
+# the boost clock, with sums in float32.
 # Shared memory: 128 bytes a clock, CUDA programming guide. L2: A100 5,120 bytes a clock, NVIDIA's A100 white paper;
-# H100 5.5 TB/s, microbenchmark by Chips and Cheese (July 2023, PCIe board); B200 taken as twice the H100.
-# L2: 40 MB, 50 MB (white papers), 126 MB (Blackwell tuning guide).
+# H100 5.5 TB/s, microbenchmark by Chips and Cheese (July 2023, PCIe board); B200 taken as twice the H100; the others
+# taken as 16 bytes a clock and multiprocessor. AMD: its data sheets of MI300X and RX 7900 XTX; L2 2 KiB a clock and
+# die, and 64 bytes a clock and compute unit.
+# L2: 40 MB, 50 MB (white papers), 126 MB (Blackwell tuning guide), of the others as their papers say.
 # Exchange: a store, a fence, a counter and two loads of L2's latency, poll: a store and a load, 750 clocks, launch:
 # estimates too, the first that bench.lab replaces.
 TERMS = {
-    "A100": _terms(A100, 1410, (312, 156), 5120 * 1410, 40e6, 2.04e6),
-    "H100": _terms(H100, 1830, (989, 495), 5.5e6, 50e6, 3.35e6),
-    "B200": _terms(B200, 1860, (2250, 1100), 11e6, 126e6, 8e6),
+    "A100": _terms("A100", 1410, (312, 156), 5120 * 1410, 40e6, 2.04e6),
+    "H100": _terms("H100", 1830, (989, 495), 5.5e6, 50e6, 3.35e6),
+    "B200": _terms("B200", 1860, (2250, 1100), 11e6, 126e6, 8e6),
+    "RTX 3090": _terms("RTX 3090", 1695, (71, 35.6), 16 * 82 * 1695, 6e6, 0.936e6),
+    "A10": _terms("A10", 1695, (125, 62.5), 16 * 72 * 1695, 6e6, 0.6e6),
+    "RTX 4090": _terms("RTX 4090", 2520, (165, 82.6), 16 * 128 * 2520, 72e6, 1.008e6),
+    "L4": _terms("L4", 2040, (121, 60), 16 * 58 * 2040, 48e6, 0.3e6),
+    "RTX 5090": _terms("RTX 5090", 2407, (209.5, 104.8), 16 * 170 * 2407, 96e6, 1.792e6),
+    "RTX PRO 6000": _terms("RTX PRO 6000", 2617, (503.8, 251.9), 16 * 188 * 2617, 128e6, 1.792e6),
+    "MI300X": _terms("MI300X", 2100, (1307, 163), 2048 * 8 * 2100, 32e6, 5.3e6),
+    "RX 7900 XTX": _terms("RX 7900 XTX", 2500, (123, 61), 64 * 96 * 2500, 6e6, 0.96e6),
 }
 
 BYTES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
@@ -77,38 +94,27 @@ class Time:
 
 @cache
 def terms_for(device: Device) -> Terms:
-    """The terms of a device of its capability, with as many multiprocessors as it has."""
-    name = {8: "A100", 10: "B200"}.get(device.capability[0], "H100")
-    return replace(TERMS[name], multiprocessors=device.multiprocessors)
+    """The terms of a device of its capability, or of the nearest below it, with as many multiprocessors as it has: of
+    several those of the one that has as many, or else of the first. On AMD of its generation."""
+    if device.gcn:
+        alike = [name for name, each in AMD.items() if each.gcn[:4] == device.gcn[:4]] or [*AMD]
+    else:
+        nearest = max(each.capability for each in DEVICES.values() if each.capability <= device.capability)
+        alike = [name for name, each in DEVICES.items() if each.capability == nearest]
+        alike.sort(key=lambda name: DEVICES[name].multiprocessors != device.multiprocessors)
+    return replace(TERMS[alike[0]], multiprocessors=device.multiprocessors)
 
 
-def step(
-    terms: Terms,
-    kind: str,
-    mode: str,
-    tiles: Tiles,
-    H: int,
-    B: int,
-    backward: bool,
-    directions: int = 1,
-    layers: int = 1,
-    proj: int = 0,
-) -> Time:
-    """One step of a pass under its tiles, of all directions and layers of a launch: with their padding, and groups that
-    do not fit beside the others after them.
-
-    Args:
-        kind: of products, "bf16", "fp16", "tf32" or "fp32". mode: "local", "grid" or "step".
-        H, B: hidden units, batch rows. backward: it gathers dgates (4H) instead of h (H).
-        directions, layers: in one launch. proj: features of a projection in the kernel.
-    """
-    blocks, groups = programs_of(tiles, H, B)
-    if mode == "grid" and layers * blocks > terms.multiprocessors:
+def step(terms: Terms, mode: str, tiles: Tiles, problem: Problem, B: int) -> Time:
+    """One step of a pass of B batch rows in the form `mode` under its tiles, of all directions and layers of a launch:
+    with their padding, and groups that do not fit beside the others after them."""
+    blocks, groups = programs_of(tiles, problem.H, B)
+    if mode == "grid" and problem.layers * blocks > terms.multiprocessors:
         return Time(math.inf, "multiprocessors")
-    groups = max(1, groups) * directions
-    at_once = min(groups, max(1, terms.multiprocessors // (layers * blocks)))
-    programs = layers * blocks * at_once
-    cycles = of_launch(terms, kind, mode, tiles, H, B * directions, programs, layers, proj, backward)
+    groups = max(1, groups) * problem.directions
+    at_once = min(groups, max(1, terms.multiprocessors // (problem.layers * blocks)))
+    programs = problem.layers * blocks * at_once
+    cycles = of_launch(terms, mode, tiles, problem, B * problem.directions, programs)
     return Time(ceil_div(groups, at_once) * sum(cycles.values()) / terms.clock, max(cycles, key=cycles.__getitem__))
 
 
@@ -119,35 +125,22 @@ def cudnn_step(terms: Terms, problem: Problem, B: int) -> float:
     states and what backward needs, 15 numbers a unit and row, in backward 20, through L2 or, where that holds no step,
     memory; and both launches. With few rows cuDNN has other forms, of which this says nothing.
     """
-    rate = terms.matrix[problem.kind]
-    if problem.kind == "fp32":  # by the CUDA cores, of which sm_80 has half as many
-        rate = (128 if terms.clock == TERMS["A100"].clock else 256) * terms.clock
+    rate = terms.scalar if problem.kind == "fp32" else terms.matrix[problem.kind]
     product = 8 * problem.H * problem.H * B / (0.7 * rate * terms.multiprocessors)
     moved = (20 if problem.backward else 15) * problem.H * B * problem.itemsize
     cells = moved / (terms.memory if moved > terms.l2_size / 2 else terms.l2)
     return problem.directions * (product + cells + 2 * terms.launch)
 
 
-def of_launch(
-    terms: Terms,
-    kind: str,
-    mode: str,
-    tiles: Tiles,
-    H: int,
-    B: int,
-    programs: int,
-    layers: int,
-    proj: int,
-    backward: bool,
-) -> dict[str, float]:
+def of_launch(terms: Terms, mode: str, tiles: Tiles, problem: Problem, B: int, programs: int) -> dict[str, float]:
     """Cycles of one step of a launch of so many programs at once, by term."""
     if mode == "local":
-        return few_units(kind, tiles)
-    if proj:
-        return projecting(terms, kind, tiles, H, proj, B, programs, backward)
+        return few_units(problem.kind, tiles)
+    if problem.proj:
+        return projecting(terms, tiles, problem, B, programs)
     if tiles.poll and mode == "grid":
-        return few_rows(terms, kind, tiles, H, B, programs, layers, backward)
-    return behind_flags(terms, kind, mode, tiles, H, B, programs, layers, backward)
+        return few_rows(terms, tiles, problem, B, programs)
+    return behind_flags(terms, mode, tiles, problem, B, programs)
 
 
 def few_units(kind: str, tiles: Tiles) -> dict[str, float]:
@@ -165,9 +158,7 @@ def few_units(kind: str, tiles: Tiles) -> dict[str, float]:
     }
 
 
-def few_rows(
-    terms: Terms, kind: str, tiles: Tiles, H: int, B: int, programs: int, layers: int, backward: bool
-) -> dict[str, float]:
+def few_rows(terms: Terms, tiles: Tiles, problem: Problem, B: int, programs: int) -> dict[str, float]:
     """Cycles of one step of the kernels for few rows, with so many programs at once.
 
     Fitted to bench.simulate's cycles of every tile that an H100 can have, forward and backward, in all kinds, at H 136
@@ -175,7 +166,10 @@ def few_rows(
     bench/results/offline it is off by 7% in the median, 20% at nine of ten, and 35% at most. What it leaves out is
     whether a failed poll comes just before the data.
     """
-    width = (1 if layers == 1 else 2) * BYTES[kind] * H * (4 // tiles.team if backward else 1)  # bytes that a row has
+    kind, H, backward = problem.kind, problem.H, problem.backward
+    width = (
+        (1 if problem.layers == 1 else 2) * BYTES[kind] * H * (4 // tiles.team if backward else 1)
+    )  # bytes that a row has
     # Matrix instructions of 16 x 8 sums over 32 bytes of a row.
     instructions = ceil_div((tiles.team if backward else 4) * tiles.units, 16) * tiles.batch // 8 * width // 32
     return {
@@ -188,35 +182,38 @@ def few_rows(
     }
 
 
-def behind_flags(
-    terms: Terms, kind: str, mode: str, tiles: Tiles, H: int, B: int, programs: int, layers: int, backward: bool
-) -> dict[str, float]:
+def behind_flags(terms: Terms, mode: str, tiles: Tiles, problem: Problem, B: int, programs: int) -> dict[str, float]:
     """Cycles of one step of the grid form behind step flags, or of the step form, with so many programs at once.
 
     Fitted as few_rows(), to the grid form at H 256 to 2048, B 1 to 256, one layer or two (Triton 3.7). Over the 85
-    kernels of the table it is off by 13% in the median, 29% at nine of ten, and 53% at most (Triton 3.9: 22%, 38%,
+    kernels of the table it is off by 13% in the median, 27% at nine of ten, and 53% at most (Triton 3.9: 22%, 38%,
     62%); the rank correlation is 0.96. The step form has the same products, between launches, which are not simulated.
     """
-    products, gates, size = 1 if layers == 1 else 2, 4 // tiles.team if backward else 1, BYTES[kind]
+    kind, H, backward = problem.kind, problem.H, problem.backward
+    products, gates, size = 1 if problem.layers == 1 else 2, 4 // tiles.team if backward else 1, BYTES[kind]
     chunks = products * gates * ceil_div(H, tiles.chunk)
     gathered = min(tiles.batch, B) * products * gates * H * size
     streamed = 1 if mode == "step" else 1 - tiles.kept * products / chunks if tiles.kept else 0
     rows = (tiles.team if backward else 4) * tiles.units  # of the weights
     cycles = product_in_chunks(terms, kind, tiles, rows, chunks, gathered, streamed, programs)
+    if backward and tiles.team == 1 and not problem.wide:
+        cycles["chunks"] += 290 * chunks  # of narrow loads for few rows of the weight, as simulated at H 100 to 1407
+    if tiles.kept and mode == "grid":  # programs that keep little take more from L2 than it has
+        bytes_streamed = streamed * rows * chunks * tiles.chunk * size
+        cycles["streaming"] = max(cycles["streaming"], bytes_streamed / share_of_l2(terms, programs))
     if 4 * H * H * size > terms.l2_size:
         cycles["streaming"] = max(cycles["streaming"], streamed * 4 * H * H * size / terms.memory * terms.clock)
     return handover(terms, mode) | cycles | {"team": 2000 if tiles.team > 1 else 0}
 
 
-def projecting(
-    terms: Terms, kind: str, tiles: Tiles, H: int, P: int, B: int, programs: int, backward: bool
-) -> dict[str, float]:
+def projecting(terms: Terms, tiles: Tiles, problem: Problem, B: int, programs: int) -> dict[str, float]:
     """As behind_flags(), of a step of the step form that projects: it has two launches and two products, over P
     features for a program's units and over all units (backward: all gates) for its features.
 
     Not fitted: of what bench.simulate makes of both kernels at H 2560 and 4096, P 512, B 16, with the launches beside
     it, it is off by 13% at most (Triton 3.6).
     """
+    kind, H, P, backward = problem.kind, problem.H, problem.proj, problem.backward
     size = BYTES[kind]
     found: dict[str, float] = {}
     for rows, gates, width in ((tiles.units * (1 if backward else 4), 1, P), (tiles.features, 4 if backward else 1, H)):

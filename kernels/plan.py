@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from .choice import choose_kernel, grouped, kind_of, plans, projects, ranked
-from .environment import WHY_NO_TRITON, interpreted
+from .choice import choose_kernel, grouped, kind_of, plans, precision_of, projects, ranked
+from .environment import ROCM, WHY_NO_TRITON, interpreted
 from .findings import Candidate, Refused, file_for, findings_on, rounded, warn
+from .limits import checked
 from .planned import Plan, as_per_step, name, on_torch
 from .tiles import H100, Device, Problem, Tiles
 
@@ -20,13 +21,13 @@ def why_torch(dtype: torch.dtype, device: torch.device) -> str | None:
         return f"{WHY_NO_TRITON}: torch's own LSTM"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"{device.type} tensors: torch's own LSTM; the kernels run on CUDA"
-    if device.type == "cuda" and torch.version.hip is not None:
-        return "ROCm: torch's own LSTM; the kernels have instructions of NVIDIA's alone"
+    if device.type == "cuda" and torch.version.hip is not None and not ROCM:
+        return "ROCm: torch's own LSTM; FUSED_LSTM_ROCM=1 takes the kernels, which no AMD GPU has run yet"
     if dtype == torch.float64 and device.type == "cuda":
         return "float64 on CUDA: torch's own LSTM"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"{name(dtype)}: torch's own LSTM"
-    if (capability := hardware_of(device).capability) < (8, 0):
+    if not (hardware := hardware_of(device)).gcn and (capability := hardware.capability) < (8, 0):
         major, minor = capability
         return f"compute capability {major}.{minor}: torch's own LSTM; Triton has no matrix instructions below 8.0"
     return None
@@ -152,17 +153,19 @@ def choose_one_step(dtype: torch.dtype, H: int, device: torch.device, ieee: bool
     why = why_torch(dtype, device)
     if why is not None:
         return on_torch(why)
-    plan = one_step_in("ieee" if dtype != torch.float32 or device.type == "cpu" else "tf32x3" if ieee else "tf32")
-    problem, found = Problem(kind_of(dtype, ieee), H), findings_on(hardware_of(device))
+    hardware = hardware_of(device)
+    plan = one_step_in("ieee" if device.type == "cpu" else precision_of(dtype, ieee, hardware), hardware.gcn)
+    problem, found = Problem(kind_of(dtype, ieee), H), findings_on(hardware)
     if found.usable(problem, plan.mode, [plan.tiles(False)]):
         return plan
     return replace(on_torch("the kernel of one step does not run here"), refused=found.about(problem))
 
 
 @cache
-def one_step_in(precision: str) -> Plan:
+def one_step_in(precision: str, gcn: str = "") -> Plan:
     """The plan of one step in a precision; one object, with which launch.py keeps what it has prepared."""
-    tiles = Tiles(batch=16, units=16, chunk=64, warps=4)
+    # A gfx11 has no registers for longer chunks.
+    tiles = Tiles(batch=16, units=16, chunk=16 if gcn.startswith("gfx11") else 64, warps=4)
     why = "one step without gradients: one launch a layer, which writes the new state alone"
     return Plan("one step", tiles, None, 0, precision, why)
 
@@ -186,8 +189,12 @@ def refuse(device: torch.device, candidate: Candidate, refused: Refused) -> None
 
 
 def note_spills(device: torch.device, candidate: Candidate, compiled: Any) -> None:
-    """Has later plans do without a kernel that keeps registers in memory, where there is one that does not."""
-    if compiled.n_spills and findings_on(hardware_of(device)).note_spills(candidate, compiled.n_spills):
+    """Has later plans do without a kernel that keeps registers in memory, where there is one that does not. Of those
+    that were checked before they were shipped it is only before the first step."""
+    hardware = hardware_of(device)
+    if checked(hardware) or not compiled.n_spills:
+        return
+    if findings_on(hardware).note_spills(candidate, compiled.n_spills):
         forget_plans()
 
 
@@ -199,11 +206,12 @@ def hardware_of(device: torch.device) -> Device:
 @cache
 def cuda_device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
-    hardware = Device(
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-        (properties.major, properties.minor),
-    )
+    capability, gcn = (properties.major, properties.minor), ""
+    if torch.version.hip is not None:
+        gcn, shared = properties.gcnArchName.partition(":")[0], properties.shared_memory_per_block
+    else:
+        shared = properties.shared_memory_per_block_optin
+    hardware = Device(properties.multi_processor_count, shared, capability, gcn)
     findings_on(hardware).attach(file_for(properties.name), properties.name)
     return hardware
 

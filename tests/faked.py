@@ -24,9 +24,10 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bench.absent import CPU, DEVICES, without_device
+from bench.absent import CPU, without_device
 from fused_lstm import checks
 from fused_lstm.kernels import plan
+from fused_lstm.kernels.tiles import DEVICES
 from fused_lstm.paths import torch_lstm
 
 DEVICE = DEVICES[os.environ.get("FAKED_DEVICE", "H100")]

@@ -85,7 +85,7 @@ def planned() -> Iterator[tuple[str, dict[str, Any]]]:
         H, B = sizes[mode]
         hardware, (dtype, ieee) = offline.DEVICES[device], offline.DTYPES["bf16"]
         plan = choose_kernel(dtype, B, H, hardware, ieee, 1, 1, 0)
-        compiled = offline.compile_kernel("forward", plan, H, dtype, hardware.capability)
+        compiled = offline.compile_kernel("forward", plan, H, dtype, hardware)
         found, why = simulate_plan(compiled, "forward", plan, H, B, device=hardware)
         yield f"{device} {mode}", {"mode": plan.mode, "why": why, "timing": asdict(found) if found else None}
 

@@ -1,5 +1,7 @@
 """Which form a call takes, that the plan says so, and what each form saves."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
@@ -9,9 +11,9 @@ from fused_lstm import LSTM, LSTMCell, route
 from fused_lstm.call import Call, Options
 from fused_lstm.context import SAVES, Context
 from fused_lstm.kernels import launch, plan
-from fused_lstm.kernels.choice import candidates
-from fused_lstm.kernels.plan import choose, choose_kernel
-from fused_lstm.kernels.tiles import A100, H100, Device, Problem
+from fused_lstm.kernels.limits import why_not
+from fused_lstm.kernels.plan import choose, choose_kernel, choose_one_step, grouped, in_kernel, layers_together
+from fused_lstm.kernels.tiles import A100, AMD, DEVICES, H100, Device, Problem, Tiles
 from fused_lstm.tensors import check_tensors
 
 from .parity import twin
@@ -79,12 +81,50 @@ def test_a_batch_group_is_always_resident_together(device, dtype, ieee, B):
             assert chosen.mode != "grid" or programs <= chosen.resident <= device.multiprocessors
 
 
-@pytest.mark.parametrize("kind", ["bf16", "tf32", "fp32"])
-def test_a_device_without_room_for_one_chunk_keeps_none(kind):
-    """Of tiles that keep 0 chunks every program would have all of W_hh."""
-    for backward in (False, True):
-        found = candidates("grid", Problem(kind, 1024, backward), Device(128, 8 * 1024, (8, 6)))
-        assert all(tiles.poll for tiles in found)
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_has_a_plan_for_every_size(device):
+    for (dtype, ieee), H, B in product(KERNEL_DTYPES, (1, 20, 130, 513, 1500, 4096), (1, 64, 4096)):
+        chosen = choose_kernel(dtype, B, H, DEVICES[device], ieee)
+        assert chosen.mode != "torch" and chosen.forward.chunk > 0
+        for tiles, backward in ((chosen.forward, False), (chosen.backward, True)):
+            problem = Problem("fp32" if ieee else "tf32" if dtype == torch.float32 else "bf16", H, backward)
+            assert not why_not(tiles, chosen.mode, problem, DEVICES[device])
+
+
+def test_a_device_without_room_runs_step_by_step():
+    """Where not one chunk of W_hh fits, none is kept: and no program keeps all."""
+    small = Device(16, 16 * 1024, (8, 6))
+    chosen = choose_kernel(torch.bfloat16, 16, 1024, small, False)
+    assert chosen.mode == "step" and "does not fit on 16 multiprocessors" in chosen.why
+
+
+def test_what_keeps_tiles_from_a_device_is_said_in_words():
+    problem, tiles = Problem("bf16", 384), Tiles(32, 16, 64, 4)
+    assert why_not(tiles, "grid", problem, Device(20, 227 * 1024, (9, 0))) == ["24 programs, 20 multiprocessors"]
+    (why,) = why_not(tiles, "grid", problem, Device(132, 32 * 1024, (9, 0)))
+    assert why == "W_hh takes 53248 of 32768 bytes of shared memory"
+    (why,) = why_not(Tiles(8, 128, 128, 8, split=8), "local", problem._replace(H=130), H100)
+    assert why == "H 130, a program has 128 units"
+    t4 = choose_kernel(torch.float16, 16, 512, Device(40, 64 * 1024, (7, 5)), False)
+    assert t4.mode == "torch" and "compute capability 7.5: Triton has no matrix instructions for it" in t4.why
+    assert grouped(torch.float16, 16, 512, 3, Device(40, 64 * 1024, (7, 5)), False) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("device", AMD)
+def test_amd_is_asked_for_and_runs_step_by_step(device, monkeypatch):
+    cuda = torch.device("cuda", 0)  # as torch calls AMD's devices
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(plan, "cuda_device", lambda asked: AMD[device])
+    for dtype, ieee in KERNEL_DTYPES:
+        why = choose(dtype, 16, 512, cuda, ieee).why
+        assert "FUSED_LSTM_ROCM=1" in why and "no AMD GPU has run" in why
+    choose.cache_clear()
+    monkeypatch.setattr(plan, "ROCM", True)
+    for (dtype, ieee), H, B in product(KERNEL_DTYPES, (1, 20, 37, 512, 1027, 2048), (1, 64)):
+        chosen = choose(dtype, B, H, cuda, ieee)
+        assert chosen.mode == "step" and chosen.precision == "ieee" and chosen.forward.batch >= 16
+        assert choose_one_step(dtype, H, cuda, ieee).precision == "ieee"
+        assert layers_together(dtype, B, H, 2, cuda, ieee) == [1, 1] and not in_kernel(dtype, B, H, 8, cuda, ieee, 1)
 
 
 def test_plan_takes_every_form_of_input():

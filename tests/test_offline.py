@@ -1,13 +1,16 @@
-"""The compiled link: what plan.py can choose for an A100, H100 and B200 becomes machine code that keeps its promises.
+"""The compiled link: what plan.py can choose for a device that it knows becomes machine code that keeps its promises.
 
 Needs no GPU: bench.offline compiles for the device and reads the cubin, PTX and TTGIR. Its table, committed under
-bench/results/offline, has every plan; a sample of it is compiled anew here.
+bench/results/offline, has every plan; a sample of it is compiled anew here. So is a sample of the plans between the
+sizes of the table, and kernels/limits.json is what follows from what was compiled.
 """
 
 import json
 import os
+import random
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -15,25 +18,38 @@ from pathlib import Path
 import pytest
 import triton
 
+from bench import limits
 from bench.offline import (
+    ALL,
+    BATCHES,
     COMPILE,
-    DEVICES,
+    DTYPES,
     GROUP,
     KERNELS,
     PRODUCTS,
     RESULTS,
     SCANS,
+    TABULATED,
+    TABULATED_DEVICES,
+    TARGETS,
     TENSOR_MEMORY,
     fails,
     groups,
     key,
     read,
     table,
+    why_failed,
 )
 from bench.sass import parse, time_loop, width
+from fused_lstm.kernels import limits as of_kernels
+from fused_lstm.kernels.limits import why_not
+from fused_lstm.kernels.plan import choose_kernel
+from fused_lstm.kernels.tiles import Problem, Tiles
 
 ROOT = Path(__file__).parents[1]
 TRITONS = ("3.6.0", "3.7.1", "3.9.0")
+# The one that was asked about all devices, the others about those of the table.
+EXPLORED = "3.7.1"
 VARIANTS = {
     "dense": (),
     "packed reverse": ("--packed", "--reverse"),
@@ -61,7 +77,7 @@ def offline(*options):
 
 @cache
 def plans():
-    return groups()
+    return groups(TABULATED_DEVICES)
 
 
 def committed(version):
@@ -73,11 +89,15 @@ def faults(row):
     """The promises that a compiled kernel breaks, in words."""
     if "error" in row:
         return [row["error"]]
-    found, options, device = row["resources"], row["options"], DEVICES[row["device"]]
+    if row["target"].startswith("gfx"):  # of whose assembly no time loop is read
+        return [why_failed(row)] if fails(row) else [] if row["resources"]["matrix"] else ["no matrix instruction"]
+    found, options, device = row["resources"], row["options"], TARGETS[row["target"]]
     forward, grid, step = row["kernel"] == "forward", row["mode"] == "grid", row["mode"] == "step"
     tiles, team, stack = row["tiles"], row["tiles"]["team"] > 1, row["stack"]
     polled, local = grid and tiles["poll"], row["mode"] == "local"
     flags = grid and not polled
+    # Of 16 rows and 64 units parts in float32 pass in two turns.
+    turns = 2 if tiles["batch"] * tiles["units"] >= 1024 and row["dtype"] in ("tf32", "fp32") else 1
     programs = row["layers"] * tiles["team"] * triton.cdiv(row["H"], tiles["team"] * tiles["units"])
     weights = tiles["kept"] or triton.cdiv(row["H"], tiles["chunk"]) * (1 if forward else 4 // tiles["team"])
     held = 0 if polled or local else weights * (1 + stack)  # in registers
@@ -110,7 +130,7 @@ def faults(row):
         f"{found['barriers']} barriers: a product's operands pass through shared memory": polled
         and found["barriers"] > 2 + 2 * row.get("drop", False) + 5 * row.get("bounded", False),
         f"{found['barriers']} barriers: more than parts and h (dgates) pass through shared memory": local
-        and found["barriers"] > (6 if row["aligned"] else 18),
+        and found["barriers"] > (2 + 4 * turns if row["class"] == "masked" else 18),
         f"{found['early']} looks for what others write before the own is written": polled and found["early"] > 0,
         "no matrix instruction": not found["matrix"] and not (step and tiles["poll"]),  # of one turn there is no loop
         "more programs than multiprocessors": grid and programs > device.multiprocessors,
@@ -171,6 +191,81 @@ def test_table_is_made_from_its_files():
     assert (RESULTS / "README.md").read_text(encoding="utf-8") == table(RESULTS)
 
 
+def test_limits_are_made_from_what_was_asked():
+    assert limits.LIMITS.read_text(encoding="utf-8") == limits.text_of(limits.read_probed(RESULTS))
+
+
+def above_what_passes(found):
+    """The names of limits above the largest H that some Triton has passed below its least failure."""
+    too_high = []
+    for rows in limits.read_probed(RESULTS).values():
+        too_high += [
+            name for name, (most, _) in limits.limits_of([rows]).items() if found.get(name, (sys.maxsize,))[0] > most
+        ]
+    return too_high
+
+
+def test_no_limit_is_above_what_passes():
+    found = {name: tuple(limit) for name, limit in of_kernels.limits().items()}
+    assert len(found) > 100 and not above_what_passes(found)
+    name, (most, why) = next((name, limit) for name, limit in found.items() if limit[0] > 0)
+    assert above_what_passes(found | {name: (most + 1, why)}) == [name]
+
+
+def test_limits_follow_from_the_answers():
+    """The least failure of each Triton counts, not what passes above it, and the lowest of all Tritons."""
+
+    def row(name, H, why=""):
+        return {"name": name, "H": H, "half": "", "why": why}
+
+    one = [row("a", 100), row("a", 200, "spills"), row("a", 300), row("b", 50), row("c", 8, "spills")]
+    another = [row("a", 100), row("a", 120), row("b", 40), row("b", 60, "no room")]
+    assert limits.limits_of([one]) == {"a": (100, "spills"), "c": (0, "spills")}
+    assert limits.limits_of([one, another]) == {"a": (100, "spills"), "b": (40, "no room"), "c": (0, "spills")}
+
+
+@pytest.mark.parametrize("most", [0, 7, 300, 1000])
+def test_a_limit_is_found_to_a_part_of_it(most):
+    sizes, tried = list(range(8, 1025, 8)), []
+    limits.bisect(sizes, lambda H: tried.append(H) or most < H)
+    passing = max((H for H in tried if most >= H), default=0)
+    failing = min((H for H in tried if most < H), default=sizes[-1])
+    assert (failing - passing <= failing * limits.RESOLUTION or passing == 0) and len(tried) < 10
+
+
+def test_exploring_lowers_limits_until_all_that_is_planned_passes(tmp_path, monkeypatch):
+    """On kernels that are not compiled: the larger of two spills from H 300 on, and a run that is cut short goes on."""
+    monkeypatch.setattr(limits, "LIMITS", tmp_path / "limits.json")
+    common = {"target": "sm_90", "dtype": "bf16", "kernel": "forward", "mode": "grid", "stack": False, "proj": 0}
+    tiles = [asdict(Tiles(batch, 16, 64, 4)) for batch in (32, 16)]
+    name = limits.name_of(common | {"H": 40, "tiles": tiles[0]})
+    compiled = []
+
+    def choose():
+        rows = [common | {"half": "", "class": "masked", "tiles": each} for each in tiles]
+        sizes = list(range(40, 1025, 64))
+        most, _ = of_kernels.limits().get(name, (1024, ""))
+        parts = [H for H in sizes if most >= H], [H for H in sizes if most < H]
+        return [row | {"H": max(part), "sizes": part} for row, part in zip(rows, parts, strict=True) if part]
+
+    def why(group):
+        compiled.append((group["tiles"]["batch"], group["H"]))
+        if len(compiled) == 3:
+            raise KeyboardInterrupt
+        return "registers spill" if group["tiles"]["batch"] == 32 and group["H"] > 300 else ""
+
+    before = dict(of_kernels.limits())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            limits.explore(choose, limits.Asked(tmp_path, "3.0.0", why))
+        limits.explore(choose, limits.Asked(tmp_path, "3.0.0", why))
+        found = json.loads((tmp_path / "limits.json").read_text())
+        assert found == {"checked": {"3.0": ["sm_90"]}, "limits": {name: [296, "registers spill"]}}
+        assert len(compiled) == len(set(compiled)) + 1  # the one that was cut short
+    finally:
+        limits.install(before)
+
+
 def test_time_loop_has_what_was_moved_out_of_it():
     lines = """
         /*0000*/ LDG.E R0, desc[UR4][R2.64] ;
@@ -195,22 +290,62 @@ def test_time_loop_has_what_was_moved_out_of_it():
 
 
 def sample():
-    """Places in groups() of one kernel for each device, pass and form, the least H; dtype and alignment take turns."""
+    """Places in plans() of one kernel for each target, pass and form, the least H; dtype and alignment take turns."""
     every = plans()
     forms = [("local", False), ("grid", False), ("step", False), ("grid", True)]
     places = []
-    for turn, (device, kernel, (mode, stack)) in enumerate(product(DEVICES, KERNELS, forms)):
-        # Each device, pass and form meets another dtype; of stacks those that every device has.
+    for turn, (of_target, kernel, (mode, stack)) in enumerate(product(TABULATED, KERNELS, forms)):
+        # Each target, pass and form meets another dtype; of stacks those that every device has.
         dtype = PRODUCTS[(turn + turn // 4) % (2 if stack else 3)]
-        kind = {"device": device, "dtype": dtype, "kernel": kernel, "mode": mode, "stack": stack}
+        kind = {"target": of_target, "dtype": dtype, "kernel": kernel, "mode": mode, "stack": stack}
         fitting = [place for place, group in enumerate(every) if kind.items() <= group.items()]
-        taken = [place for place in fitting if every[place]["aligned"] == (turn % 5 < 3)] or fitting
-        places.append(min(taken, key=lambda place: every[place]["H"]))
+        wide = ("power", "whole", "masked") if turn % 5 < 3 else ("even", "odd")
+        taken = [place for place in fitting if every[place]["class"] in wide] or fitting
+        places += [min(taken, key=lambda place: every[place]["H"])] if taken else []
     return places
 
 
 def test_sample_of_plans():
     check(offline("--groups", *sample(), "--simulate"))
+
+
+def test_devices_without_a_table():
+    rows = offline("--H", 136, "--device", "RTX 4090", "RTX 5090", "MI300X", "RX 7900 XTX")
+    assert {row["target"] for row in rows} == {"sm_86", "sm_120", "gfx942", "gfx1100"}
+    check(rows)
+
+
+@cache
+def known_good(version):
+    """By the name of a limit the largest H that a Triton has compiled below its least failure."""
+    rows, most = limits.read_probed(RESULTS)[version], {}
+    found = limits.limits_of([rows])
+    for row in rows:
+        if row["H"] <= found.get(row["name"], (sys.maxsize,))[0]:
+            most[row["name"]] = max(most.get(row["name"], 0), row["H"])
+    return most
+
+
+@pytest.mark.parametrize("device", ALL)
+def test_plans_between_the_sizes_of_the_table(device):
+    """A sample of them passes why_not(), and is no longer than what has been compiled."""
+    draw, unknown, of_target = random.Random(device), [], of_kernels.target(ALL[device])
+    checked = of_kernels.shipped()["checked"]
+    tritons = [version for version in TRITONS if of_target in checked[of_kernels.minor(version)]]
+    assert EXPLORED in tritons and (len(tritons) == len(TRITONS) or of_target not in TABULATED)
+    for _ in range(60):
+        dtype, layers = draw.choice(PRODUCTS), draw.choice((1, 1, 2))
+        H, B = int(2 ** draw.uniform(0, 11)), draw.choice(BATCHES)
+        torch_dtype, ieee = DTYPES[dtype]
+        plan = choose_kernel(torch_dtype, B, H, ALL[device], ieee, 1, layers)
+        for backward in () if layers > 1 and plan.mode != "grid" else (False, True):
+            problem, tiles = Problem(dtype, H, backward, 1, layers), plan.backward if backward else plan.forward
+            assert not why_not(tiles, plan.mode, problem, ALL[device])
+            name = of_kernels.limit_name(tiles, plan.mode, problem, of_target)
+            # Outside the grid form sizes with masks stand for those without, and narrow ones for each other.
+            least = H if plan.mode == "grid" else 1
+            unknown += [(version, name, H, B) for version in tritons if known_good(version).get(name, 0) < least]
+    assert not unknown
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "dense"])
@@ -227,17 +362,25 @@ def test_bounded_waits(monkeypatch):
 
 def test_kernels_beside_the_recurrence():
     """The scan of recompute, dropout and the kernel of one step."""
-    rows = offline("--beside", "A100:bf16:512", "A100:fp32:650", "H100:bf16:650", "H100:fp32:512")
-    assert len(rows) == 4 * (len(SCANS) + 2)
+    cases = (
+        "A100:bf16:512",
+        "A100:fp32:650",
+        "H100:bf16:650",
+        "H100:fp32:512",
+        "MI300X:fp32:650",
+        "RX 7900 XTX:bf16:512",
+    )
+    rows = offline("--beside", *cases)
+    assert len(rows) == len(cases) * (len(SCANS) + 2)
     for row in rows:
         used = row["usage"]
         assert used["stack"] == 0 < used["registers"], row
-        assert used["shared"] <= DEVICES[row["device"]].shared, row
+        assert used["shared"] <= ALL[row["device"]].shared, row
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("device", DEVICES)
-def test_all_plans(device, variant):
-    places = [place for place, group in enumerate(plans()) if group["device"] == device]
+@pytest.mark.parametrize("of_target", TABULATED)
+def test_all_plans(of_target, variant):
+    places = [place for place, group in enumerate(plans()) if group["target"] == of_target]
     check(offline("--groups", *places, *VARIANTS[variant]), variant)

@@ -65,7 +65,11 @@ def test_holds_the_package_and_nothing_else(wheel):
     code |= {f"fused_lstm/paths/{path.name}" for path in (ROOT / "fused_lstm/paths").glob("*.py")}
     (info,) = {name.split("/")[0] for name in names} - {"fused_lstm"}
     assert info.endswith(".dist-info")
-    assert {name for name in names if name.startswith("fused_lstm/")} == {*code, "fused_lstm/py.typed"}
+    assert {name for name in names if name.startswith("fused_lstm/")} == {
+        *code,
+        "fused_lstm/py.typed",
+        "fused_lstm/kernels/limits.json",
+    }
     assert "LICENSE" in {PurePosixPath(name).name for name in names}
 
 

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from fused_lstm import LSTM, operators, route
 from fused_lstm.kernels.model import step, terms_for
 from fused_lstm.kernels.plan import choose_kernel, projects
-from fused_lstm.kernels.tiles import A100, B200, H100
+from fused_lstm.kernels.tiles import A100, B200, H100, Problem
 from fused_lstm.records import flatten
 
 from .parity import WIDEST, assert_parity, assert_parity_of
@@ -118,8 +118,9 @@ def test_the_kernels_project_where_it_takes_less(H, P, dtype):
     def both_passes(proj):
         plan = choose_kernel(dtype, 16, H, H100, False, 1, 1, proj)
         assert bool(plan.forward.features) == bool(plan.backward.features) == (proj > 0)
-        passes = (plan.forward, False), (plan.backward, True)
-        return sum(step(terms, kind, plan.mode, tiles, H, 16, back, 1, 1, proj).us for tiles, back in passes)
+        problem = Problem(kind, H, proj=proj)
+        passes = (plan.forward, problem), (plan.backward, problem._replace(backward=True))
+        return sum(step(terms, plan.mode, tiles, problem, 16).us for tiles, problem in passes)
 
     assert projects(dtype, 16, H, P, H100, False, 1) and both_passes(P) < both_passes(0)
 
@@ -132,7 +133,7 @@ def test_elsewhere_it_is_folded():
         assert not projects(torch.bfloat16, 16, *sizes, H100, False, 1)
     for ieee in (False, True):
         assert not projects(torch.float32, 16, 4096, 256, A100, ieee, 1)
-    assert not projects(torch.bfloat16, 16, 4096, 256, B200, False, 1)
+    assert projects(torch.bfloat16, 16, 4096, 256, B200, False, 1)
 
 
 def test_the_plan_says_where_the_projection_is():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,8 +35,8 @@ ERRORS = {
     "driver": lambda: RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
     "cooperative": lambda: RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch"),
 }
-# The candidates of H 20 in the interpreter: one local, the grid form's two stand-ins, and one of steps.
-ALL = 4
+# The candidates of H 20 in the interpreter: four local ones, the grid form's two stand-ins, and one of steps.
+ALL = 7
 EVERY = 99
 CPU = torch.device("cpu")
 
@@ -103,7 +104,7 @@ def test_the_next_candidate_runs(planted, name, error, count):
         assert now.mode == "torch" and "torch's own LSTM" in now.why and "torch's own LSTM" in str(now)
         assert len(planted.asked) == asked
     else:
-        assert now.mode == "step"
+        assert now.mode == ("step" if count == ALL - 1 else "local")
 
 
 # Whatever a call has that is more than a plain one, with no kernel that runs from the start, and from backward on.
@@ -368,6 +369,14 @@ def test_of_kernels_that_spill_the_least_is_taken():
     found.refuse(kernels[1], "too large", True)
     assert found.usable(problem._replace(directions=2), "grid", tiles) == [tiles[2]]
     assert found.usable(problem._replace(backward=True), "grid", tiles) == tiles
+
+
+@pytest.mark.parametrize(("capability", "counts"), [((9, 0), False), ((9, 1), True)])
+def test_spills_before_the_first_step_count_where_no_step_was_checked(capability, counts, monkeypatch):
+    hardware = replace(H100, capability=capability)
+    monkeypatch.setattr(plan, "hardware_of", lambda device: hardware)
+    plan.note_spills(torch.device("cuda"), KERNELS[0], SimpleNamespace(n_spills=3))
+    assert (KERNELS[0] in findings.findings_on(hardware).spills) == counts
 
 
 # Triton's own refusals

@@ -15,7 +15,7 @@ import torch
 
 import fused_lstm
 from fused_lstm import LSTM, LSTMCell, tuning
-from fused_lstm.kernels import findings, plan
+from fused_lstm.kernels import choice, findings, plan
 from fused_lstm.kernels.findings import Findings, findings_on
 from fused_lstm.kernels.tiles import H100
 
@@ -101,10 +101,9 @@ def test_a_form_whose_other_pass_is_refused_is_not_taken(times):
         times["each"] = iter([*range(1, len(forward) + 1), 1.0, 2.0])
         fused_lstm.tune(module, x, progress=False)
         assert module.plan(x).mode == "local"
-    for made in plan.alternatives(*launch_of(module, x, True)):
-        if made.mode == "local":
-            kernel = findings.Candidate(plan.Problem("fp32", 20, True), "local", made.backward)
-            findings_on(H100).refuse(kernel, "too large", True)
+    problem = plan.Problem("fp32", 20, True)
+    for tiles in choice.candidates("local", problem, H100):
+        findings_on(H100).refuse(findings.Candidate(problem, "local", tiles), "too large", True)
     plan.forget_plans()
     assert module.plan(x).mode == "step"
     assert_parity(module, x)

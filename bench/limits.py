@@ -1,0 +1,173 @@
+"""What compiling has found that a recurrence cannot have: up to which H a kernel keeps registers and shared memory.
+
+bench.offline asks each Triton about the kernels that are planned, and writes down every answer in a file of that
+Triton's, `probed-*.jsonl`: the name of the limit, H, and what happens there. kernels/limits.json is made from these
+files alone, and what one Triton cannot compile is planned for none.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fused_lstm.kernels import choice
+from fused_lstm.kernels import limits as of_kernels
+from fused_lstm.kernels.limits import limit_name, minor
+from fused_lstm.kernels.tiles import Problem, Tiles
+
+Row = dict[str, Any]
+Limits = dict[str, tuple[int, str]]
+
+LIMITS = Path(of_kernels.__file__).with_name("limits.json")
+# A limit is found to so much of H: the next that is tried is further away.
+RESOLUTION = 1 / 16
+# In place of the half of a kernel: the answer is about all that is planned for a target.
+ALL = "all"
+
+
+def name_of(group: Row) -> str:
+    """The name of the limit that a group of sizes has."""
+    layers = 2 if group["stack"] else 1
+    problem = Problem(group["dtype"], group["H"], group["kernel"] == "backward", 1, layers, group["proj"])
+    return limit_name(Tiles(**group["tiles"]), group["mode"], problem, group["target"])
+
+
+def limits_of(probed: Iterable[list[Row]]) -> Limits:
+    """The limits that follow from what each Triton was asked."""
+    found: Limits = {}
+    for rows in probed:
+        sizes: dict[str, list[Row]] = {}
+        for row in rows:
+            sizes.setdefault(row["name"], []).append(row)
+        for name, asked in sizes.items():
+            failing = min((row for row in asked if row["why"]), key=lambda row: row["H"], default=None)
+            if failing is not None:
+                passing = max((row["H"] for row in asked if row["H"] < failing["H"]), default=0)
+                found[name] = min(found.get(name, (passing, failing["why"])), (passing, failing["why"]))
+    return dict(sorted(found.items()))
+
+
+def read_probed(results: Path) -> dict[str, list[Row]]:
+    """By Triton's version what it was asked."""
+    return {
+        path.stem.removeprefix("probed-"): [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in sorted(results.glob("probed-*.jsonl"))
+    }
+
+
+def checked_by(probed: dict[str, list[Row]]) -> dict[str, list[str]]:
+    """By a Triton the targets whose plans it has compiled, all of them: they have an answer of their own."""
+    return {
+        minor(version): sorted(row["name"] for row in rows if row["half"] == ALL) for version, rows in probed.items()
+    }
+
+
+def text_of(probed: dict[str, list[Row]]) -> str:
+    """The text of limits.json: a line for each."""
+    parts = {"checked": checked_by(probed), "limits": limits_of(probed.values())}
+    text = (
+        f"{json.dumps(part)}: {{\n"
+        + ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in of.items())
+        + "\n}"
+        for part, of in parts.items()
+    )
+    return "{\n" + ",\n".join(text) + "\n}\n"
+
+
+def install(limits: Limits) -> None:
+    """Lets this process plan by limits."""
+    of_kernels.limits().clear()
+    of_kernels.limits().update(limits)
+    for cached in (choice.candidates, choice.choose_kernel, choice.grouped, choice.projects):
+        cached.cache_clear()
+
+
+class Asked:
+    """What one Triton was asked, and its answers: a file of a line each, so that another run goes on from there."""
+
+    def __init__(self, results: Path, version: str, why: Callable[[Row], str]) -> None:
+        self.path, self.why = results / f"probed-{version}.jsonl", why
+        self.answers: dict[tuple[str, str], dict[int, str]] = {}
+        for row in read_probed(results).get(version, []):
+            self.answers.setdefault((row["name"], row["half"]), {})[row["H"]] = row["why"]
+
+    def fails(self, group: Row, H: int) -> bool:
+        """Whether a group's kernel fails at an H. What a longer row of its class passes none is asked again, unless a
+        shorter one fails."""
+        name, half = name_of(group | {"H": H}), group["half"]
+        answers = self.answers.setdefault((name, half), {})
+        if H in answers:
+            return answers[H] != ""
+        longer = any(other > H and not why for other, why in answers.items())
+        if longer and not any(other < H and why for other, why in answers.items()):
+            return False
+        return self.answered(group | {"H": H}, self.why(group | {"H": H}))
+
+    def is_rough(self, name: str) -> bool:
+        """Whether a limit is further from the least failure than bisect() leaves it."""
+        for answers in (self.answers[key] for key in self.answers if key[0] == name):
+            failing = min((H for H, why in answers.items() if why), default=0)
+            passing = max((H for H in answers if failing > H), default=0)
+            if failing - passing > RESOLUTION * failing:
+                return True
+        return False
+
+    def answered(self, group: Row, why: str) -> bool:
+        """Writes down what happens to a group's kernel; whether it fails."""
+        self.noted({"name": name_of(group), "H": group["H"], "half": group["half"], "why": why})
+        return why != ""
+
+    def noted(self, row: Row) -> None:
+        answers = self.answers.setdefault((row["name"], row["half"]), {})
+        if answers.get(row["H"]) != row["why"]:
+            answers[row["H"]] = row["why"]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            print(*row.values(), flush=True)
+
+
+def explore(choose: Callable[[], list[Row]], asked: Asked) -> None:
+    """Asks a Triton about the kernels that are planned, and where one fails lowers its limit and plans again, until all
+    that are planned pass. Goes on where it was cut short, and may run beside others that choose other kernels.
+
+    choose: the groups that are planned by the limits that are installed.
+    """
+    results = asked.path.parent
+    # A run that was cut short may have left limits lower than they need be: they are looked for once more.
+    lower = limits_of(read_probed(results).values())
+    installed = {name: limit for name, limit in lower.items() if not asked.is_rough(name)}
+    while True:
+        install(installed)
+        groups = choose()
+        print(f"{len(groups)} planned", flush=True)
+        failed = 0
+        for group in groups:
+            if asked.fails(group, group["H"]):
+                failed += 1
+                bisect([H for H in group["sizes"] if group["H"] >= H], partial(asked.fails, group))
+        before, installed = installed, limits_of(read_probed(results).values())
+        if not failed and before == installed:
+            break
+    for of_target in sorted({group["target"] for group in groups}):
+        asked.noted({"name": of_target, "H": 0, "half": ALL, "why": ""})
+    write(results)
+
+
+def bisect(sizes: list[int], fails: Callable[[int], bool]) -> None:
+    """Asks about sizes, of which the last fails, until it is known about where that begins."""
+    low, high = -1, len(sizes) - 1  # the last that passes, the first that fails
+    middle = 0  # most kernels that fail do so at every size
+    while high - low > 1 and (low < 0 or sizes[high] - sizes[low] > RESOLUTION * sizes[high]):
+        if fails(sizes[middle]):
+            high = middle
+        else:
+            low = middle
+        middle = (low + high) // 2
+
+
+def write(results: Path) -> None:
+    """Makes limits.json anew."""
+    probed = read_probed(results)
+    LIMITS.write_text(text_of(probed), encoding="utf-8")
+    install(limits_of(probed.values()))
