@@ -127,11 +127,11 @@ class Asked:
             print(*row.values(), flush=True)
 
 
-def explore(choose: Callable[[], list[Row]], asked: Asked) -> None:
+def explore(choose: Callable[[], list[Row]], asked: Asked, whole: bool = True) -> None:
     """Asks a Triton about the kernels that are planned, and where one fails lowers its limit and plans again, until all
     that are planned pass. Goes on where it was cut short, and may run beside others that choose other kernels.
 
-    choose: the groups that are planned by the limits that are installed.
+    choose: the groups that are planned by the limits that are installed. whole: they are all of their targets.
     """
     results = asked.path.parent
     # A run that was cut short may have left limits lower than they need be: they are looked for once more.
@@ -149,7 +149,7 @@ def explore(choose: Callable[[], list[Row]], asked: Asked) -> None:
         before, installed = installed, limits_of(read_probed(results).values())
         if not failed and before == installed:
             break
-    for of_target in sorted({group["target"] for group in groups}):
+    for of_target in sorted({group["target"] for group in groups}) if whole else ():
         asked.noted({"name": of_target, "H": 0, "half": ALL, "why": ""})
     write(results)
 

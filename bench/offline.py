@@ -340,7 +340,7 @@ def choices(
 
 
 def groups(
-    devices: Iterable[str] = ALL,
+    devices: Iterable[str] = TABULATED_DEVICES,
     dtypes: Iterable[str] = PRODUCTS,
     sizes: Iterable[int] = SIZES,
     batches: Iterable[int] = BATCHES,
@@ -664,7 +664,7 @@ def main() -> None:
         devices = [name for name, device in ALL.items() if target(device) in args.target]
         args.results.mkdir(parents=True, exist_ok=True)
         asked = limits.Asked(args.results, triton.__version__, lambda group: why_failed(compiled(group)))
-        limits.explore(partial(groups, devices, sizes=args.H or SIZES), asked)
+        limits.explore(partial(groups, devices, sizes=args.H or SIZES), asked, whole=args.H is None)
         sys.exit(not (args.explore or tabulate(asked, args.fresh, devices)))
     if args.H is None:
         every = groups()

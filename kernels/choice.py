@@ -128,10 +128,9 @@ def why_mode(mode: str, tiles: Tiles, weight: str, problem: Problem, device: Dev
 
 def why_no_form(problem: Problem, device: Device) -> str:
     """Why not even a launch a step runs a recurrence."""
-    both = problem, problem._replace(backward=True)
-    reasons = [*(why_not(tiles, "step", each, device) for each in both for tiles in listed("step", each, device))]
-    reasons.append(findings_on(device).about(problem))
-    return "; ".join(dict.fromkeys(chain.from_iterable(reasons))) or "no kernel projects in such rows"
+    passes = problem, problem._replace(backward=True)
+    kept_from = (why_not(tiles, "step", each, device) for each in passes for tiles in listed("step", each, device))
+    return "; ".join(dict.fromkeys([*chain.from_iterable(kept_from), *findings_on(device).about(problem)]))
 
 
 @cache

@@ -117,8 +117,8 @@ def class_of(problem: Problem, tiles: Tiles, mode: str) -> str:
 
 
 def checked(device: Device) -> bool:
-    """Whether this Triton has compiled what is planned for a device: then no step loads spilled registers, whatever a
-    kernel spills before the first one."""
+    """Whether this Triton has compiled what is planned for devices of a device's kind: then no step loads spilled
+    registers, whatever a kernel spills before the first one."""
     known = bool(device.gcn) or device.capability in {each.capability for each in DEVICES.values()}
     return known and TRITON is not None and target(device) in shipped()["checked"].get(minor(TRITON), ())
 

@@ -146,9 +146,8 @@ def of_launch(terms: Terms, mode: str, tiles: Tiles, problem: Problem, B: int, p
 def few_units(kind: str, tiles: Tiles) -> dict[str, float]:
     """Cycles of one step of the local form, either pass.
 
-    Fitted as few_rows(), to H 8 to 128. By `python -m bench.fit --H 8 15 16 24 31 32 48 63 64 --B 16 4096` (Triton 3.6)
-    it is off by 7% in the median, 23% at nine of ten, and 55% at most; the rank correlation is 0.92. What it leaves out
-    is how narrow the rows are.
+    Fitted as few_rows(), to H 8 to 128. Over the 71 kernels of the table it is off by 13% in the median, 53% at nine of
+    ten, and 68% at most (Triton 3.6); the rank correlation is 0.85. What it leaves out is how narrow the rows are.
     """
     instructions = 4 * tiles.units * tiles.units * tiles.batch // 8 * BYTES[kind] // 512
     return {
@@ -162,14 +161,13 @@ def few_rows(terms: Terms, tiles: Tiles, problem: Problem, B: int, programs: int
     """Cycles of one step of the kernels for few rows, with so many programs at once.
 
     Fitted to bench.simulate's cycles of every tile that an H100 can have, forward and backward, in all kinds, at H 136
-    to 1024 and B 1 to 64, one layer (297 kernels, Triton 3.6; rank correlation 0.96). Over the 99 of the table in
-    bench/results/offline it is off by 7% in the median, 20% at nine of ten, and 35% at most. What it leaves out is
-    whether a failed poll comes just before the data.
+    to 1024 and B 1 to 64, one layer (297 kernels, Triton 3.6; rank correlation 0.96). Over the 132 of the table in
+    bench/results/offline it is off by 7% in the median, 20% at nine of ten, and 47% at most (rank correlation 0.89).
+    What it leaves out is whether a failed poll comes just before the data.
     """
     kind, H, backward = problem.kind, problem.H, problem.backward
-    width = (
-        (1 if problem.layers == 1 else 2) * BYTES[kind] * H * (4 // tiles.team if backward else 1)
-    )  # bytes that a row has
+    products, gates = 1 if problem.layers == 1 else 2, 4 // tiles.team if backward else 1
+    width = products * gates * H * BYTES[kind]  # bytes that a row has
     # Matrix instructions of 16 x 8 sums over 32 bytes of a row.
     instructions = ceil_div((tiles.team if backward else 4) * tiles.units, 16) * tiles.batch // 8 * width // 32
     return {
@@ -185,9 +183,9 @@ def few_rows(terms: Terms, tiles: Tiles, problem: Problem, B: int, programs: int
 def behind_flags(terms: Terms, mode: str, tiles: Tiles, problem: Problem, B: int, programs: int) -> dict[str, float]:
     """Cycles of one step of the grid form behind step flags, or of the step form, with so many programs at once.
 
-    Fitted as few_rows(), to the grid form at H 256 to 2048, B 1 to 256, one layer or two (Triton 3.7). Over the 85
-    kernels of the table it is off by 13% in the median, 27% at nine of ten, and 53% at most (Triton 3.9: 22%, 38%,
-    62%); the rank correlation is 0.96. The step form has the same products, between launches, which are not simulated.
+    Fitted as few_rows(), to the grid form at H 256 to 2048, B 1 to 256, one layer or two (Triton 3.7). Over the 141
+    kernels of the table it is off by 13% in the median, 29% at nine of ten, and 44% at most (Triton 3.9: 21%, 39%,
+    59%); the rank correlation is 0.96. The step form has the same products, between launches, which are not simulated.
     """
     kind, H, backward = problem.kind, problem.H, problem.backward
     products, gates, size = 1 if problem.layers == 1 else 2, 4 // tiles.team if backward else 1, BYTES[kind]

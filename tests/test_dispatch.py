@@ -111,7 +111,8 @@ def test_what_keeps_tiles_from_a_device_is_said_in_words():
 
 
 @pytest.mark.parametrize("device", AMD)
-def test_amd_is_asked_for_and_runs_step_by_step(device, monkeypatch):
+def test_amd_is_asked_for_and_runs_step_by_step(device, monkeypatch, request):
+    request.addfinalizer(plan.forget_plans)
     cuda = torch.device("cuda", 0)  # as torch calls AMD's devices
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(plan, "cuda_device", lambda asked: AMD[device])
