@@ -38,5 +38,5 @@ setup(
     # The kernels stand at the top of the repository for the reader; they are imported as
     # fused_lstm.kernels, because the bare name belongs to another package on PyPI.
     package_dir={"fused_lstm": "fused_lstm", "fused_lstm.kernels": "kernels"},
-    package_data={"fused_lstm": ["py.typed"], "fused_lstm.kernels": ["limits.json"]},
+    package_data={"fused_lstm": ["py.typed"], "fused_lstm.kernels": ["limits.json", "measured/*.jsonl"]},
 )

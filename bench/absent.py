@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
-from fused_lstm import operators, route
+from fused_lstm import operators, route, tuning
 from fused_lstm.kernels import plan
 from fused_lstm.kernels.tiles import H100, Device
 
@@ -84,10 +84,10 @@ def without_device(device: Device = H100) -> Driver:
         vars(asked)["cache_clear"] = getattr(question, "cache_clear", None)
         return asked
 
-    for name in ("why_torch", "choose", "layers_together", "in_kernel", "choose_one_step"):
+    for name in ("why_torch", "choose", "layers_together", "in_kernel", "choose_one_step", "alternatives"):
         own = getattr(plan, name)
         asked = asked_of_the_device(own)
-        for module in (plan, route, operators):
+        for module in (plan, route, operators, tuning):
             if getattr(module, name, None) is own:
                 setattr(module, name, asked)
     route.known_route.cache_clear()

@@ -3,6 +3,7 @@
 tests   what the tests marked `gpu` launch
 sweep   the cases of bench.run, with the providers of ours
 lab     the micro-benchmarks of bench.lab, and the recurrence kernels with the tiles that the plans choose
+plans   those with the tiles among which tune() chooses, in the sizes of the sweep
 
 The kernels go into an archive, which unpack() makes a Triton cache of, anywhere. With --check they are asked for again
 from an unpacked archive, and what misses is counted. With --H one size goes into Triton's own cache instead, so that
@@ -37,10 +38,10 @@ import triton
 from triton.compiler.compiler import make_backend
 from triton.runtime.cache import triton_key
 
-from fused_lstm import LSTM
+from fused_lstm import LSTM, tuning
 from fused_lstm.kernels.tiles import DEVICES, H100, Device
 
-from . import cases, lab, measure, micro, store, tune
+from . import cases, lab, measure, micro, plans, store, tune
 from .absent import CPU, target, without_device
 from .providers import PROVIDERS
 from .timing import Times
@@ -87,6 +88,14 @@ def lab_item(device: Device, item: lab.Item) -> None:
         lab.PARTS[item.part].measure(here, item.name, item.params)
 
 
+def plans_item(item: lab.Item) -> None:
+    """What tune() launches, of which nothing is timed, nor looked at."""
+    small = item._replace(params=item.params | {"T": min(item.params["T"], 2)})
+    unasked = {"mismatch": lambda *args: "", "microseconds": lambda call: 1.0}
+    with patch.multiple(tuning, **unasked):
+        plans.measure(AbsentLab(CPU), small.name, small.params)
+
+
 def sweep_row(case: cases.Case, provider: str) -> None:
     """What measure.check() and measure.steps() launch; no size but H and the dtype makes another kernel."""
     small = replace(case, T=1 if case.mode == "one step" else 2)
@@ -126,11 +135,13 @@ def jobs(part: str, device: Device) -> list[Job]:
     if part == "sweep":
         ours = [name for name in PROVIDERS if name.startswith("fused_lstm") and "graph" not in name]
         return [Job(sweep_row, (case, name)) for case in cases.GPU for name in ours if PROVIDERS[name].runs(case)]
-    items = lab.listed(AbsentLab(CPU, of=device), list(lab.PARTS))
+    if part == "plans":
+        return [Job(plans_item, (item,)) for item in lab.listed(AbsentLab(CPU), ["plans"])]
+    items = lab.listed(AbsentLab(CPU, of=device), [part for part in lab.PARTS if part != "plans"])
     return [Job(lab_item, (device, item)) for item in items if item.params.get("chosen", True)]
 
 
-PARTS = ("tests", "sweep", "lab")
+PARTS = ("tests", "sweep", "lab", "plans")
 
 
 def gpu_tests(device: str, processes: int) -> None:

@@ -138,6 +138,7 @@ def parts(dry: bool, results: Path) -> list[Part]:
         # A hang of ours costs 45 s: nothing else takes so long here, not even kernels that were not compiled ahead.
         Part("sweep", 260, {"": [*run, "--providers", "fused_lstm", "--stall", "45"]}, measures=True),
         Part("micro", 60, {"": [*lab, "exchange", "broadcast", "launch", "matrix"]}, measures=True),
+        Part("plans", 70, {"": [*lab, "plans"]}, measures=True),
         Part("tune", 70, {"": [*lab, "tune"]}, measures=True),
         Part("device", 75, {"": tests("-vv", *device, workers=1, seconds=30, dry=dry)}),
         Part("debug", 30, {"": tests(*grid, workers=8, seconds=25, dry=dry)}, variables={"FUSED_LSTM_DEBUG": "1"}),

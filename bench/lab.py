@@ -6,6 +6,7 @@ broadcast  N programs that all read the h tile which they have just written toge
 launch     from one dependent kernel to the next, launched from Python and in a CUDA graph
 matrix     the products of a step with W_hh on chip, at the tiles that the plans take
 tune       the recurrence kernels with tiles around the plan's own
+plans      what the plans choose among, and the whole call beside nn.LSTM's, by fused_lstm.tune()
 
 A worker process measures row by row and a supervisor watches it, as in bench.run: what hangs or takes the CUDA context
 down costs one row. A dry run takes the same lines on tiny sizes in Triton's interpreter; its times mean nothing.
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import micro, store, tune, worker
+from . import micro, plans, store, tune, worker
 from .micro import Lab, Measured, Wrong
 from .store import Row
 from .worker import RESTART, lost
@@ -47,6 +48,7 @@ PARTS = {
     "launch": Part(micro.launch_items, micro.launch),
     "matrix": Part(micro.matrix_items, micro.matrix),
     "tune": Part(tune.items, tune.measure),
+    "plans": Part(plans.items, plans.measure),
 }
 
 
@@ -216,7 +218,7 @@ def _arguments() -> argparse.Namespace:
 
 def _source() -> str:
     """A hash of the lab's own code, on which its rows depend besides the kernels."""
-    files = [store.ROOT / "bench" / name for name in ("micro.py", "tune.py")]
+    files = [store.ROOT / "bench" / name for name in ("micro.py", "plans.py", "tune.py")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
@@ -232,6 +234,7 @@ def main() -> int:
     parts = args.parts or list(PARTS)
     work = listed(lab, parts)
     if args.worker:
+        plans.keep_in(path.parent, lab)
         return sweep(work, path, lab, environment, args.until)
 
     if args.dry:

@@ -169,9 +169,10 @@ def torch_plan(form: Form) -> Plan | None:
     asks_more = form.cut or form.record or form.options.return_states or chunk_of(form)
     if asks_more or not form.context.plain or type(form.B) is not int:
         return None  # torch's own LSTM lacks it, or has it slowly, or the call is made for every B
-    if (time := time_of(form)) is not None:
+    if (known := measured(form)) is not None:
+        time, evidence = known
         why = f"torch's own LSTM is faster here: {time.torch:,.0f} us a call, the kernels {time.kernels:,.0f}"
-        return replace(on_torch(why), measured=evidence_of(form, time)) if time.torch < time.kernels else None
+        return replace(on_torch(why), measured=evidence) if time.torch < time.kernels else None
     if form.device.type == "cuda" and form.B >= LARGE and not form.P:
         problem = Problem(kind_of(form.dtype, form.ieee), form.H, directions=form.options.directions)
         why = why_cudnn(plan, problem, form.B, hardware_of(form.device), form.context.saves)
@@ -198,17 +199,19 @@ def call_form_of(form: Form) -> CallForm:
     return CallForm(kind, *sizes, form.context.saves, form.one_step, form.cut)
 
 
-def time_of(form: Form) -> CallTime | None:
-    """What tune() has measured for a call; None for nothing, and in a graph, which is the same for every B."""
+def measured(form: Form) -> tuple[CallTime, str] | None:
+    """What tune() has measured for a call, and that in words; None for nothing, and in a graph, which is the same for
+    every B."""
     if not form.context.plain or type(form.B) is not int:
         return None
-    return findings_on(hardware_of(form.device)).calls.get(call_form_of(form))
-
-
-def evidence_of(form: Form, time: CallTime) -> str:
-    device = findings_on(hardware_of(form.device)).device or form.device.type
-    text = f"measured on this device, {device}, on {time.date}: {time.kernels:,.0f} us a call"
-    return f"{text}, torch's own LSTM {time.torch:,.0f}"
+    here = findings_on(hardware_of(form.device))
+    for found in here.measured():
+        if (time := found.calls.get(call_form_of(form))) is not None:
+            device = found.device or form.device.type
+            where = f"on this device, {device}," if found is here else f"on an {device} of ours"
+            times = f"{time.kernels:,.0f} us a call, torch's own LSTM {time.torch:,.0f}"
+            return time, f"measured {where} on {time.date}: {times}"
+    return None
 
 
 # A graph is to be the same for every B: what is decided for it is decided for a middling one.
@@ -286,8 +289,8 @@ def plan_of(form: Form) -> Plan:
     plan = choose(form.dtype, form.B, form.H, form.device, form.ieee, options.directions, groups[0], proj)
     if groups[0] > 1 and len(groups) > 1:
         plan = replace(plan, why=f"{plan.why}; the launches have {', '.join(map(str, groups))} layers")
-    if (time := time_of(form)) is not None:
-        plan = replace(plan, measured=evidence_of(form, time))
+    if (known := measured(form)) is not None:
+        plan = replace(plan, measured=known[1])
     return with_memory_estimate(plan, form.dtype, form.H, form.P, chunk)
 
 

@@ -3,7 +3,8 @@ take, so that a plan takes the best.
 
 On a GPU what holds in every process is kept in a file beside Triton's cache: one for each device, Triton and source of
 ours. It has a line of JSON for each finding, appended whole, so that processes can share it; a line that cannot be read
-is passed over, and the file may be deleted at any time.
+is passed over, and the file may be deleted at any time. Such files are shipped with the package, in the folder
+measured/, by the device's name: their times count where none were taken on the device at hand.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -104,7 +106,7 @@ class Findings:
     """Of one device.
 
     device: its name. refused: why a kernel does not run. spills: how many registers of a thread it keeps in memory.
-    times: microseconds of a step. calls: of a call.
+    times: microseconds of a step. calls: of a call. shipped: times taken on another device of that name.
     """
 
     def __init__(self) -> None:
@@ -114,6 +116,7 @@ class Findings:
         self.times: dict[Launch, float] = {}
         self.calls: dict[CallForm, CallTime] = {}
         self.file: Path | None = None
+        self.shipped: Findings | None = None
 
     def attach(self, file: Path, device: str = "") -> None:
         """Reads the file, and keeps what lasts there from now on; device: its name."""
@@ -173,6 +176,12 @@ class Findings:
         problems = [of._replace(backward=back, proj=proj) for back in (False, True) for proj in (0, of.proj)]
         return tuple(f"{one}: {why}" for one, why in every.items() if one.problem in problems)
 
+    def measured(self) -> "Iterator[Findings]":
+        """Those that have times, the device's own first."""
+        yield self
+        if self.shipped:
+            yield self.shipped
+
     def note_time(self, launch: Launch, us: float) -> None:
         self.times[launch] = us
         self._keep(launch, {"B": launch.B, "us": us})
@@ -223,8 +232,16 @@ def file_for(name: str) -> Path:
     """Where the findings of a device of that name are kept."""
     from triton import knobs
 
-    of_device = re.sub(r"\W+", "-", name)
-    return Path(knobs.cache.dir, "fused_lstm", f"{of_device}-triton-{TRITON}-{_source()}.jsonl")
+    return Path(knobs.cache.dir, "fused_lstm", f"{_in_a_path(name)}-triton-{TRITON}-{_source()}.jsonl")
+
+
+def shipped_for(name: str) -> Path:
+    """Where the findings about a device of that name are that are shipped, if there are any."""
+    return Path(__file__).with_name("measured") / f"{_in_a_path(name)}.jsonl"
+
+
+def _in_a_path(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
 
 
 @cache

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .choice import choose_kernel, grouped, kind_of, plans, precision_of, projects, ranked
+from .choice import candidates, choose_kernel, grouped, kind_of, plans, precision_of, projects, ranked
 from .environment import ROCM, WHY_NO_TRITON, interpreted
-from .findings import Candidate, Refused, file_for, findings_on, rounded, warn
+from .findings import Candidate, Findings, Refused, file_for, findings_on, rounded, shipped_for, warn
 from .limits import checked
 from .planned import Plan, as_per_step, name, on_torch
 from .tiles import H100, Device, Problem, Tiles
@@ -108,16 +108,10 @@ def alternatives(dtype: torch.dtype, B: int, problem: Problem, device: torch.dev
 
 def fastest(plan: Plan, dtype: torch.dtype, B: int, problem: Problem, device: torch.device) -> Plan:
     """What has been measured to be the fastest for a problem; the plan itself where nothing has been."""
-    of_mode: dict[str, tuple[dict[Tiles, float], dict[Tiles, float]]] = {}
-    found = findings_on(hardware_of(device))
-    for of, us in found.times.items():
-        same = (of.problem._replace(backward=False), of.B) == (problem, rounded(B))
-        if same and of.candidate not in found.refused and not (of.mode == "grid" and device in _grid_disabled):
-            of_mode.setdefault(of.mode, ({}, {}))[of.problem.backward][of.tiles] = us
-    # Where no backward pass has been timed, the model's choice serves it.
-    trains = any(backward for _, backward in of_mode.values())
-    whole = {mode: both for mode, both in of_mode.items() if both[0] and bool(both[1]) == trains}
-    if not whole:
+    for found in findings_on(hardware_of(device)).measured():
+        if whole := timed(found, B, problem, device):
+            break
+    else:
         return plan
     mode = min(whole, key=lambda mode: sum(min(times.values()) for times in whole[mode] if times))
     forward, backward = (min(times, key=times.__getitem__, default=None) for times in whole[mode])
@@ -129,6 +123,25 @@ def fastest(plan: Plan, dtype: torch.dtype, B: int, problem: Problem, device: to
     resident = hardware_of(device).multiprocessors if mode == "grid" else 0
     why = f"the fastest of {sum(map(len, whole[mode]))} kernels that were timed in this form; {plan.why}"
     return replace(plan, mode=mode, forward=forward, backward=backward, resident=resident, why=why)
+
+
+def timed(
+    found: Findings, B: int, problem: Problem, device: torch.device
+) -> dict[str, tuple[dict[Tiles, float], dict[Tiles, float]]]:
+    """By form the microseconds of the kernels of a problem, forward and backward, that run on a device; of forms whose
+    backward pass was not timed only if no form's was: the model's choice serves it then."""
+    of_mode: dict[str, tuple[dict[Tiles, float], dict[Tiles, float]]] = {}
+    hardware = hardware_of(device)
+    here = findings_on(hardware)
+    for of, us in found.times.items():
+        if (of.problem._replace(backward=False), of.B) != (problem, rounded(B)):
+            continue
+        runs = of.candidate not in here.refused and not (of.mode == "grid" and device in _grid_disabled)
+        # What is shipped was timed under one Triton, and another may not compile it.
+        if runs and (found is here or of.tiles in candidates(of.mode, of.problem, hardware)):
+            of_mode.setdefault(of.mode, ({}, {}))[of.problem.backward][of.tiles] = us
+    trains = any(backward for _, backward in of_mode.values())
+    return {mode: both for mode, both in of_mode.items() if both[0] and bool(both[1]) == trains}
 
 
 def layers_together(dtype: torch.dtype, B: int, H: int, layers: int, device: torch.device, ieee: bool) -> list[int]:
@@ -212,7 +225,10 @@ def cuda_device(device: torch.device) -> Device:
     else:
         shared = properties.shared_memory_per_block_optin
     hardware = Device(properties.multi_processor_count, shared, capability, gcn)
-    findings_on(hardware).attach(file_for(properties.name), properties.name)
+    found = findings_on(hardware)
+    found.attach(file_for(properties.name), properties.name)
+    found.shipped = Findings()
+    found.shipped.attach(shipped_for(properties.name), properties.name)
     return hardware
 
 

@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def evidence(self) -> str:
-        """What stands behind the choice: a measurement on this device, or the model."""
+        """What stands behind the choice: a measurement, or the model."""
         if self.measured:
             return self.measured
         if self.mode == "torch":

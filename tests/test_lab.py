@@ -10,7 +10,9 @@ import time
 import pytest
 import torch
 
-from bench import lab, micro, store, tune
+from bench import lab, micro, plans, store, tune
+from fused_lstm import tuning
+from fused_lstm.kernels import findings
 from fused_lstm.kernels.plan import choose_kernel
 from fused_lstm.kernels.tiles import H100
 
@@ -32,8 +34,12 @@ def first(part, **sizes):
     return next(item for item in lab.listed(DRY, [part]) if sizes.items() <= item.params.items())
 
 
-@pytest.mark.parametrize("part", lab.PARTS)
-def test_every_part_runs_to_the_end(path, part):
+# tune() holds the kernels to torch's operations.
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[pytest.mark.stands_in] * (part == "plans")) for part in lab.PARTS]
+)
+def test_every_part_runs_to_the_end(path, part, monkeypatch):
+    monkeypatch.setattr(tuning, "SHORTEST", 1e-3)
     work = lab.listed(DRY, [part])
     assert sweep(path, work) == 0
     rows = store.read(path, HERE)
@@ -43,7 +49,7 @@ def test_every_part_runs_to_the_end(path, part):
         assert row["q20"] <= row["us"] == row["median"] <= row["q80"]
         assert row["unit"]
     assert lab.table(rows).count(f"| {part} |") == (4 if part == "tune" else len(work))
-    assert part in ("functions", "tune") or lab.terms(rows)
+    assert part in ("functions", "tune", "plans") or lab.terms(rows)
 
 
 def test_resuming_measures_nothing_again(path, monkeypatch):
@@ -125,6 +131,23 @@ def test_a_failure_is_a_row_and_the_next_part_runs(path):
     failed, ok = store.read(path)
     assert (failed["status"], ok["status"]) == ("failed", "ok")
     assert "power of 2" in failed["why"]
+
+
+@pytest.mark.stands_in
+def test_what_tune_has_found_is_kept_in_a_file_that_can_be_shipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "microseconds", lambda call: (call(), 1.0)[1])
+    plans.keep_in(tmp_path, DRY)
+    item = first("plans")
+    assert lab.measure(item, DRY, HERE)["status"] == "ok"
+    found = findings.Findings()
+    found.attach(tmp_path / "interpreter.jsonl")
+    assert len(found.calls) == 1 and found.times
+    findings.forget()
+    monkeypatch.setattr(tuning, "mismatch", lambda *args: "result 0 is off by 1")
+    with pytest.warns(RuntimeWarning, match="numbers are wrong"):
+        row = lab.measure(item, DRY, HERE)
+    assert row["status"] == "refused" and "off by 1" in row["why"] and row["value"]
+    findings.forget()
 
 
 def test_errors_are_counted_in_units_of_the_last_place():

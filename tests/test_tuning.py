@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,8 +28,14 @@ pytestmark = pytest.mark.stands_in
 
 @pytest.fixture(autouse=True)
 def forgets(no_refusals, monkeypatch):
-    """Timings are short here, and forgotten after each test."""
-    monkeypatch.setattr(tuning, "SHORTEST", 1e-3)
+    """Timings are short here, but in processes of their own, and forgotten after each test."""
+
+    def microseconds(call):
+        start = time.perf_counter()
+        call()
+        return 1e6 * (time.perf_counter() - start)
+
+    monkeypatch.setattr(tuning, "microseconds", microseconds)
     monkeypatch.setattr(tuning, "MOST", 2)
     yield
     findings.forget()
@@ -39,10 +46,9 @@ def forgets(no_refusals, monkeypatch):
 def times(monkeypatch):
     """In "each" what the timings give, one after another, as a test sets it."""
     taken = {}
-    real = tuning.microseconds
 
     def microseconds(call):
-        real(call)
+        call()
         return next(taken["each"])
 
     monkeypatch.setattr(tuning, "microseconds", microseconds)
@@ -215,6 +221,70 @@ def test_at_each_first_call(times):
             module(x)
         assert next(times["each"]) > after + 3
     assert "measured" in module.plan(x).evidence
+
+
+# What is shipped
+
+
+@pytest.fixture
+def shipped_file(tmp_path):
+    """What was found on another device: of the local form the second tiles are the fastest."""
+    module, x = module_and_input()
+    file = tmp_path / "shipped.jsonl"
+    found = Findings()
+    found.attach(file)
+    for backward in (False, True):
+        each = plan.alternatives(*launch_of(module, x, backward))
+        for us, made in zip([9.0, 1.0, 9.0], each, strict=False):
+            problem = plan.Problem("fp32", 20, backward)
+            found.note_time(findings.Launch(problem, 8, made.mode, made.tiles(backward)), us)
+    form = findings.CallForm("fp32", 8, 20, 0, 1, 1, saves=True, one_step=False, cut=False)
+    found.note_call(form, findings.CallTime(100.0, 200.0, "2026-01-02"))
+    return file
+
+
+def ship(file):
+    findings_on(H100).shipped = Findings()
+    findings_on(H100).shipped.attach(file, "NVIDIA H100")
+    plan.forget_plans()
+
+
+def test_what_is_shipped_counts_until_it_is_measured_here(times, shipped_file):
+    module, x = module_and_input()
+    by_model = module.plan(x)
+    ship(shipped_file)
+    shipped, before = module.plan(x), shipped_file.read_text()
+    assert shipped.forward != by_model.forward and shipped.mode == "local"
+    assert (
+        "measured on an NVIDIA H100 of ours on 2026-01-02" in shipped.evidence and "100 us a call" in shipped.evidence
+    )
+    assert_parity(module, x)
+    count = len(plan.alternatives(*launch_of(module, x, False)))
+    times["each"] = iter([*range(1, 1 + 2 * count), 300.0, 400.0])
+    fused_lstm.tune(module, x, progress=False)
+    here = module.plan(x)
+    assert "measured on this device" in here.evidence and "300 us a call" in here.evidence
+    assert here.forward == by_model.forward and shipped_file.read_text() == before
+
+
+def test_shipped_tiles_that_this_triton_cannot_compile_are_not_taken(shipped_file, monkeypatch):
+    module, x = module_and_input()
+    by_model = module.plan(x)
+    monkeypatch.setattr(plan, "candidates", lambda *problem: [by_model.forward, by_model.backward])
+    ship(shipped_file)
+    assert module.plan(x).forward == by_model.forward
+
+
+def test_a_device_has_what_is_shipped_for_its_name(shipped_file, tmp_path, monkeypatch):
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448)
+    properties.name = "NVIDIA H100 80GB HBM3"
+    assert findings.shipped_for(properties.name).parts[-2:] == ("measured", "NVIDIA-H100-80GB-HBM3.jsonl")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(plan, "file_for", lambda name: tmp_path / "here.jsonl")
+    monkeypatch.setattr(plan, "shipped_for", lambda name: shipped_file)
+    hardware = plan.cuda_device.__wrapped__(torch.device("cuda", 0))
+    here, shipped = findings_on(hardware).measured()
+    assert not here.calls and len(shipped.calls) == 1 and shipped.device == here.device == properties.name
 
 
 # A process of its own, which is killed, and its file
