@@ -1,12 +1,13 @@
 """What compiling has found that a recurrence cannot have: up to which H a kernel keeps registers and shared memory.
 
 bench.offline asks each Triton about the kernels that are planned, and writes down every answer in a file of that
-Triton's, `probed-*.jsonl`: the name of the limit, H, and what happens there. kernels/limits.json is made from these
-files alone, and what one Triton cannot compile is planned for none.
+Triton's, `probed-*.jsonl`: the name of the limit, H, and what happens there, below a line with a hash of the source
+that was compiled. kernels/limits.json is made from these files alone, and what one Triton cannot compile is planned for
+none. Once the kernels have changed a limit stays; that a kernel passes counts no more, and is asked anew.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,21 +52,33 @@ def limits_of(probed: Iterable[list[Row]]) -> Limits:
 def read_probed(results: Path) -> dict[str, list[Row]]:
     """By Triton's version what it was asked."""
     return {
-        path.stem.removeprefix("probed-"): [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        path.stem.removeprefix("probed-"): list(with_source(path.read_text(encoding="utf-8").splitlines()))
         for path in sorted(results.glob("probed-*.jsonl"))
     }
 
 
-def checked_by(probed: dict[str, list[Row]]) -> dict[str, list[str]]:
-    """By a Triton the targets whose plans it has compiled, all of them: they have an answer of their own."""
+def with_source(lines: Iterable[str]) -> Iterator[Row]:
+    """The answers, each with the source that it is about."""
+    source: Row = {}
+    for row in map(json.loads, lines):
+        if "source" in row:
+            source = row
+        else:
+            yield row | source
+
+
+def checked_by(probed: dict[str, list[Row]], source: str) -> dict[str, list[str]]:
+    """By a Triton the targets whose plans it has compiled from this source, all of them: they have an answer of their
+    own."""
     return {
-        minor(version): sorted(row["name"] for row in rows if row["half"] == ALL) for version, rows in probed.items()
+        minor(version): sorted({row["name"] for row in rows if row["half"] == ALL and row["source"] == source})
+        for version, rows in probed.items()
     }
 
 
-def text_of(probed: dict[str, list[Row]]) -> str:
+def text_of(probed: dict[str, list[Row]], source: str) -> str:
     """The text of limits.json: a line for each."""
-    parts = {"checked": checked_by(probed), "limits": limits_of(probed.values())}
+    parts = {"checked": checked_by(probed, source), "limits": limits_of(probed.values())}
     text = (
         f"{json.dumps(part)}: {{\n"
         + ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in of.items())
@@ -84,13 +97,19 @@ def install(limits: Limits) -> None:
 
 
 class Asked:
-    """What one Triton was asked, and its answers: a file of a line each, so that another run goes on from there."""
+    """What one Triton was asked about a source, and its answers: a file of a line each, so that another run goes on
+    from there."""
 
-    def __init__(self, results: Path, version: str, why: Callable[[Row], str]) -> None:
-        self.path, self.why = results / f"probed-{version}.jsonl", why
-        self.answers: dict[tuple[str, str], dict[int, str]] = {}
+    def __init__(self, results: Path, version: str, source: str, why: Callable[[Row], str]) -> None:
+        self.path, self.source, self.why = results / f"probed-{version}.jsonl", source, why
+        self.ever: dict[tuple[str, str], dict[int, str]] = {}  # also about other sources
+        self.answers: dict[tuple[str, str], dict[int, str]] = {}  # that count
+        self.last = ""  # the source above the last answer
         for row in read_probed(results).get(version, []):
-            self.answers.setdefault((row["name"], row["half"]), {})[row["H"]] = row["why"]
+            self.last = row["source"]
+            of = [self.ever, self.answers] if row["why"] or row["source"] == source else [self.ever]
+            for answers in of:
+                answers.setdefault((row["name"], row["half"]), {})[row["H"]] = row["why"]
 
     def fails(self, group: Row, H: int) -> bool:
         """Whether a group's kernel fails at an H. What a longer row of its class passes none is asked again, unless a
@@ -106,7 +125,7 @@ class Asked:
 
     def is_rough(self, name: str) -> bool:
         """Whether a limit is further from the least failure than bisect() leaves it."""
-        for answers in (self.answers[key] for key in self.answers if key[0] == name):
+        for answers in (self.ever[key] for key in self.ever if key[0] == name):
             failing = min((H for H, why in answers.items() if why), default=0)
             passing = max((H for H in answers if failing > H), default=0)
             if failing - passing > RESOLUTION * failing:
@@ -119,11 +138,14 @@ class Asked:
         return why != ""
 
     def noted(self, row: Row) -> None:
-        answers = self.answers.setdefault((row["name"], row["half"]), {})
-        if answers.get(row["H"]) != row["why"]:
-            answers[row["H"]] = row["why"]
+        which = row["name"], row["half"]
+        if self.answers.setdefault(which, {}).get(row["H"]) != row["why"]:
+            for answers in (self.answers, self.ever):
+                answers.setdefault(which, {})[row["H"]] = row["why"]
+            rows = [row] if self.last == self.source else [{"source": self.source}, row]
+            self.last = self.source
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, separators=(",", ":")) + "\n")
+                file.write("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
             print(*row.values(), flush=True)
 
 
@@ -151,7 +173,7 @@ def explore(choose: Callable[[], list[Row]], asked: Asked, whole: bool = True) -
             break
     for of_target in sorted({group["target"] for group in groups}) if whole else ():
         asked.noted({"name": of_target, "H": 0, "half": ALL, "why": ""})
-    write(results)
+    write(results, asked.source)
 
 
 def bisect(sizes: list[int], fails: Callable[[int], bool]) -> None:
@@ -166,8 +188,8 @@ def bisect(sizes: list[int], fails: Callable[[int], bool]) -> None:
         middle = (low + high) // 2
 
 
-def write(results: Path) -> None:
+def write(results: Path, source: str) -> None:
     """Makes limits.json anew."""
     probed = read_probed(results)
-    LIMITS.write_text(text_of(probed), encoding="utf-8")
+    LIMITS.write_text(text_of(probed, source), encoding="utf-8")
     install(limits_of(probed.values()))

@@ -663,7 +663,7 @@ def main() -> None:
     if args.explore or (args.groups is None and args.H is None):
         devices = [name for name, device in ALL.items() if target(device) in args.target]
         args.results.mkdir(parents=True, exist_ok=True)
-        asked = limits.Asked(args.results, triton.__version__, lambda group: why_failed(compiled(group)))
+        asked = limits.Asked(args.results, triton.__version__, source(), lambda group: why_failed(compiled(group)))
         limits.explore(partial(groups, devices, sizes=args.H or SIZES), asked, whole=args.H is None)
         sys.exit(not (args.explore or tabulate(asked, args.fresh, devices)))
     if args.H is None:
