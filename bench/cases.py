@@ -109,6 +109,7 @@ _ORDERED = [
         for H, dtype, mode in product([2048, 4096], _MAIN, BOTH)
     ),
     *(_square(64, H, B, dtype, "one step") for H, B, dtype in product([512, 1024], [1, 16], ("bf16", "fp16", "tf32"))),
+    *(_square(64, H, B, *rest) for H, B, *rest in product([256, 384, 1024], [1024, 4096], (*_MAIN, "fp16"), BOTH)),
     *(
         _square(512, H, B, *rest)
         for (H, B), *rest in product(
