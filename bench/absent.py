@@ -21,7 +21,10 @@ from fused_lstm.kernels.tiles import H100, Device
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-def target(capability: tuple[int, ...]) -> GPUTarget:
+def gpu_target(capability: tuple[int, ...], gcn: str = "") -> GPUTarget:
+    """What Triton compiles for: a compute capability, or AMD's name for a device."""
+    if gcn:
+        return GPUTarget("hip", gcn, 64 if gcn.startswith("gfx9") else 32)
     return GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
 
 
@@ -29,7 +32,7 @@ class Compiler:
     """A driver for Triton that has a target but no device: a launch compiles, into Triton's cache, and then fails."""
 
     def __init__(self, capability: tuple[int, ...]) -> None:
-        self.target = target(capability)
+        self.target = gpu_target(capability)
 
     def get_current_target(self) -> GPUTarget:
         return self.target

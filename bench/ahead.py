@@ -42,7 +42,7 @@ from fused_lstm import LSTM, tuning
 from fused_lstm.kernels.tiles import DEVICES, H100, Device
 
 from . import cases, lab, measure, micro, plans, store, tune
-from .absent import CPU, target, without_device
+from .absent import CPU, gpu_target, without_device
 from .providers import PROVIDERS
 from .timing import Times
 
@@ -200,7 +200,7 @@ def manifest(capability: tuple[int, ...]) -> dict[str, Any]:
     return {
         "Triton": triton.__version__,
         "Triton's files": hashlib.sha256(triton_key().encode()).hexdigest(),
-        "ptxas and architecture": make_backend(target(capability)).hash(),
+        "ptxas and architecture": make_backend(gpu_target(capability)).hash(),
         "Python": sysconfig.get_config_var("EXT_SUFFIX"),
         "the kernels' source": hashlib.sha256(b"".join(source)).hexdigest(),
     }

@@ -22,6 +22,7 @@ from fused_lstm.kernels import plan
 from fused_lstm.kernels.tiles import H100
 from fused_lstm.route import known_route
 
+from .absent import gpu_target
 from .timing import Call
 
 SIZES = {"T": 2, "B": 1, "I": 32, "H": 32}
@@ -41,7 +42,7 @@ class NoDriver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 10 * H100.capability[0] + H100.capability[1], 32)
+        return gpu_target(H100.capability)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": H100.shared, "multiprocessor_count": H100.multiprocessors}

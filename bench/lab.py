@@ -234,7 +234,8 @@ def main() -> int:
     parts = args.parts or list(PARTS)
     work = listed(lab, parts)
     if args.worker:
-        plans.keep_in(path.parent, lab)
+        if "plans" in parts:
+            plans.keep_in(path.parent, lab)
         return sweep(work, path, lab, environment, args.until)
 
     if args.dry:

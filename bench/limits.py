@@ -38,15 +38,32 @@ def limits_of(probed: Iterable[list[Row]]) -> Limits:
     """The limits that follow from what each Triton was asked."""
     found: Limits = {}
     for rows in probed:
-        sizes: dict[str, list[Row]] = {}
-        for row in rows:
-            sizes.setdefault(row["name"], []).append(row)
-        for name, asked in sizes.items():
-            failing = min((row for row in asked if row["why"]), key=lambda row: row["H"], default=None)
-            if failing is not None:
-                passing = max((row["H"] for row in asked if row["H"] < failing["H"]), default=0)
-                found[name] = min(found.get(name, (passing, failing["why"])), (passing, failing["why"]))
+        for (name,), (passing, failing) in edges(rows, "name").items():
+            found[name] = min(found.get(name, (passing, failing["why"])), (passing, failing["why"]))
     return dict(sorted(found.items()))
+
+
+def rough_limits(rows: list[Row]) -> set[str]:
+    """The names of those that are further from the least failure than bisect() leaves them."""
+    return {
+        name
+        for (name, _), (passing, failing) in edges(rows, "name", "half").items()
+        if failing["H"] - passing > RESOLUTION * failing["H"]
+    }
+
+
+def edges(rows: list[Row], *fields: str) -> dict[tuple[str, ...], tuple[int, Row]]:
+    """By these fields of the rows the least H that fails, as its row, and the largest below it that passes, 0 if none
+    does; of those alone of which one fails."""
+    asked: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        asked.setdefault(tuple(row[field] for field in fields), []).append(row)
+    found = {}
+    for which, of in asked.items():
+        failing = min((row for row in of if row["why"]), key=lambda row: row["H"], default=None)
+        if failing is not None:
+            found[which] = max((row["H"] for row in of if row["H"] < failing["H"]), default=0), failing
+    return found
 
 
 def read_probed(results: Path) -> dict[str, list[Row]]:
@@ -102,14 +119,13 @@ class Asked:
 
     def __init__(self, results: Path, version: str, source: str, why: Callable[[Row], str]) -> None:
         self.path, self.source, self.why = results / f"probed-{version}.jsonl", source, why
-        self.ever: dict[tuple[str, str], dict[int, str]] = {}  # also about other sources
-        self.answers: dict[tuple[str, str], dict[int, str]] = {}  # that count
-        self.last = ""  # the source above the last answer
-        for row in read_probed(results).get(version, []):
-            self.last = row["source"]
-            of = [self.ever, self.answers] if row["why"] or row["source"] == source else [self.ever]
-            for answers in of:
-                answers.setdefault((row["name"], row["half"]), {})[row["H"]] = row["why"]
+        self.answers: dict[tuple[str, str], dict[int, str]] = {}
+        before = read_probed(results).get(version, [])
+        self.rough = rough_limits(before)  # as a run that was cut short leaves them
+        self.last = before[-1]["source"] if before else ""  # the source above the last answer
+        for row in before:
+            if row["why"] or row["source"] == source:
+                self.answers.setdefault((row["name"], row["half"]), {})[row["H"]] = row["why"]
 
     def fails(self, group: Row, H: int) -> bool:
         """Whether a group's kernel fails at an H. What a longer row of its class passes none is asked again, unless a
@@ -123,25 +139,15 @@ class Asked:
             return False
         return self.answered(group | {"H": H}, self.why(group | {"H": H}))
 
-    def is_rough(self, name: str) -> bool:
-        """Whether a limit is further from the least failure than bisect() leaves it."""
-        for answers in (self.ever[key] for key in self.ever if key[0] == name):
-            failing = min((H for H, why in answers.items() if why), default=0)
-            passing = max((H for H in answers if failing > H), default=0)
-            if failing - passing > RESOLUTION * failing:
-                return True
-        return False
-
     def answered(self, group: Row, why: str) -> bool:
         """Writes down what happens to a group's kernel; whether it fails."""
         self.noted({"name": name_of(group), "H": group["H"], "half": group["half"], "why": why})
         return why != ""
 
     def noted(self, row: Row) -> None:
-        which = row["name"], row["half"]
-        if self.answers.setdefault(which, {}).get(row["H"]) != row["why"]:
-            for answers in (self.answers, self.ever):
-                answers.setdefault(which, {})[row["H"]] = row["why"]
+        answers = self.answers.setdefault((row["name"], row["half"]), {})
+        if answers.get(row["H"]) != row["why"]:
+            answers[row["H"]] = row["why"]
             rows = [row] if self.last == self.source else [{"source": self.source}, row]
             self.last = self.source
             with self.path.open("a", encoding="utf-8") as file:
@@ -158,7 +164,7 @@ def explore(choose: Callable[[], list[Row]], asked: Asked, whole: bool = True) -
     results = asked.path.parent
     # A run that was cut short may have left limits lower than they need be: they are looked for once more.
     lower = limits_of(read_probed(results).values())
-    installed = {name: limit for name, limit in lower.items() if not asked.is_rough(name)}
+    installed = {name: limit for name, limit in lower.items() if name not in asked.rough}
     while True:
         install(installed)
         groups = choose()

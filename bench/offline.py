@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from fused_lstm.kernels import (
@@ -61,6 +60,7 @@ from fused_lstm.kernels.plan import Plan, choose_kernel, one_step_in, precision_
 from fused_lstm.kernels.tiles import AMD, DEVICES, H100, Device, Problem, Tiles, without_exchange
 
 from . import limits, model, simulate
+from .absent import gpu_target
 from .sass import disassemble, parse, time_loop, tool, width
 
 ROOT = Path(__file__).parents[1]
@@ -220,10 +220,8 @@ def compile_for(
             signature[argument] = record(*(pointer(name, (index, at)) for at, name in enumerate(record._fields)))
         else:
             signature[argument] = pointer(argument, (index,))
-    target = GPUTarget("cuda", 10 * device.capability[0] + device.capability[1], 32)
-    if device.gcn:
-        target = GPUTarget("hip", device.gcn, 64 if device.gcn.startswith("gfx9") else 32)
-    return triton.compile(ASTSource(kernel, signature, given, attributes), target=target, options=options)
+    of_device = gpu_target(device.capability, device.gcn)
+    return triton.compile(ASTSource(kernel, signature, given, attributes), target=of_device, options=options)
 
 
 # Of recompute's scan: the direction, and what it takes: of a packed sequence in reverse, and of rows with lengths and

@@ -69,6 +69,7 @@ def test_holds_the_package_and_nothing_else(wheel):
         *code,
         "fused_lstm/py.typed",
         "fused_lstm/kernels/limits.json",
+        *(f"fused_lstm/kernels/measured/{path.name}" for path in (ROOT / "kernels/measured").glob("*")),
     }
     assert "LICENSE" in {PurePosixPath(name).name for name in names}
 
