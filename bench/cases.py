@@ -109,7 +109,19 @@ _ORDERED = [
         for H, dtype, mode in product([2048, 4096], _MAIN, BOTH)
     ),
     *(_square(64, H, B, dtype, "one step") for H, B, dtype in product([512, 1024], [1, 16], ("bf16", "fp16", "tf32"))),
-    *(_square(64, H, B, *rest) for H, B, *rest in product([256, 384, 1024], [1024, 4096], (*_MAIN, "fp16"), BOTH)),
+    *(
+        _square(64, H, B, *rest)
+        for B, H, *rest in product([4096, 1024, 8192, 256], [384, 256, 1024, 512], (*_MAIN, "fp16"), BOTH)
+    ),
+    # A policy over vectorised environments, and signal chunks in the order of a basecaller's layers.
+    *(
+        Case(mode, T=32, B=4096, I=256, H=256, dtype=dtype, form=form)
+        for form, dtype, mode in product(["reset", "dense"], (*_MAIN, "fp16"), BOTH)
+    ),
+    *(
+        Case(mode, T=1667, B=1024, I=384, H=384, dtype=dtype, layers=5)
+        for dtype, mode in product(("fp16", "bf16"), BOTH)
+    ),
     *(
         _square(512, H, B, *rest)
         for (H, B), *rest in product(

@@ -17,6 +17,11 @@ def microseconds(row: Row) -> float:
     return 1e3 * row["ms"]["median"] / row["case"]["T"]
 
 
+def samples(row: Row) -> float:
+    """Steps of batch rows that a provider goes through in a second."""
+    return 1e3 * row["case"]["B"] * row["case"]["T"] / row["ms"]["median"]
+
+
 def speed_up(row: Row) -> tuple[float, float, float]:
     """How many times as fast as nn.LSTM: ratio of the medians, and of nn.LSTM's median to the 80% and 20% quantile."""
     ms, baseline_ms = row["ms"], row["baseline_ms"]["median"]
@@ -71,7 +76,7 @@ def _cells(row: Row, measured: dict[str, float], fp16: dict[Case, float]) -> lis
     # Rows of an older sweep have no count of what is kept, no time of the host and none of a copy.
     memory = [f"{row[name] / 2**20:.1f}" if row.get(name) else "" for name in MEMORY]
     hosts = [f"{1e3 * row[name]:.0f}" if row.get(name) else "" for name in HOSTS]
-    times = [f"{microseconds(row):.2f}", f"{1e3 * row['baseline_ms']['median'] / case.T:.2f}"]
+    times = [f"{samples(row):.3g}", f"{microseconds(row):.2f}", f"{1e3 * row['baseline_ms']['median'] / case.T:.2f}"]
     mark = "" if row["status"] == "ok" else f", {row['status']}"
     plan = [row["plan"]["mode"] if row["plan"] else "", f"{share:.0%}" if share else ""]
     return [*start, f"{ratio:.2f} ({low:.2f}-{high:.2f}){mark}", *half, *times, *hosts, *memory, *plan]
@@ -81,15 +86,16 @@ HOSTS = ("host_ms", "baseline_host_ms")
 MEMORY = ("memory", "baseline_memory", "kept", "baseline_kept")
 HEAD = [
     *("dtype", "mode", "sizes", "provider", "speed-up (20-80%)", "over fp16", "copying"),
-    *("µs a step", "nn.LSTM's", "host µs", "nn.LSTM's"),
+    *("samples/s", "µs a step", "nn.LSTM's", "host µs", "nn.LSTM's"),
     *("peak MiB", "nn.LSTM's", "kept MiB", "nn.LSTM's", "plan", "of the floor"),
 ]
 LEGEND = (
     "Speed-up: nn.LSTM's median time over the provider's, timed side by side in turns; refused: of a result that breaks"
     " the parity rule, for the reason below. Over fp16: nn.LSTM's time in fp16 over the provider's in bf16. Copying: "
-    "the part of nn.LSTM's time in which torch copies its weights, as it does at each call in bf16. Host: until a call "
-    "returns, its work queued; on a GPU that is not in the other times. Kept: what forward leaves for backward, "
-    "input and output included and weights not. Peak: beyond the input, with the gradients."
+    "the part of nn.LSTM's time in which torch copies its weights, as it does at each call in bf16. Samples: steps of "
+    "batch rows. Host: until a call returns, its work queued; on a GPU that is not in the other times. Kept: what "
+    "forward leaves for backward, input and output included and weights not. Peak: beyond the input, with the "
+    "gradients."
 )
 
 
