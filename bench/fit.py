@@ -70,6 +70,8 @@ def function(row: Row) -> str:
     """The name of the function of the model that a row is for."""
     if row["mode"] == "local":
         return "few_units"
+    if row["tiles"]["part"]:
+        return "in_turn"
     return "few_rows" if row["tiles"]["poll"] else "behind_flags"
 
 

@@ -52,6 +52,7 @@ FORMS = {
     "grid in TF32": ("fused_lstm", _form(512, 16, "tf32")),
     "grid in full precision": ("fused_lstm", _form(128, 16, "fp32")),
     "grid streaming W_hh": ("fused_lstm", _form(1024, 16, "fp32")),
+    "row tiles in turn": ("fused_lstm", _form(256, 8192)),
     "stack of layers": ("fused_lstm", _form(512, 16, layers=4)),
     "both directions": ("fused_lstm", _form(512, 16, directions=2)),
     "projection in the loop": ("fused_lstm", _form(4096, 16, I=512, proj=512)),

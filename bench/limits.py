@@ -84,16 +84,17 @@ def with_source(lines: Iterable[str]) -> Iterator[Row]:
             yield row | source
 
 
-def checked_by(probed: dict[str, list[Row]], source: str) -> dict[str, list[str]]:
-    """By a Triton the targets whose plans it has compiled from this source, all of them: they have an answer of their
+def checked_by(probed: dict[str, list[Row]], source: Callable[[str], str]) -> dict[str, list[str]]:
+    """By a Triton the targets whose plans it has compiled from their source, all of them: they have an answer of their
     own."""
-    return {
-        minor(version): sorted({row["name"] for row in rows if row["half"] == ALL and row["source"] == source})
+    found = {
+        version: {row["name"] for row in rows if row["half"] == ALL and row["source"] == source(row["name"])}
         for version, rows in probed.items()
     }
+    return {minor(version): sorted(names) for version, names in found.items()}
 
 
-def text_of(probed: dict[str, list[Row]], source: str) -> str:
+def text_of(probed: dict[str, list[Row]], source: Callable[[str], str]) -> str:
     """The text of limits.json: a line for each."""
     parts = {"checked": checked_by(probed, source), "limits": limits_of(probed.values())}
     text = (
@@ -117,14 +118,15 @@ class Asked:
     """What one Triton was asked about a source, and its answers: a file of a line each, so that another run goes on
     from there."""
 
-    def __init__(self, results: Path, version: str, source: str, why: Callable[[Row], str]) -> None:
+    def __init__(self, results: Path, version: str, source: Callable[[str], str], why: Callable[[Row], str]) -> None:
+        """source: of what a limit, or an answer about all of a target, is about."""
         self.path, self.source, self.why = results / f"probed-{version}.jsonl", source, why
         self.answers: dict[tuple[str, str], dict[int, str]] = {}
         before = read_probed(results).get(version, [])
         self.rough = rough_limits(before)  # as a run that was cut short leaves them
         self.last = before[-1]["source"] if before else ""  # the source above the last answer
         for row in before:
-            if row["why"] or row["source"] == source:
+            if row["why"] or row["source"] == source(row["name"]):
                 self.answers.setdefault((row["name"], row["half"]), {})[row["H"]] = row["why"]
 
     def fails(self, group: Row, H: int) -> bool:
@@ -148,8 +150,9 @@ class Asked:
         answers = self.answers.setdefault((row["name"], row["half"]), {})
         if answers.get(row["H"]) != row["why"]:
             answers[row["H"]] = row["why"]
-            rows = [row] if self.last == self.source else [{"source": self.source}, row]
-            self.last = self.source
+            source = self.source(row["name"])
+            rows = [row] if self.last == source else [{"source": source}, row]
+            self.last = source
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
             print(*row.values(), flush=True)
@@ -194,7 +197,7 @@ def bisect(sizes: list[int], fails: Callable[[int], bool]) -> None:
         middle = (low + high) // 2
 
 
-def write(results: Path, source: str) -> None:
+def write(results: Path, source: Callable[[str], str]) -> None:
     """Makes limits.json anew."""
     probed = read_probed(results)
     LIMITS.write_text(text_of(probed, source), encoding="utf-8")

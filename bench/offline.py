@@ -25,7 +25,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from itertools import product as pairs
 from pathlib import Path
@@ -49,11 +49,14 @@ from fused_lstm.kernels import (
     one_step,
     operands,
     polling,
+    row_tiles,
     rows,
     saved,
     scan,
     sync,
     team,
+    throughput_backward,
+    throughput_forward,
 )
 from fused_lstm.kernels.limits import class_of, target
 from fused_lstm.kernels.plan import Plan, choose_kernel, one_step_in, precision_of, projects
@@ -78,12 +81,19 @@ SOURCES = (
     *(backward, cell, dropout, forward, gates, latency_backward, latency_forward, launch, matmul, operands),
     *(polling, rows, saved, sync, team),
 )
+IN_TURN = row_tiles, throughput_backward, throughput_forward
 # By a kernel's argument the record that it is.
 RECORDS: dict[str, Any] = {"layout": layout.LayoutTensors, "stack": layout.Stack, "sync": sync.Sync}
-# With W_hh in shared memory, and in registers.
+# With W_hh in shared memory, in registers, and for row tiles in turn.
 KERNELS = {
-    "forward": (forward.forward_kernel, latency_forward.latency_forward_kernel),
-    "backward": (backward.backward_kernel, latency_backward.latency_backward_kernel),
+    "forward": (
+        *(forward.forward_kernel, latency_forward.latency_forward_kernel),
+        throughput_forward.throughput_forward_kernel,
+    ),
+    "backward": (
+        *(backward.backward_kernel, latency_backward.latency_backward_kernel),
+        throughput_backward.throughput_backward_kernel,
+    ),
 }
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # The products, directions and layers of a launch that the table covers: fp16 has the tiles of bf16, and other numbers
@@ -158,7 +168,7 @@ def compile_kernel(
     """Compiles a kernel of KERNELS as its launcher would, for a device that need not be there."""
     tiles = getattr(plan, name)
     in_registers = launch.weight_in_registers(plan, tiles)
-    kernel: Any = KERNELS[name][in_registers]
+    kernel: Any = KERNELS[name][2 if tiles.in_turn else in_registers]
     stack = plan.layers > 1
     form = {"PHASE": PHASES[half], "DIRECTIONS": plan.directions, "REVERSE": reverse}
     form["PAIRS"] = launch.compares_pairs(device.capability)
@@ -477,13 +487,20 @@ def predicted(row: Row) -> Row:
     return {"us": round(planned.us, 2), "floor": bound, "binds": planned.binds}
 
 
-def source() -> str:
-    """A hash of the code that is compiled, without its comments and layout; the plans are in the rows."""
-    files = [Path(module.__file__ or "") for module in SOURCES]
+@cache
+def source(in_turn: bool = True) -> str:
+    """A hash of the code that is compiled, without its comments and layout; the plans are in the rows. in_turn: with
+    the kernels of large batches, of which the others do not depend."""
+    files = [Path(module.__file__ or "") for module in SOURCES + (IN_TURN if in_turn else ())]
     nodes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     kernels = [node for node in functions if node.decorator_list or node.name == "specialization"]
     return hashlib.sha256("".join(map(ast.unparse, kernels)).encode()).hexdigest()[:12]
+
+
+def source_of(limit: str) -> str:
+    """The source of what a limit, or an answer about all of a target, is about."""
+    return source("in turn" in limit or limit in TARGETS)
 
 
 def read(path: Path) -> list[Row]:
@@ -505,10 +522,9 @@ def tabulate(asked: limits.Asked, fresh: bool, devices: list[str]) -> bool:
     what is compiled passes."""
     results = asked.path.parent
     path = results / f"triton-{triton.__version__}.jsonl"
-    version = {"source": source()}
     targets = {target(ALL[device]) for device in devices}
     # A row that failed is compiled again: the failure may have been the machine's.
-    old = [row for row in read(path) if row["source"] == version["source"] and not fails(row)]
+    old = [row for row in read(path) if row["source"] == source(is_in_turn(row)) and not fails(row)]
     others = [row for row in old if row["target"] not in targets]
     known = {key(row, COMPILE): row for row in old if row["target"] in targets and not fresh}
     wanted = {key(group, COMPILE): planned(group) for group in groups(devices)}
@@ -517,7 +533,7 @@ def tabulate(asked: limits.Asked, fresh: bool, devices: list[str]) -> bool:
         if name in known and ("cycles" not in known[name].get("simulated", {}) or known[name]["B"] == group["B"]):
             known[name] |= group | predicted(group)
             continue
-        known[name] = compiled(group, simulate=True) | predicted(group) | version
+        known[name] = compiled(group, simulate=True) | predicted(group) | {"source": source(is_in_turn(group))}
         asked.answered(group, why_failed(known[name]))
         write(path, [*others, *known.values()])  # each at once: a run that is cut short goes on here
         print(f"{at}/{len(wanted)} {name} {known[name].get('resources') or known[name]['error']}", flush=True)
@@ -525,6 +541,10 @@ def tabulate(asked: limits.Asked, fresh: bool, devices: list[str]) -> bool:
     write(path, rows)
     (results / "README.md").write_text(table(results), encoding="utf-8")
     return not any(map(fails, rows))
+
+
+def is_in_turn(row: Row) -> bool:
+    return row["tiles"]["part"] > 0
 
 
 def planned(group: Row) -> Row:
@@ -555,12 +575,14 @@ def table(results: Path) -> str:
         f"Where Tritons differ, their figures stand in the order {' / '.join(files)}. Tiles:",
         "batch rows and units of a program, chunk of the product, warps; how many chunks",
         "of W_hh are kept on chip, if not all; whether the programs are in teams, into how many parts each product is",
-        "split among warps, to how many features of a projection one program comes, and whether h (dgates) is polled.",
+        "split among warps, to how many features of a projection one program comes, of how many rows the cells are",
+        "computed at once where row tiles follow in turn, and whether h (dgates) is polled.",
         "The kernels that project stand for the H and features that are given. In the time loop, for one step of",
         "one program (an inner loop over chunks that are not kept counted once): matrix instructions (HMMA; HGMMA is",
         "wgmma, UTCHMMA tcgen05), barriers, instructions, KiB of global memory that are loaded and stored if no mask",
         "hides any. On an H100, of a step at this H and its smallest B in the group: the wavefronts of a program in",
-        "the pipe to memory, and the time of all its launches, by `bench/simulate.py` at 1.83 GHz. Model: the time of",
+        "the pipe to memory, and the time of all its launches, or tiles in turn, by `bench/simulate.py` at 1.83 GHz.",
+        "Model: the time of",
         "the same step, and its floor, by `kernels/model.py` and `bench/model.py`, and the term that takes most of the",
         "first. Layers: the fewest that run in one launch under these tiles, a step behind each other; the time is",
         "that of a step of all of them. One direction of a layer; both have the same tiles, and addresses that take a",
@@ -591,7 +613,7 @@ def cells(versions: dict[str, Row]) -> Iterator[str]:
     shape = [str(tiles[name]) for name in ("batch", "units", "chunk", "warps")]
     shape += [
         f"{name} {tiles[name]}"
-        for name, plain in (("kept", 0), ("team", 1), ("split", 1), ("features", 0))
+        for name, plain in (("kept", 0), ("team", 1), ("split", 1), ("features", 0), ("part", 0))
         if tiles[name] != plain
     ]
     yield ", ".join(shape + ["polled"] * tiles["poll"])
@@ -661,7 +683,7 @@ def main() -> None:
     if args.explore or (args.groups is None and args.H is None):
         devices = [name for name, device in ALL.items() if target(device) in args.target]
         args.results.mkdir(parents=True, exist_ok=True)
-        asked = limits.Asked(args.results, triton.__version__, source(), lambda group: why_failed(compiled(group)))
+        asked = limits.Asked(args.results, triton.__version__, source_of, lambda group: why_failed(compiled(group)))
         limits.explore(partial(groups, devices, sizes=args.H or SIZES), asked, whole=args.H is None)
         sys.exit(not (args.explore or tabulate(asked, args.fresh, devices)))
     if args.H is None:

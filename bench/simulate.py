@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from triton.compiler import CompiledKernel
 
-from fused_lstm.kernels.launch import SIZES, max_coresident
+from fused_lstm.kernels.launch import SIZES
 from fused_lstm.kernels.plan import Plan
-from fused_lstm.kernels.tiles import H100, Device, ceil_div, programs_of
+from fused_lstm.kernels.tiles import H100, Device, ceil_div, in_turn, max_coresident, programs_of
 
 from . import emulate, sass
 from .emulate import Access, Row
@@ -664,9 +664,14 @@ def simulate_code(
 
 def launches_of(plan: Plan, name: str, H: int, B: int, device: Device) -> tuple[tuple[int, int, int], int]:
     """The programs of the first launch of a plan in mode "grid", or of the only one in mode "local", and how many
-    follow one another. Args as simulate_plan()."""
+    launches, or tiles in turn, follow one another. Args as simulate_plan()."""
     recurrences, stacked = max(plan.directions, plan.layers), plan.layers > 1
-    blocks, groups = programs_of(getattr(plan, name), H, B)
+    tiles = getattr(plan, name)
+    blocks, groups = programs_of(tiles, H, B)
+    if tiles.in_turn:
+        at_once = in_turn(device.multiprocessors // blocks, recurrences, groups)
+        turns = ceil_div(groups, at_once[1])
+        return (blocks, at_once[1], at_once[0]), turns * ceil_div(recurrences, at_once[0])
     at_once = max_coresident(device.multiprocessors // blocks, recurrences, groups, stacked)
     count = ceil_div(recurrences, at_once[0]) * ceil_div(groups, at_once[1]) if plan.mode == "grid" else 1
     return (blocks, at_once[1], at_once[0]), count
@@ -698,6 +703,10 @@ def simulate_plan(
         return None, "a step is a launch of its own, which takes longer than its program"
     (blocks, groups_at_once, members_at_once), _ = launches_of(plan, name, H, B, device)
     T = 64  # more than are simulated
+    if (tiles := getattr(plan, name)).in_turn:
+        # One tile each; with more in turn nobody waits for what is handed over.
+        options.setdefault("exchange", programs_of(tiles, H, B)[1] <= groups_at_once)
+        B = min(B, groups_at_once * tiles.batch)
     sizes = dict(zip(SIZES, (T, B, T * B, B, 1, 0, 0, 0, T), strict=True))
     program = min(1, blocks - 1), 0, int(plan.layers > 1)
     try:

@@ -19,6 +19,7 @@ from .rows import Sizes, locate_neighbours, rows_of_program, without_starts
 from .saved import cells_before, cut, load_dh
 from .sync import publish, wait_if
 from .team import Team, sum_behind_flag
+from .throughput_backward import throughput_backward_kernel
 from .tiles import programs_of
 
 
@@ -265,7 +266,11 @@ def backward(
     if B > 0:
         inputs = dy, dhn, weight_hh, c0, c, gates, dc_steps, dcn, c_reset, dc_reset
         kernel: Any = latency_backward_kernel
-        if weight_in_registers(plan, tiles):
+        if tiles.in_turn:
+            dc0.copy_(dcn)
+            kernel = throughput_backward_kernel
+            args = dy, dhn, weight_hh, c0, c, gates, dc_steps, c_reset, layout.tensors, dgates, dc0, dc_reset
+        elif weight_in_registers(plan, tiles):
             args = *inputs, layout.tensors, stack, dgates, dc0, products
         else:
             outputs = dgates, dc0, dh_steps, products, team_flags

@@ -121,6 +121,8 @@ def why_mode(mode: str, tiles: Tiles, weight: str, problem: Problem, device: Dev
     why = f"{weight} is spread over {ceil_div(problem.H, tiles.units)} multiprocessors, {tiles.units} units on each"
     if tiles.kept:
         why += "; what does not fit is loaded at every step"
+    if tiles.in_turn:
+        why += f"; each goes over tiles of {tiles.batch} batch rows in turn"
     if problem.layers > 1:
         why += f"; so are W_hh and W_ih of all {problem.layers} layers, each a step behind the one that it takes from"
     return why

@@ -21,6 +21,7 @@ from .matmul import Weight, load_chunks, recurrent_matmul, shape
 from .plan import Plan
 from .rows import Sizes, last_h, locate, rows_of_program, time_before, time_of, with_starts, without_starts
 from .sync import publish, wait_if
+from .throughput_forward import throughput_forward_kernel
 
 
 @triton.jit
@@ -240,7 +241,11 @@ def forward(
             h0 = h0.clone()  # which a polling kernel loads 16 bytes at a time
         inputs, outputs = (input_gates, weight_hh, h0, c0, c_reset), (y, dropped, c, gates, hn, cn)
         kernel: Any = latency_forward_kernel
-        if weight_in_registers(plan, tiles):
+        if tiles.in_turn:
+            hn.copy_(h0), cn.copy_(c0)
+            kernel = throughput_forward_kernel
+            args = input_gates, weight_hh, h0, c_reset, layout.tensors, y, c, gates, hn, cn
+        elif weight_in_registers(plan, tiles):
             args = *inputs, layout.tensors, stack, *outputs
         else:
             unprojected = None if weight_hr is None else y.new_empty(c0.shape)

@@ -19,7 +19,7 @@ from .layout import Layout
 from .plan import cuda_device, kind_of, note_spills
 from .planned import Plan
 from .sync import Sync
-from .tiles import Problem, Tiles, ceil_div, programs_of
+from .tiles import Problem, Tiles, ceil_div, in_turn, max_coresident, programs_of
 
 # Of every kernel: later Tritons have another default, and other sums.
 OPTIONS = {"enable_fp_fusion": True}
@@ -238,7 +238,11 @@ class Prepared:
             of_phase = {"cell": unit_blocks, "projection": ceil_div(out, tiles.features)}
             blocks = dict(reversed(of_phase.items())) if candidate.problem.backward else of_phase
         at_once = recurrences, batch_groups
-        if plan.mode == "grid":
+        if tiles.in_turn:
+            # Step by step, in the interpreter, two each.
+            slots = plan.resident // unit_blocks if plan.mode == "grid" else recurrences * ceil_div(batch_groups, 2)
+            at_once = in_turn(slots, recurrences, batch_groups)
+        elif plan.mode == "grid":
             at_once = max_coresident(plan.resident // unit_blocks, recurrences, batch_groups, stacked)
         kernels = [specialized(kernel, plan, tiles, H, out, PHASE=phase, **form) for phase in blocks]
         if device.type == "cuda":
@@ -250,12 +254,10 @@ class Prepared:
             each = zip(kernels, blocks.values(), strict=True)
             return tuple(Part(of_phase, (n, *others), first, group * tiles.batch) for of_phase, n in each)
 
+        begins = [0] if tiles.in_turn else range(0, batch_groups, at_once[1])
         return cls(
             kernel,
-            tuple(
-                launches_of(first, group)
-                for first, group in product(range(0, recurrences, at_once[0]), range(0, batch_groups, at_once[1]))
-            ),
+            tuple(launches_of(first, group) for first, group in product(range(0, recurrences, at_once[0]), begins)),
             recurrences,
             (recurrences, batch_groups) if plan.mode == "grid" and not tiles.poll else None,
             in_registers and (ragged or stacked or plan.mode == "step"),
@@ -333,15 +335,3 @@ def launch(
                 f"program {program} of batch group {group} waited in vain for step {step_of_wait - 1} of the others, "
                 f"in {kernel.__name__} under {plan!r}"
             )
-
-
-def max_coresident(slots: int, recurrences: int, batch_groups: int, stacked: bool) -> tuple[int, int]:
-    """How many recurrences and batch groups a launch has where `slots` groups of a recurrence can be resident; the
-    others follow in further launches. Layers of a stack wait for each other, so all are in each launch."""
-    both = recurrences, max(1, min(batch_groups, slots // recurrences))
-    single = 1, max(1, min(batch_groups, slots))
-    if stacked or (
-        slots >= recurrences and ceil_div(batch_groups, both[1]) <= recurrences * ceil_div(batch_groups, single[1])
-    ):
-        return both
-    return single

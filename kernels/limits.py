@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .environment import TRITON
-from .tiles import DEVICES, Device, Problem, Tiles, ceil_div, programs_of
+from .tiles import A100, DEVICES, Device, Problem, Tiles, ceil_div, programs_of
 
 # The compute capabilities for which limits.json says what compiling has found. Machine code for 8.9 takes what that for
 # 8.6 takes, in every kernel of a sample.
@@ -70,6 +70,9 @@ def why_not_grid(tiles: Tiles, problem: Problem, device: Device) -> list[str]:
         f"{programs} programs, {device.multiprocessors} multiprocessors": programs > device.multiprocessors,
         "a projection is a launch of its own at every step": problem.proj > 0,
         f"W_hh has {chunks} chunks, of which {tiles.kept} would be kept": 0 < chunks <= tiles.kept,
+        "row tiles in turn are for devices with 160 KB of shared memory": (
+            tiles.in_turn and device.shared < A100.shared
+        ),
     }
     if tiles.poll:
         threads = 32 * tiles.warps
@@ -99,6 +102,7 @@ def limit_name(tiles: Tiles, mode: str, problem: Problem, target: str) -> str:
     shape += f" kept {tiles.kept}" if tiles.kept else ""
     shape += f" team {tiles.team}" if tiles.team > 1 else ""
     shape += " polled" if tiles.poll else ""
+    shape += f" in turn, parts of {tiles.part}" if tiles.in_turn else ""
     which = "backward" if problem.backward else "forward"
     return f"{target} {kind} {which}, {launch}, {shape}, {class_of(problem, tiles, mode)}"
 

@@ -58,10 +58,12 @@ def choose(
     else:
         plan = choose_interpreted(dtype, B, H, ieee, directions, layers, proj)
     if plan.mode == "grid" and device in _grid_disabled:
-        plan = as_per_step(plan, _grid_disabled[device])
-        passes = (problem, plan.forward), (problem._replace(backward=True), plan.backward)
-        if not all(findings_on(hardware).usable(of, "step", [tiles]) for of, tiles in passes):
+        reason, passes = _grid_disabled[device], (problem, problem._replace(backward=True))
+        in_turn = any(plan.tiles(of.backward).in_turn for of in passes)  # whose tiles no launch a step has
+        plan = as_per_step(plan, reason)
+        if in_turn or not all(findings_on(hardware).usable(of, "step", [plan.tiles(of.backward)]) for of in passes):
             plan = choose_kernel(dtype, B, H, hardware, ieee, directions, layers, proj, grid=False)
+            plan = replace(plan, why=f"{reason}: {plan.why}")
     if plan.mode != "torch":
         plan = fastest(plan, dtype, B, problem, device)
     about = findings_on(hardware).about(problem)
@@ -76,7 +78,7 @@ def choose_interpreted(dtype: torch.dtype, B: int, H: int, ieee: bool, direction
         return plan
     problem = Problem(kind_of(dtype, ieee), H, False, directions, layers, proj)
     forward, backward = (
-        interpreted_tiles(problem._replace(backward=back), dtype, plan.tiles(back).poll) for back in (False, True)
+        interpreted_tiles(problem._replace(backward=back), dtype, plan.tiles(back)) for back in (False, True)
     )
     if not (forward and backward):
         return replace(choose_kernel(dtype, B, H, H100, ieee, directions, layers, proj, grid=False), precision="ieee")
@@ -84,12 +86,15 @@ def choose_interpreted(dtype: torch.dtype, B: int, H: int, ieee: bool, direction
     return replace(steps, forward=forward[0], backward=backward[0])
 
 
-def interpreted_tiles(problem: Problem, dtype: torch.dtype, poll: bool) -> list[Tiles]:
-    """Those that stand in for the grid form's in the interpreter, the kind that is polled or not first. There a program
-    that waits for another would wait for ever, and a few take less time than many."""
+def interpreted_tiles(problem: Problem, dtype: torch.dtype, like: Tiles) -> list[Tiles]:
+    """Those that stand in for the grid form's in the interpreter, of the kernel of `like` first. There a program that
+    waits for another would wait for ever, and a few take less time than many."""
     many = Tiles(batch=32, units=32, chunk=128, warps=4)
     few = replace(many, chunk=4 * 64 // dtype.itemsize, split=4, poll=True)
-    return findings_on(H100).usable(problem, "step", [few, many] if poll else [many, few])
+    found = [few, many] if like.poll else [many, few]
+    if like.in_turn:
+        found.insert(0, Tiles(batch=128, units=64, chunk=128, warps=4, part=64))
+    return findings_on(H100).usable(problem, "step", found)
 
 
 def alternatives(dtype: torch.dtype, B: int, problem: Problem, device: torch.device, most: int) -> list[Plan]:
@@ -100,7 +105,7 @@ def alternatives(dtype: torch.dtype, B: int, problem: Problem, device: torch.dev
         if device.type != "cuda":
             plan = replace(plan, precision="ieee")
             if plan.mode == "grid":
-                plan, tiles = as_per_step(plan, "the interpreter"), interpreted_tiles(problem, dtype, tiles[0].poll)
+                plan, tiles = as_per_step(plan, "the interpreter"), interpreted_tiles(problem, dtype, tiles[0])
         if plan.mode != "grid" or device not in _grid_disabled:
             found += [replace(plan, forward=each, backward=each) for each in tiles[:most]]
     return found

@@ -19,6 +19,8 @@ class Tiles:
     poll: the kernels for few rows: W_hh stays in registers, and a program looks whether h (dgates) is there, element by
         element, instead of at a step flag. Each warp then has a part of every chunk, of 64 bytes.
     features: of a projection that a program computes in the launch that has it; 0: the projection is not in the kernel.
+    part: of the kernels for large batches, rows whose cells are computed at once. `batch` are then the rows of a tile,
+        and a program goes over several tiles at every step, one after another. 0: of the other kernels.
     """
 
     batch: int
@@ -30,11 +32,19 @@ class Tiles:
     split: int = 1
     poll: bool = False
     features: int = 0
+    part: int = 0
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether the kernels for large batches have them."""
+        return self.part > 0
 
     def __str__(self) -> str:
         of_weight = f", {self.kept} of them on chip" if self.kept else ""
         text = f"{self.batch} rows x {self.units} units, chunks of {self.chunk}{of_weight}, {self.warps} warps"
-        return text + (", teams of 4" if self.team > 1 else "") + (", polled" if self.poll else "")
+        text += ", teams of 4" if self.team > 1 else ""
+        text += ", polled" if self.poll else ""
+        return text + (f", in turn, the cells of {self.part} rows at once" if self.in_turn else "")
 
 
 @dataclass(frozen=True)
@@ -109,9 +119,28 @@ def programs_of(tiles: Tiles, H: int, B: int) -> tuple[int, int]:
     return tiles.team * ceil_div(H, tiles.team * tiles.units), ceil_div(B, tiles.batch)
 
 
+def max_coresident(slots: int, recurrences: int, batch_groups: int, stacked: bool) -> tuple[int, int]:
+    """How many recurrences and batch groups a launch has where `slots` groups of a recurrence can be resident; the
+    others follow in further launches. Layers of a stack wait for each other, so all are in each launch."""
+    both = recurrences, max(1, min(batch_groups, slots // recurrences))
+    single = 1, max(1, min(batch_groups, slots))
+    if stacked or (
+        slots >= recurrences and ceil_div(batch_groups, both[1]) <= recurrences * ceil_div(batch_groups, single[1])
+    ):
+        return both
+    return single
+
+
+def in_turn(slots: int, recurrences: int, row_tiles: int) -> tuple[int, int]:
+    """How many recurrences a launch has, and groups of each to which all row tiles are dealt as evenly as can be."""
+    at_once = recurrences if slots >= recurrences else 1
+    groups = max(1, slots // at_once)
+    return at_once, ceil_div(row_tiles, ceil_div(row_tiles, groups))
+
+
 def without_exchange(tiles: Tiles) -> Tiles:
     """The tiles of a program that waits for no other one."""
-    return replace(tiles, team=1)
+    return replace(tiles, team=1, part=0)
 
 
 # The table. By the bytes of a weight on chip, and whether loads are wide: rows of forward and of backward. A row has
@@ -168,6 +197,19 @@ STACKED: dict[tuple[int, bool], Rows] = {
     ),
     (8, True): ([(16, 16, 256, 4)], [(16, 16, 256, 8)]),
 }
+# In turn, of large batches: batch rows, units, bytes of a chunk, warps, chunks that stay on chip (0: all) and rows
+# whose cells are computed at once.
+IN_TURN: dict[tuple[int, bool], Rows] = {
+    (2, True): (
+        [(128, 64, 128, 8, 0, 64), (64, 64, 128, 8, 0, 64), (256, 32, 128, 8, 0, 64), (128, 32, 128, 8, 0, 64)]
+        + [(256, 32, 128, 8, 1, 64), (128, 32, 128, 8, 1, 64)],
+        [(128, 128, 128, 8, 1, 32), (128, 64, 128, 8, 1, 64)],
+    ),
+    (4, True): (
+        [(128, 32, 128, 8, 0, 64), (256, 32, 64, 8, 6, 64), (128, 32, 128, 8, 1, 64)],
+        [(128, 128, 128, 8, 1, 16), (128, 64, 128, 8, 1, 64)],
+    ),
+}
 # Polled: batch rows, units and warps; in backward, teams. Of 8 units without a team half of a matrix instruction is
 # padding; and with four warps they take, simulated, up to a seventh more than the model says.
 POLLED = (*product(((8, 16), (8, 32), (16, 16)), (4, 8)), ((8, 8), 8))
@@ -221,3 +263,5 @@ def listed(mode: str, problem: Problem, device: Device) -> Iterator[Tiles]:
             of_team = team[0] if team else 1
             rows = (of_team if problem.backward else 4) * units
             yield Tiles(batch, units, chunk // size, warps, kept * 1024 // (rows * chunk), of_team)
+        for batch, units, chunk, warps, kept, part in [] if several else rows_of(IN_TURN, problem):
+            yield Tiles(batch, units, chunk // size, warps, kept, part=part)

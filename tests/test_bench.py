@@ -310,8 +310,9 @@ def test_the_fit_of_the_model_names_its_error_and_a_wrong_choice(tmp_path, monke
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(sys, "argv", ["fit", "--load", str(file), "--B", "1", "4", "--worst", "1"])
     fit.main()
-    few, flags, choices = re.split(r"\n(?! )", capsys.readouterr().out.strip())
+    few, flags, turns, choices = re.split(r"\n(?! )", capsys.readouterr().out.strip())
     assert "0% in the median" in few and "100% at" in few and fit.described(slowest) in few
+    assert "0% at most" in turns
     assert "0% at" in flags and "rank correlation 1.00" in flags and "streaming 1.00" in flags
     assert "4 choices" in choices
 

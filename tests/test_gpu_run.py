@@ -216,6 +216,7 @@ TAKES = {
     "grid polled": lambda plan, one: one.poll,
     "grid in teams": lambda plan, one: one is plan.forward or one.team == 4,
     "grid streaming W_hh": lambda plan, one: one.kept,
+    "row tiles in turn": lambda plan, one: one.in_turn,
     "grid in TF32": lambda plan, one: plan.precision == "tf32",
     "grid in full precision": lambda plan, one: plan.precision == "tf32x3" and not one.kept,
     "stack of layers": lambda plan, one: plan.layers == 4,

@@ -34,6 +34,15 @@ FEW = Tiles(16, 16, 64, 4, split=4, poll=True)
 LATENCY = replace(STEP, forward=FEW, backward=FEW)
 
 
+# Those of large batches: a program has two row tiles in turn, and their cells in one part, two or four.
+IN_TURN = Tiles(16, 32, 32, 1, part=16)
+THROUGHPUT = [
+    replace(STEP, forward=IN_TURN, backward=replace(IN_TURN, units=16, kept=2)),
+    replace(STEP, forward=replace(IN_TURN, units=64, kept=1, part=8), backward=replace(IN_TURN, part=4)),
+]
+IDS = ["flags", "polled", "in turn", "in parts"]
+
+
 # Features in two programs, of which three have units.
 PROJECTING = replace(STEP, forward=replace(STEP.forward, features=16), backward=replace(STEP.backward, features=16))
 
@@ -105,7 +114,7 @@ def test_local_in_eight_parts(form, device):
     check(Plan("local", tiles, tiles, 0, "ieee", ""), torch.float32, 4, 9, 20, device, True, form)
 
 
-@pytest.mark.parametrize("plan", [STEP, LATENCY], ids=["flags", "polled"])
+@pytest.mark.parametrize("plan", [STEP, LATENCY, *THROUGHPUT], ids=IDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_step_with_many_programs(plan, dtype, reverse, device):
@@ -125,11 +134,12 @@ def test_projection_of_every_layout(form, device):
     check(PROJECTING, torch.float32, 5, 5, 20, device, form=form, out=18)
 
 
-@pytest.mark.parametrize("plan", [local(16), STEP, LATENCY], ids=["local", "step", "polled"])
+@pytest.mark.parametrize("plan", [local(16), STEP, LATENCY, *THROUGHPUT], ids=["local", "step", *IDS[1:]])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("form", NAMES[1:])
 def test_layouts(plan, reverse, form, device):
-    check(plan, torch.float32, 5, 5, 16 if plan.mode == "local" else 20, device, reverse, form)
+    B = 35 if plan.forward.in_turn else 5
+    check(plan, torch.float32, 5, B, 16 if plan.mode == "local" else 20, device, reverse, form)
 
 
 @pytest.mark.parametrize("form", NAMES)
@@ -138,6 +148,8 @@ def test_several_recurrences_in_a_launch(of, form):
     B = 17 if form == "lengths" else 5  # two batch groups of uneven rows
     recurrences.check(STEP, of, form, 3, B, 20)
     recurrences.check(LATENCY, of, form, 3, B, 20)
+    if of == "directions":
+        recurrences.check(THROUGHPUT[0], of, form, 3, 35, 20)
     if of == "directions":
         recurrences.check(local(16), of, form, 3, B, 7)
 

@@ -36,7 +36,7 @@ from bench.offline import (
     groups,
     key,
     read,
-    source,
+    source_of,
     table,
     why_failed,
 )
@@ -58,7 +58,7 @@ VARIANTS = {
     "layers": ("--layers", "2", "--drop"),
     "refused": ("--refused", "--dtype", "bf16", "tf32", "--H", "136", "--lengths", "--reset"),
     "refused layers": ("--refused", "--H", "136", "--layers", "2", "--drop"),
-    "projection": ("--H", "2048", "4096", "--proj", "256"),
+    "projection": ("--H", "2048", "4096", "--proj", "256", "--B", "16"),
 }
 
 
@@ -105,6 +105,8 @@ def faults(row):
     # for. In a stack as much of the other layer; with dropout, seed and share. Not the weights'.
     own, offsets, resets = (4, 1, 1) if forward else (8, 2, 1)
     inner = flags * team  # exchanges within a step
+    if tiles["part"]:  # c (dc) too, and all of them part by part
+        own = (own + 1) * (tiles["batch"] // tiles["part"])
     loads = own + grid * weights + flags + inner + team * tiles["team"]
     loads += stack * (flags + weights) + row.get("drop", False) * 2
     loads += row.get("packed", False) * (offsets + grid) + row.get("reset", False) * (resets + grid)
@@ -190,7 +192,7 @@ def test_table_is_made_from_its_files():
 
 
 def test_limits_are_made_from_what_was_asked():
-    assert limits.LIMITS.read_text(encoding="utf-8") == limits.text_of(limits.read_probed(RESULTS), source())
+    assert limits.LIMITS.read_text(encoding="utf-8") == limits.text_of(limits.read_probed(RESULTS), source_of)
 
 
 def above_what_passes(found):
@@ -231,6 +233,11 @@ def test_a_limit_is_found_to_a_part_of_it(most):
     assert (failing - passing <= failing * limits.RESOLUTION or passing == 0) and len(tried) < 10
 
 
+def of(source):
+    """One source for everything."""
+    return lambda limit: source
+
+
 def test_exploring_lowers_limits_until_all_that_is_planned_passes(tmp_path, monkeypatch):
     """On kernels that are not compiled: the larger of two spills from H 300 on, and a run that is cut short goes on."""
     monkeypatch.setattr(limits, "LIMITS", tmp_path / "limits.json")
@@ -255,19 +262,20 @@ def test_exploring_lowers_limits_until_all_that_is_planned_passes(tmp_path, monk
     before = dict(of_kernels.limits())
     try:
         with pytest.raises(KeyboardInterrupt):
-            limits.explore(choose, limits.Asked(tmp_path, "3.0.0", "a", why))
-        limits.explore(choose, limits.Asked(tmp_path, "3.0.0", "a", why))
+            limits.explore(choose, limits.Asked(tmp_path, "3.0.0", of("a"), why))
+        limits.explore(choose, limits.Asked(tmp_path, "3.0.0", of("a"), why))
         found = json.loads((tmp_path / "limits.json").read_text())
         assert found == {"checked": {"3.0": ["sm_90"]}, "limits": {name: [296, "registers spill"]}}
         assert len(compiled) == len(set(compiled)) + 1  # the one that was cut short
         # Of some sizes nothing follows for the others.
-        limits.explore(choose, limits.Asked(tmp_path, "3.1.0", "a", lambda group: ""), whole=False)
+        limits.explore(choose, limits.Asked(tmp_path, "3.1.0", of("a"), lambda group: ""), whole=False)
         assert json.loads((tmp_path / "limits.json").read_text())["checked"] == {"3.0": ["sm_90"], "3.1": []}
         # Of another source what passes is asked anew, and a limit stands.
-        limits.write(tmp_path, "b")
+        limits.write(tmp_path, of("b"))
         assert json.loads((tmp_path / "limits.json").read_text()) == found | {"checked": {"3.0": [], "3.1": []}}
         compiled.clear()
-        limits.explore(choose, limits.Asked(tmp_path, "3.0.0", "b", lambda group: compiled.append(group["H"]) or ""))
+        asked = limits.Asked(tmp_path, "3.0.0", of("b"), lambda group: compiled.append(group["H"]) or "")
+        limits.explore(choose, asked)
         assert json.loads((tmp_path / "limits.json").read_text()) == found | {"checked": {"3.0": ["sm_90"], "3.1": []}}
         asked = [row["H"] for row in limits.read_probed(tmp_path)["3.0.0"] if row["source"] == "b" and row["H"]]
         assert asked == compiled and {group["H"] for group in choose()} <= {*asked}
@@ -327,10 +335,10 @@ def test_devices_without_a_table():
 @cache
 def known_good(version):
     """By the name of a limit the largest H that a Triton has compiled below its least failure."""
-    rows, most, present = limits.read_probed(RESULTS)[version], {}, source()
+    rows, most = limits.read_probed(RESULTS)[version], {}
     found = limits.limits_of([rows])
     for row in rows:
-        if row["source"] == present and row["H"] <= found.get(row["name"], (sys.maxsize,))[0]:
+        if row["source"] == source_of(row["name"]) and row["H"] <= found.get(row["name"], (sys.maxsize,))[0]:
             most[row["name"]] = max(most.get(row["name"], 0), row["H"])
     return most
 

@@ -143,7 +143,8 @@ def test_no_file_and_no_signature_is_too_long_to_be_read_at_once():
 
 
 def test_the_time_loop_of_a_kernel_fits_on_one_screen():
-    for file in ("forward", "backward", "latency_forward", "latency_backward"):
+    kernels = "forward", "backward"
+    for file in (*kernels, *(f"{of}_{kernel}" for of in ("latency", "throughput") for kernel in kernels)):
         (kernel,) = (
             node
             for node in ast.parse((ROOT / "kernels" / f"{file}.py").read_text(encoding="utf-8")).body

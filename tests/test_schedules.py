@@ -13,7 +13,7 @@ import torch
 from fused_lstm import reference
 from fused_lstm.kernels import backward as backward_module
 from fused_lstm.kernels import forward as forward_module
-from fused_lstm.kernels import latency_backward, latency_forward, launch
+from fused_lstm.kernels import latency_backward, latency_forward, launch, throughput_backward, throughput_forward
 from fused_lstm.kernels.plan import Plan
 from fused_lstm.kernels.tiles import Tiles
 
@@ -34,7 +34,10 @@ TEAMS = replace(PLAN, backward=Tiles(2, 1, 2, 4, kept=1, team=4))
 # h and dgates are polled; in the second the parts of a team are, too, which are float32.
 POLLING = replace(PLAN, forward=Tiles(2, 2, 16, 2, split=2, poll=True), backward=Tiles(2, 2, 16, 2, split=2, poll=True))
 POLLING_TEAM = replace(POLLING, backward=Tiles(2, 1, 64, 4, team=4, split=4, poll=True))
-PLANS = [PLAN, STREAMING, TEAM, TEAMS, POLLING, POLLING_TEAM]
+# Two programs of a group; of its three or two row tiles the first group has every other one.
+SEVERAL_TILES = (5, 12)
+IN_TURN = replace(PLAN, resident=4, forward=Tiles(2, 8, 8, 4, part=2), backward=Tiles(4, 8, 4, 4, kept=1, part=2))
+PLANS = [PLAN, STREAMING, TEAM, TEAMS, POLLING, IN_TURN, POLLING_TEAM]
 
 
 def run(
@@ -89,12 +92,14 @@ def sweep(first, count):
     for seed in range(first, first + count):
         form = seed // len(names)
         if seed % 8 == 7:
-            of, plan = recurrences.KINDS[seed // 8 % len(recurrences.KINDS)], PLANS[seed // 24 % len(PLANS[:-1])]
+            of, plan = recurrences.KINDS[seed // 8 % len(recurrences.KINDS)], PLANS[seed // 24 % len(PLANS[:-2])]
             run_recurrences(names[seed % len(names)], seed, form % 6 == 0, of, plan=plan, form=NAMES[form % len(NAMES)])
             continue
         sizes = TWO_GROUPS if form % 2 else ONE_GROUP
         options = {"sizes": sizes, "reverse": form % 4 > 1, "form": NAMES[form % len(NAMES)]}
         options["plan"] = PLANS[form % len(PLANS)]
+        if options["plan"] == IN_TURN:
+            options["sizes"] = SEVERAL_TILES
         run(names[seed % len(names)], seed, form % 6 == 0, **options)
 
 
@@ -122,7 +127,7 @@ def test_a_seed_repeats_its_schedule():
 def faulty(module, old, new):
     """A kernel's text with a fault planted in it, or in one of the files from which it takes functions."""
     source = Path(module.__file__).read_text()
-    for name in ("", "sync", "matmul", "operands", "polling", "team"):
+    for name in ("", "sync", "matmul", "operands", "polling", "team", "row_tiles"):
         text = Path(module.__file__).with_name(f"{name}.py").read_text() if name else source
         if old in text:
             break
@@ -211,12 +216,16 @@ POLLS = {
     "forward": (forward_module, latency_forward, "latency_forward_kernel"),
     "backward": (backward_module, latency_backward, "latency_backward_kernel"),
 }
+TURNS = {
+    "forward": (forward_module, throughput_forward, "throughput_forward_kernel"),
+    "backward": (backward_module, throughput_backward, "throughput_backward_kernel"),
+}
 
 
 @pytest.fixture
-def plant_where_polled(plant, monkeypatch):
-    def load(which, old, new):
-        module, of_kernel, kernel = POLLS[which]
+def plant_where(plant, monkeypatch):
+    def load(of, old, new):
+        module, of_kernel, kernel = of
         monkeypatch.setattr(module, kernel, getattr(plant(of_kernel, old, new), kernel))
 
     return load
@@ -224,8 +233,8 @@ def plant_where_polled(plant, monkeypatch):
 
 @pytest.mark.parametrize("fault", FAULTS_OF_POLLING)
 @pytest.mark.parametrize("which", POLLS)
-def test_planted_fault_in_polling_is_found(plant_where_polled, which, fault):
-    plant_where_polled(which, *FAULTS_OF_POLLING[fault])
+def test_planted_fault_in_polling_is_found(plant_where, which, fault):
+    plant_where(POLLS[which], *FAULTS_OF_POLLING[fault])
     with pytest.raises((AssertionError, Broken), match=r"not close|deadlock"):
         for seed, schedule in product((9, 3, 1, 0), ("uniform", "starve_one", "priorities")):
             run(schedule, seed, True, plan=POLLING, sizes=ONE_GROUP)
@@ -239,11 +248,49 @@ FAULTS_OF_A_POLLING_TEAM = {
 
 
 @pytest.mark.parametrize("fault", FAULTS_OF_A_POLLING_TEAM)
-def test_planted_fault_in_a_polling_team_is_found(plant_where_polled, fault):
-    plant_where_polled("backward", *FAULTS_OF_A_POLLING_TEAM[fault])
+def test_planted_fault_in_a_polling_team_is_found(plant_where, fault):
+    plant_where(POLLS["backward"], *FAULTS_OF_A_POLLING_TEAM[fault])
     with pytest.raises((AssertionError, Broken), match=r"not close|deadlock"):
         for seed, schedule in product(range(4), SCHEDULES):
             run(schedule, seed, True, plan=POLLING_TEAM, sizes=ONE_GROUP, form="reset")
+
+
+WAIT_IN_TURN = "wait_if(step > 0, flags + tile * steps, step, "
+PUBLISH_IN_TURN = "publish(flags + tile * steps + step)"
+FAULTS_IN_TURN = {
+    "a tile's wait is skipped": (WAIT_IN_TURN, WAIT_IN_TURN.replace("step > 0", "(step > 0) & (tile < 1)")),
+    "the flag of the tile before": (WAIT_IN_TURN, WAIT_IN_TURN.replace("tile *", "tl.maximum(tile - 1, 0) *")),
+    "the flag of the step before": (WAIT_IN_TURN, WAIT_IN_TURN.replace(" step, ", " step - (step > 1), ")),
+    "a tile is counted in only at its first step": (PUBLISH_IN_TURN, PUBLISH_IN_TURN.replace("step)", "0)")),
+    "a tile is left out of its turn": ("in range(tl.program_id(1), running", "in range(tl.program_id(1), running - 1"),
+    "the tile of another group": ("in range(tl.program_id(1), running", "in range(0, running"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_IN_TURN)
+@pytest.mark.parametrize("which", TURNS)
+def test_planted_fault_of_tiles_in_turn_is_found(plant_where, which, fault):
+    plant_where(TURNS[which], *FAULTS_IN_TURN[fault])
+    with pytest.raises((AssertionError, Broken), match=r"nobody has written|race|deadlock|overwrote|not close"):
+        for seed, schedule in enumerate(SCHEDULES):
+            run(schedule, seed, plan=IN_TURN, sizes=SEVERAL_TILES)
+
+
+def test_tiles_counted_in_before_their_last_part(plant_where):
+    first_of_part = "                first = tile * BLOCK_B"
+    early = f"                if k == 1:\n                    {PUBLISH_IN_TURN}\n{first_of_part}"
+    plant_where(TURNS["backward"], first_of_part, early)
+    with pytest.raises(Broken, match=r"nobody has written|race"):
+        for seed, schedule in enumerate(SCHEDULES):
+            run(schedule, seed, plan=IN_TURN, sizes=SEVERAL_TILES)
+
+
+def test_buffer_reused_a_turn_too_early(plant_where):
+    """h of a tile goes where h of its last step lies, which slower programs of the group have not read yet."""
+    hidden = "hidden = at_part.rows[None, :] * H"
+    plant_where(TURNS["forward"], hidden, "hidden = (at_part.rows - tl.where(step > 1, B, 0))[None, :] * H")
+    with pytest.raises(Broken, match=r"overwrote|race"):
+        run("uniform", 0, plan=IN_TURN, sizes=SEVERAL_TILES)
 
 
 def test_nan_is_data():
@@ -312,6 +359,9 @@ def test_directions_that_do_not_fit_together_follow_in_further_launches(schedule
             return both()
 
     recurrences.check(replace(PLAN, resident=2), "directions", "lengths", T, 3, 4, within=within)
+    for resident in (2, 8):
+        plan = replace(IN_TURN, resident=resident)
+        recurrences.check(plan, "directions", "lengths", T, *SEVERAL_TILES, within=within)
 
 
 def test_flag_published_before_the_data(plant):
@@ -355,8 +405,8 @@ def test_debug_mode_reports_who_waits_in_vain(plant, which, monkeypatch):
 
 
 @pytest.mark.parametrize("which,stored", [("forward", "y + hidden, h, mask="), ("backward", "dgates_t, ")])
-def test_debug_mode_reports_who_polls_in_vain(plant_where_polled, which, stored, monkeypatch):
-    plant_where_polled(which, f"{stored}active", f"{stored}active & (step < {T - 2})")
+def test_debug_mode_reports_who_polls_in_vain(plant_where, which, stored, monkeypatch):
+    plant_where(POLLS[which], f"{stored}active", f"{stored}active & (step < {T - 2})")
     monkeypatch.setattr(launch, "MAX_SPINS", 50)
     with pytest.raises(RuntimeError, match=r"program \d of batch group [01] waited in vain for step 1 of the others"):
         run("uniform", 0, memory=False, plan=POLLING)

@@ -9,12 +9,12 @@ import torch._dynamo.testing
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fused_lstm import LSTM, route
-from fused_lstm.kernels import forward, launch
+from fused_lstm.kernels import forward
 from fused_lstm.kernels.dropout import dropout
 from fused_lstm.kernels.layout import Layout
 from fused_lstm.kernels.model import step, terms_for
 from fused_lstm.kernels.plan import Plan, choose_kernel, grouped
-from fused_lstm.kernels.tiles import A100, H100, Problem, Tiles, programs_of
+from fused_lstm.kernels.tiles import A100, H100, Problem, Tiles, max_coresident, programs_of
 
 from .layouts import NAMES, layout_of
 from .parity import WIDEST, assert_close, assert_parity, run, twin
@@ -293,7 +293,7 @@ def test_the_plan_says_how_layers_are_grouped(monkeypatch, one_launch):
     (9, 4, 3, True, (4, 2)),
 ])  # fmt: skip
 def test_how_many_are_resident_together(slots, recurrences, groups, stacked, expected):
-    assert launch.max_coresident(slots, recurrences, groups, stacked) == expected
+    assert max_coresident(slots, recurrences, groups, stacked) == expected
 
 
 def test_rows_are_dealt_by_their_lengths(monkeypatch):

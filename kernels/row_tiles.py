@@ -1,0 +1,63 @@
+"""Row tiles in turn: which of them a step still has, where their rows lie, and the parts by which their cells go."""
+
+import triton
+import triton.language as tl
+
+from .rows import Rows, rows_of_program
+
+
+@triton.jit
+def longest(tile, layout, BLOCK_B: tl.constexpr):
+    """The steps of a tile's longest row, which is its first one; before the first tile more than there can be."""
+    row = tile * BLOCK_B
+    if layout.order is not None:
+        row = tl.load(layout.order + row, mask=tile >= 0, other=0)
+    return tl.load(layout.lengths + row, mask=tile >= 0, other=1 << 40)
+
+
+@triton.jit
+def still_running(tiles, step, layout, BLOCK_B: tl.constexpr):
+    """How many of the first `tiles` row tiles have a step: rows lie by falling length, so the first ones have it."""
+    if layout.lengths is not None:
+        while longest(tiles - 1, layout, BLOCK_B) <= step:
+            tiles -= 1
+    return tiles
+
+
+@triton.jit
+def rows_from(first, layout, sizes, recurrence, DIRECTIONS: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The Rows of BLOCK_B batch rows from a first one on."""
+    begin = first - tl.program_id(1) * BLOCK_B  # to which rows_of_program() adds them again
+    return rows_of_program(layout, sizes, recurrence, begin, False, DIRECTIONS, REVERSE, BLOCK_B, False)
+
+
+@triton.jit
+def of_tile(rows, tile):
+    """Rows whose steps are counted by the longest row of their whole tile."""
+    place = rows.states, rows.offsets, rows.start_offsets, rows.step_stride, rows.backwards, rows.DIRECTIONS
+    return Rows(rows.batch, rows.mask, rows.length, tile.last, *place)
+
+
+@triton.jit
+def ends(at, rows):
+    """Which rows have their last step, in the recurrence's own order, at a Step."""
+    return rows.mask & (at.t == tl.where(rows.backwards, 0, rows.length - 1))
+
+
+@triton.jit
+def row_of(mask, tensor, rows, other, other_rows, H: tl.constexpr):
+    """Pointers to rows of a tensor (..., H) where the mask is set, and to those of another elsewhere."""
+    # Of a choice between whole pointers Triton 3.9 forgets that they are aligned, and loads element by element.
+    return tl.where(mask, tensor, other) + tl.where(mask, rows, other_rows) * H
+
+
+@triton.jit
+def part_of(x, k, PARTS: tl.constexpr):
+    """Part k of a tile's columns, of 1, 2 or 4 parts."""
+    if PARTS == 1:
+        return x
+    else:
+        halves = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+        first, second = tl.split(tl.permute(halves, (0, 2, 1)))
+        half = second if k >= PARTS // 2 else first
+        return part_of(half, k % (PARTS // 2), PARTS // 2)
