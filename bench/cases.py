@@ -113,7 +113,7 @@ _ORDERED = [
         _square(64, H, B, *rest)
         for B, H, *rest in product([4096, 1024, 8192, 256], [384, 256, 1024, 512], (*_MAIN, "fp16"), BOTH)
     ),
-    # A policy over vectorised environments, and signal chunks in the order of a basecaller's layers.
+    # A policy over vectorised environments; signal chunks through as many layers as a basecaller has, in one direction.
     *(
         Case(mode, T=32, B=4096, I=256, H=256, dtype=dtype, form=form)
         for form, dtype, mode in product(["reset", "dense"], (*_MAIN, "fp16"), BOTH)

@@ -87,11 +87,13 @@ RECORDS: dict[str, Any] = {"layout": layout.LayoutTensors, "stack": layout.Stack
 # With W_hh in shared memory, in registers, and for row tiles in turn.
 KERNELS = {
     "forward": (
-        *(forward.forward_kernel, latency_forward.latency_forward_kernel),
+        forward.forward_kernel,
+        latency_forward.latency_forward_kernel,
         throughput_forward.throughput_forward_kernel,
     ),
     "backward": (
-        *(backward.backward_kernel, latency_backward.latency_backward_kernel),
+        backward.backward_kernel,
+        latency_backward.latency_backward_kernel,
         throughput_backward.throughput_backward_kernel,
     ),
 }
@@ -490,7 +492,7 @@ def predicted(row: Row) -> Row:
 @cache
 def source(in_turn: bool = True) -> str:
     """A hash of the code that is compiled, without its comments and layout; the plans are in the rows. in_turn: with
-    the kernels of large batches, of which the others do not depend."""
+    the kernels of large batches, on which the others do not depend."""
     files = [Path(module.__file__ or "") for module in SOURCES + (IN_TURN if in_turn else ())]
     nodes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]

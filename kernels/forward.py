@@ -242,7 +242,8 @@ def forward(
         inputs, outputs = (input_gates, weight_hh, h0, c0, c_reset), (y, dropped, c, gates, hn, cn)
         kernel: Any = latency_forward_kernel
         if tiles.in_turn:
-            hn.copy_(h0), cn.copy_(c0)
+            hn.copy_(h0)
+            cn.copy_(c0)
             kernel = throughput_forward_kernel
             args = input_gates, weight_hh, h0, c_reset, layout.tensors, y, c, gates, hn, cn
         elif weight_in_registers(plan, tiles):

@@ -119,7 +119,7 @@ def step(terms: Terms, mode: str, tiles: Tiles, problem: Problem, B: int) -> Tim
     cycles = of_launch(terms, mode, tiles, problem, B * problem.directions, programs)
     if tiles.in_turn:
         # What a tile waits for is written while the others have their turn.
-        exposed = handover(terms, mode).popitem()[1] - (turns - 1) * sum(cycles.values())
+        exposed = sum(handover(terms, mode).values()) - (turns - 1) * sum(cycles.values())
         cycles["exchange"] = max(0.0, exposed) / turns
     us = turns * sum(cycles.values()) / terms.clock
     return Time(us, max(cycles, key=cycles.__getitem__)) if us > memory else Time(memory, "memory")
@@ -198,8 +198,9 @@ def few_rows(terms: Terms, tiles: Tiles, problem: Problem, B: int, programs: int
 def in_turn(terms: Terms, tiles: Tiles, problem: Problem, programs: int) -> dict[str, float]:
     """Cycles of one row tile of the kernels for large batches, with so many programs at once.
 
-    Fitted to bench.simulate's cycles of the tiles of the table that an H100 can have, at H 256 to 2048, in 16 bit and
-    TF32 (52 kernels, Triton 3.7): off by 11% in the median, 19% at nine of ten, and 25% at most.
+    Fitted as few_rows(), at H 256 to 2048, in 16 bit and TF32 (Triton 3.7). Over the 33 kernels of the table in
+    bench/results/offline it is off by 14% in the median, 28% at nine of ten, and 33% at most (Triton 3.9: 12%, 25%,
+    30%).
     """
     rows, gates = (tiles.units, 4) if problem.backward else (4 * tiles.units, 1)
     chunks = gates * ceil_div(problem.H, tiles.chunk)
