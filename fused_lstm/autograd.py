@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from . import chunks, composed, recurrence
+from .chunks import chunk_for, memory_of
 from .gradients import Cotangents, Steps, gradients
+from .kernels.planned import saved_bytes
 from .operators import unwatched
 from .records import flatten, record, save_record, saved_record, unflatten
 from .recurrence import Inputs, Outputs, Recurrence
@@ -30,8 +32,26 @@ def run(how: Recurrence, inputs: Inputs) -> Outputs:
         return forward(how, inputs)
     if not how.direct:
         return Outputs(*LSTMFunction.apply(how, *flatten(inputs)))
-    # Past Function.apply, which looks for the transforms that unwatched() has not found.
-    return Outputs(*super(torch.autograd.Function, DirectLSTMFunction).apply(how, *flatten(inputs)))
+    try:
+        # Past Function.apply, which looks for the transforms that unwatched() has not found.
+        return Outputs(*super(torch.autograd.Function, DirectLSTMFunction).apply(how, *flatten(inputs)))
+    except torch.OutOfMemoryError as error:
+        raise with_advice(error, how, inputs) from error
+
+
+def with_advice(error: torch.OutOfMemoryError, how: Recurrence, inputs: Inputs) -> torch.OutOfMemoryError:
+    """The error with what makes the layer take less memory."""
+    (R, B, H), x = inputs.c0.shape, inputs.x
+    if how.chunk:
+        advice = f"it recomputes chunks of {how.chunk} steps; recompute={max(1, how.chunk // 2)} takes less at a time"
+    else:
+        chunk = chunk_for(x.dtype, B, H, memory_of(x.device) or 0)
+        kept = x.shape[:-1].numel() * R * saved_bytes(x.dtype, H) / 2**20
+        advice = (
+            f"for backward it keeps {kept:,.0f} MiB beside its input and output; recompute=True, here in chunks of "
+            f"{chunk} steps, keeps the states between these alone and computes the rest once more"
+        )
+    return torch.OutOfMemoryError(f"{error}\nfused_lstm: of this layer, {B} rows and {H} hidden units: {advice}")
 
 
 def forward(how: Recurrence, inputs: Inputs) -> Outputs:
@@ -68,7 +88,14 @@ class LSTMFunction(torch.autograd.Function):
         _, *of_inputs = ctx.needs_input_grad
         saved, needs = saved_record(ctx, Saved), unflatten(Inputs, of_inputs)
         with torch.no_grad():
-            grads = backward(saved, needs, materialized(saved, dy, dhn, dcn, dcells))
+            cotangents = materialized(saved, dy, dhn, dcn, dcells)
+            if not saved.how.direct:
+                grads = backward(saved, needs, cotangents)
+            else:
+                try:
+                    grads = backward(saved, needs, cotangents)
+                except torch.OutOfMemoryError as error:
+                    raise with_advice(error, saved.how, saved.inputs) from error
         if torch.is_grad_enabled():  # someone wants to differentiate once more
             cotangents = Cotangents(dy, dhn, dcn, dcells)  # type: ignore[arg-type]
             return None, *Gradients.apply(

@@ -7,6 +7,7 @@ chunks for a constant.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ def chunk_for(dtype: torch.dtype, B: int, H: int, memory: int) -> int:
     return chunk
 
 
+@cache
 def memory_of(device: torch.device) -> int | None:
     """The bytes that a device has in all, and not what is free: that changes from call to call, and results with it by
     the order of their sums. None for a CPU."""

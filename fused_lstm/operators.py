@@ -1,7 +1,8 @@
 """The launchers as torch operators, fused_lstm::forward, ::backward, ::dropout and ::one_step: what torch.compile and
 torch.func see. The arguments of each are a record, of which its schema is made."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,17 +32,25 @@ class Operator:
     """A torch operator fused_lstm::name, which mutates no argument. It is called with a record of its arguments.
 
     run: what it does; a result that is None is empty for the dispatcher. fake: the same for tensors without data.
-    returns: as a schema has it.
+    returns: as a schema has it. directly: keywords of `run` without the dispatcher.
     """
 
-    def __init__(self, name: str, args: Any, returns: str, run: Callable[[Any], Any], fake: Callable[[Any], Any]):
+    def __init__(
+        self,
+        name: str,
+        args: Any,
+        returns: str,
+        run: Callable[..., Any],
+        fake: Callable[[Any], Any],
+        directly: Mapping[str, Any] = MappingProxyType({}),
+    ):
         def flat_run(*flat: Any) -> Any:
             results = self.run(unflatten(args, flat))
             if not isinstance(results, tuple):
                 return results
             return tuple(results[0].new_empty(0) if result is None else result for result in results)
 
-        self.args, self.run = args, run
+        self.args, self.run, self.directly = args, run, directly
         self.custom = torch.library.custom_op(
             f"fused_lstm::{name}", flat_run, mutates_args=(), schema=f"({schema(args)}) -> {returns}"
         )
@@ -50,7 +59,7 @@ class Operator:
 
     def __call__(self, args: Any, direct: bool = False) -> Any:
         """direct: without torch's dispatcher, which takes the host as long as a launch; if unwatched() says so."""
-        return self.run(args) if direct else self.overload(*flatten(args))
+        return self.run(args, **self.directly) if direct else self.overload(*flatten(args))
 
 
 def unwatched(values: Iterable[Any]) -> bool:
@@ -106,7 +115,7 @@ class ForwardArgs(NamedTuple):
     ieee: bool
 
 
-def run_forward(a: ForwardArgs, launcher: Callable[..., Any], **plan: Plan) -> Any:
+def run_forward(a: ForwardArgs, launcher: Callable[..., Any], **more: Any) -> Any:
     """launcher: kernels.forward.forward, which takes a plan, or stand_in.forward."""
     return launcher(
         a.input_gates.contiguous(),
@@ -119,7 +128,7 @@ def run_forward(a: ForwardArgs, launcher: Callable[..., Any], **plan: Plan) -> A
         stack=a.stack,
         weight_hr=a.weight_hr,
         save=a.save,
-        **plan,
+        **more,
     )
 
 
@@ -222,12 +231,12 @@ def pass_of(a: Launch) -> tuple[Callable[..., Any], Callable[..., Any], Callable
     return run_backward, backward_kernel.backward, stand_in.backward
 
 
-def _launched(a: Launch) -> tuple[Tensor | None, ...]:
-    """Runs a launch on the best of the kernels that run."""
+def _launched(a: Launch, **more: Any) -> tuple[Tensor | None, ...]:
+    """Runs a launch on the best of the kernels that run. more: for these kernels' launcher."""
     run, kernels, instead = pass_of(a)
     while (plan := choose(*sizes_of(a))).mode != "torch":
         try:
-            return run(a, kernels, plan=plan)
+            return run(a, kernels, plan=plan, **more)
         except Refused as refused:
             _refuse(a, plan, refused)
     return run(a, instead)
@@ -318,7 +327,9 @@ def _one_step_fake(a: OneStepArgs) -> tuple[Tensor, Tensor]:
     return a.h0.new_empty(a.h0.shape), a.c0.new_empty(a.c0.shape)
 
 
-forward = Operator("forward", ForwardArgs, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _launched, _forward_fake)
+_FORWARD = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+# An operator of torch's must not return what it was given.
+forward = Operator("forward", ForwardArgs, _FORWARD, _launched, _forward_fake, {"over_input": True})
 backward = Operator("backward", BackwardArgs, "(Tensor, Tensor, Tensor, Tensor)", _launched, _backward_fake)
 dropout = Operator("dropout", DropoutArgs, "Tensor", _dropout, lambda a: a.y.new_empty(a.y.shape))
 one_step = Operator("one_step", OneStepArgs, "(Tensor, Tensor)", _one_step, _one_step_fake)

@@ -142,8 +142,8 @@ def launches_of(call: Call, form: Form) -> list[tuple[operators.Launch, list[Pla
     """The arguments of each different launch of a call, with the plans to be timed for it."""
     seen: dict[Any, tuple[operators.Launch, list[Plan]]] = {}
 
-    def noting(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def noted(args: Any) -> Any:
+    def noting(run: Callable[[Any], Any]) -> Callable[..., Any]:
+        def noted(args: Any, **more: Any) -> Any:  # without them nothing is written over what is noted here
             dtype, B, *_ = operators.sizes_of(args)
             problem = operators.problem_of(args)
             if (problem, B) not in seen:

@@ -197,6 +197,7 @@ def forward(
     stack: Stack = NO_STACK,
     weight_hr: Tensor | None = None,
     save: bool = True,
+    over_input: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs the recurrences of one layer's directions, or of a stack of layers.
 
@@ -214,6 +215,7 @@ def forward(
         weight_hr: (R, P, H), a projection of h; h0 and y then have P features, and weight_hh is (R, 4H, P). The tiles
             must have features for it, and the recurrences cannot be layers.
         save: also return what backward needs.
+        over_input: the gates may be written over input_gates: the kernels of large batches then do.
 
     Returns:
         y: as input_gates with D*H features (D*P), h of every step, zero past a row's length; of a stack (L, T, B, H).
@@ -234,7 +236,8 @@ def forward(
     acc = accumulator(y.dtype)
     if save:
         new = input_gates.new_zeros if layout.padded else input_gates.new_empty
-        c, gates = new((*lead, width), dtype=acc), input_gates.new_empty((*lead, 4 * width))
+        c = new((*lead, width), dtype=acc)
+        gates = input_gates if over_input and tiles.in_turn else input_gates.new_empty((*lead, 4 * width))
     hn, cn = torch.empty_like(h0), torch.empty_like(c0, dtype=acc)
     if B > 0:
         if tiles.poll and h0.data_ptr() % 16 > 0:

@@ -35,6 +35,8 @@ class Plan:
     directions, layers: how many of them run in one launch; layers one step behind the other.
     chunk: steps between the states that are kept under recompute; 0: gates and cells of every step are kept.
     saved_bytes: what a step, row, layer and direction keeps for backward, beside its input and output; None: unknown.
+    peak_bytes: what each of these takes more at the peak, of one layer at a time: the input's part of the gates, or the
+        gradients of the gates; under recompute the steps of one chunk alone take it.
     refused: the kernels that another one stands in for, or torch's own LSTM, and why, in words.
     measured: what fused_lstm.tune() has measured, in words; "" for nothing.
     """
@@ -49,6 +51,7 @@ class Plan:
     layers: int = 1
     chunk: int = 0
     saved_bytes: int | None = None
+    peak_bytes: int | None = None
     refused: tuple[str, ...] = ()
     measured: str = ""
 
@@ -68,6 +71,8 @@ class Plan:
         kept = f"{self.saved_bytes} bytes a step, row, layer and direction, beside input and output"
         if self.chunk:
             kept += f"; recomputed in chunks of {self.chunk} steps"
+        peak = f"{self.peak_bytes} bytes more, of one layer at a time"
+        peak += f" and the {self.chunk} steps of one chunk" if self.chunk else ""
         lines = [
             ("plan", ", ".join([f"{self.mode}: {MODES[self.mode]}", *several])),
             ("why", self.why),
@@ -75,6 +80,7 @@ class Plan:
             ("backward", self.backward),
             ("products", None if self.mode == "torch" else PRECISIONS[self.precision]),
             ("kept", None if self.saved_bytes is None else kept),
+            ("at peak", None if self.peak_bytes is None else peak),
             *(("refused", refused) for refused in self.refused),
             ("evidence", self.evidence),
         ]
@@ -116,14 +122,20 @@ def as_per_step(plan: Plan, reason: str) -> Plan:
     )
 
 
+def saved_bytes(dtype: torch.dtype, H: int) -> int:
+    """Bytes that a step, row, layer and direction keeps for backward: its gates and cell."""
+    return (4 * dtype.itemsize + (8 if dtype == torch.float64 else 4)) * H
+
+
 def with_memory_estimate(plan: Plan, dtype: torch.dtype, H: int, P: int, chunk: int) -> Plan:
-    """A plan that says what it keeps for backward; P: proj_size; chunk: 0 without recompute."""
+    """A plan that says what it keeps for backward and takes at the peak; P: proj_size; chunk: 0 without recompute."""
     if plan.mode == "torch":
         return plan
-    size, cell = dtype.itemsize, 8 if dtype == torch.float64 else 4
+    gates, kept = 4 * dtype.itemsize * H, saved_bytes(dtype, H)
     if chunk:
-        return replace(plan, chunk=chunk, saved_bytes=-(-((P or H) * size + H * cell) // chunk))
-    return replace(plan, saved_bytes=(4 * size + cell) * H)
+        between = -(-((P or H) * dtype.itemsize + kept - gates) // chunk)
+        return replace(plan, chunk=chunk, saved_bytes=between, peak_bytes=gates + kept)
+    return replace(plan, saved_bytes=kept, peak_bytes=gates)
 
 
 def name(dtype: torch.dtype) -> str:

@@ -11,8 +11,12 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_lstm
 from bench.memory import beside, kept
-from fused_lstm import LSTM, route
+from fused_lstm import LSTM, autograd, chunks, gradients, recurrence, route
 from fused_lstm.chunks import chunk_for
+from fused_lstm.kernels.forward import forward
+from fused_lstm.kernels.planned import Plan
+from fused_lstm.kernels.tiles import Tiles
+from fused_lstm.paths import layers
 
 from .parity import WIDEST, assert_parity, assert_parity_of, twin
 from .test_sequences import LAYERS, LENGTHS, RESET, B, H, I, Loop, T, assert_oracle, given, module_and_input
@@ -114,6 +118,74 @@ def test_the_plan_says_what_is_kept(options, dtype, recompute):
         assert rest == T * B * plan.saved_bytes * D
         if dtype != torch.bfloat16:
             assert plan.saved_bytes == 5 * H * dtype.itemsize
+    # At the peak of backward the gradients of the gates beside that, and in a chunk the gates and cells themselves.
+    assert plan.peak_bytes == 4 * H * dtype.itemsize + bool(recompute) * module_keeps(dtype, H)
+    assert f"{plan.peak_bytes} bytes more" in str(plan)
+
+
+def module_keeps(dtype, H):
+    return LSTM(I, H, dtype=dtype).plan(torch.zeros(2, 1, I, dtype=dtype)).saved_bytes
+
+
+def test_large_batches_write_the_gates_over_what_they_are_made_of():
+    """A third less at the peak of forward."""
+    tiles = Tiles(16, 32, 32, 1, part=16)
+    plan = Plan("step", tiles, tiles, 0, "ieee", "")
+    tensors = [torch.randn(shape) for shape in [(3, 20, 4 * 36), (4 * 36, 36), (20, 36), (20, 36)]]
+    *others, apart = forward(*tensors, plan=plan)
+    *same, gates = forward(*tensors, plan=plan, over_input=True)
+    assert gates is tensors[0] and all(map(torch.equal, [*same, gates], [*others, apart]))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bidirectional": True, "num_layers": 2}], ids=str)
+@pytest.mark.parametrize("form", ["dense", "packed", "lengths and reset"])
+def test_without_gradients_what_would_not_fit_is_made_in_chunks(options, form, monkeypatch):
+    """The input's part of the gates, chunk by chunk of steps: the same results."""
+    T, B = 20, 3
+    module, x = LSTM(I, H, **options).eval(), torch.randn(T, B, I)
+    keywords = {"lengths": [T, 7, 0], "reset": torch.rand(T, B) < 0.1} if "reset" in form else {}
+    if module.batch_first:
+        x = x.transpose(0, 1).contiguous()
+        keywords = {name: value.T if name == "reset" else value for name, value in keywords.items()}
+    if form == "packed":
+        x = pack_padded_sequence(x, [T, 17, 3], module.batch_first)
+    chunks, of_chunk = [], recurrence.forward
+    monkeypatch.setattr(recurrence, "forward", lambda *args: chunks.append(args[0]) or of_chunk(*args))
+    with torch.no_grad():
+        whole, in_one = module(x, **keywords), len(chunks)
+        monkeypatch.setattr(layers, "memory_of", lambda device: 16 * 4 * H * 4)
+        in_chunks = module(x, **keywords)
+    assert in_one == module.num_layers and len(chunks) - in_one == in_one * (1 + module.bidirectional) * 2
+    torch.testing.assert_close(in_chunks, whole)
+    chunks.clear()
+    module(x, **keywords)  # what gradients need is kept all the same
+    assert len(chunks) == in_one
+
+
+@pytest.mark.parametrize("during", ["forward", "backward"])
+def test_out_of_memory_names_recompute(during, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    module, x = LSTM(I, H, bidirectional=True), torch.randn(T, B, I)
+    kept_bytes = T * B * 2 * module.plan(x).saved_bytes
+    for recompute, advice in [
+        (False, f"keeps {kept_bytes / 2**20:,.0f} MiB .* in chunks of 16 steps"),
+        (8, "recompute=4 "),
+    ]:
+        module.recompute = recompute
+        with monkeypatch.context() as patch:
+            if during == "forward":
+                patch.setattr(recurrence, "input_gates_of", full)
+                patch.setattr(chunks, "input_gates_of", full)
+                with pytest.raises(torch.OutOfMemoryError, match=f"(?s)Tried to allocate 1 GiB.*{advice}"):
+                    module(x)
+            else:
+                y, _ = module(x)
+                patch.setattr(autograd, "gradients", full)
+                patch.setattr(gradients, "gradients", full)
+                with pytest.raises(torch.OutOfMemoryError, match=f"(?s)Tried to allocate 1 GiB.*{advice}"):
+                    y.sum().backward()
 
 
 def test_a_layer_keeps_its_input_once_and_its_weights_as_they_are():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Result, States
+from ..chunks import chunk_for, memory_of
 from ..kernels.layout import Layout, accumulator
 from ..operators import unwatched
 from ..recurrence import Dropout, Inputs, Outputs, Recurrence
@@ -17,7 +18,7 @@ from ..weights import cat, weights_of
 def layer_by_layer(call: Call, route: Route, recurrences: Callable[[Recurrence, Inputs], Outputs]) -> Result:
     """recurrences: runs what is in one launch."""
     options, D = call.options, call.options.directions
-    x, how = laid_out(call, route.how)
+    x, how = laid_out(call, in_chunks_where_large(call, route))
     weights = weights_of(call.weights, options.bias, options.num_layers * D)
     hn: list[Tensor] = []
     cn: list[Tensor] = []
@@ -45,6 +46,20 @@ def layer_by_layer(call: Call, route: Route, recurrences: Callable[[Recurrence, 
     if options.batch_first and not how.sequence.batch_first:
         x, states = x.transpose(0, 1), States(*(tuple(t.transpose(0, 1) for t in tensors) for tensors in states))
     return x, cat(hn, 0), cat(cn, 0), states if options.return_states else None
+
+
+def in_chunks_where_large(call: Call, route: Route) -> Recurrence:
+    """How it runs: without gradients in chunks of steps, as under recompute, where the input's part of a layer's gates
+    would take more than a quarter of the device's memory. Not in a graph or a transform, nor layers in one launch."""
+    how, x, H = route.how, call.input, call.c0.shape[2]
+    if how.save or max(route.groups) > 1 or route.path != "kernels" or torch.compiler.is_compiling():
+        return how
+    memory = memory_of(x.device)
+    gates = 4 * H * call.options.directions * x.dtype.itemsize * x.shape[:-1].numel()
+    if memory is None or 4 * gates <= memory or not unwatched(call.tensors()):
+        return how
+    chunk = chunk_for(x.dtype, call.c0.shape[1], H, memory)
+    return how._replace(chunk=chunk, sequence=how.sequence._replace(batch_first=False))
 
 
 def laid_out(call: Call, how: Recurrence) -> tuple[Tensor, Recurrence]:
