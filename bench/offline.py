@@ -53,6 +53,7 @@ from fused_lstm.kernels import (
     rows,
     saved,
     scan,
+    short_cell,
     sync,
     team,
     throughput_backward,
@@ -81,7 +82,7 @@ SOURCES = (
     *(backward, cell, dropout, forward, gates, latency_backward, latency_forward, launch, matmul, operands),
     *(polling, rows, saved, sync, team),
 )
-IN_TURN = row_tiles, throughput_backward, throughput_forward
+IN_TURN = row_tiles, short_cell, throughput_backward, throughput_forward
 # By a kernel's argument the record that it is.
 RECORDS: dict[str, Any] = {"layout": layout.LayoutTensors, "stack": layout.Stack, "sync": sync.Sync}
 # With W_hh in shared memory, in registers, and for row tiles in turn.
@@ -491,12 +492,15 @@ def predicted(row: Row) -> Row:
 
 @cache
 def source(in_turn: bool = True) -> str:
-    """A hash of the code that is compiled, without its comments and layout; the plans are in the rows. in_turn: with
-    the kernels of large batches, on which the others do not depend."""
+    """A hash of the code that is compiled, without comments, docstrings and layout; the plans are in the rows. in_turn:
+    with the kernels of large batches, on which the others do not depend."""
     files = [Path(module.__file__ or "") for module in SOURCES + (IN_TURN if in_turn else ())]
     nodes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     kernels = [node for node in functions if node.decorator_list or node.name == "specialization"]
+    for kernel in kernels:
+        if ast.get_docstring(kernel) is not None:
+            kernel.body = kernel.body[1:]
     return hashlib.sha256("".join(map(ast.unparse, kernels)).encode()).hexdigest()[:12]
 
 
@@ -583,21 +587,29 @@ def table(results: Path) -> str:
         "one program (an inner loop over chunks that are not kept counted once): matrix instructions (HMMA; HGMMA is",
         "wgmma, UTCHMMA tcgen05), barriers, instructions, KiB of global memory that are loaded and stored if no mask",
         "hides any. On an H100, of a step at this H and its smallest B in the group: the wavefronts of a program in",
-        "the pipe to memory, and the time of all its launches, or tiles in turn, by `bench/simulate.py` at 1.83 GHz.",
-        "Model: the time of",
-        "the same step, and its floor, by `kernels/model.py` and `bench/model.py`, and the term that takes most of the",
-        "first. Layers: the fewest that run in one launch under these tiles, a step behind each other; the time is",
-        "that of a step of all of them. One direction of a layer; both have the same tiles, and addresses that take a",
-        "few registers more (`--directions 2`). fp16 has the tiles of bf16.",
+        "the pipe to memory, and the time of all its launches, or tiles in turn, by `bench/simulate.py` at 1.83 GHz;",
+        "of tiles in turn also how many times that of the bare products at the device's full rate it is. Model: the",
+        "time of the same step, and its floor, by `kernels/model.py` and `bench/model.py`, and the term that takes",
+        "most of the first. Layers: the fewest that run in one launch under these tiles, a step behind each other;",
+        "the time is that of a step of all of them. One direction of a layer; both have the same tiles, and addresses",
+        "that take a few registers more (`--directions 2`). fp16 has the tiles of bf16.",
     ]
     head = (
         "devices | dtype | pass | form | tiles | H | of H | of B | registers | spills | shared KiB | matrix | barriers"
     )
-    head += " | instructions | loads KiB | stores KiB | wavefronts | simulated µs | model µs | floor µs | binds"
+    head += (
+        " | instructions | loads KiB | stores KiB | wavefronts | simulated µs | x bare | model µs | floor µs | binds"
+    )
     for of_target in TABULATED:
         lines += ["", f"## {of_target}", "", f"| {head} |", "| --- " * (head.count("|") + 1) + "|"]
         lines += [f"| {' | '.join(cells(row))} |" for row in rows.values() if first(row)["target"] == of_target]
     return "\n".join(lines) + "\n"
+
+
+def bare(row: Row) -> float:
+    """Microseconds that the products alone of a step of a row's H and B take at the full rate of its device."""
+    terms = model.TERMS[row["devices"][0]]
+    return 8 * row["H"] ** 2 * row["B"] / (terms.matrix[row["dtype"]] * terms.multiprocessors)
 
 
 CLASSES = {"power": "", "whole": "", "masked": "+", "even": "*", "odd": "**"}
@@ -626,7 +638,9 @@ def cells(versions: dict[str, Row]) -> Iterator[str]:
     times = [version.get("simulated", {}) for version in versions.values()]
     clock = model.TERMS[row["devices"][0]].clock
     yield side_by_side(str(each.get("wavefronts", "-")) for each in times)
-    yield side_by_side(f"{each['cycles'] / clock:.2f}" if "cycles" in each else "-" for each in times)
+    us = [each["cycles"] / clock if "cycles" in each else None for each in times]
+    yield side_by_side("-" if each is None else f"{each:.2f}" for each in us)
+    yield side_by_side("-" if each is None or not is_in_turn(row) else f"{each / bare(row):.1f}" for each in us)
     yield from (f"{row['us']:.2f}", "-" if row["floor"] is None else f"{row['floor']:.2f}", row["binds"])
 
 

@@ -1,6 +1,7 @@
 """Which form runs a recurrence on a device, with which tiles: the first that has tiles for both passes, and of these
 the ones that take least by the model."""
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from itertools import chain
@@ -144,7 +145,8 @@ def candidates(mode: str, problem: Problem, device: Device) -> list[Tiles]:
 
 def ranked(mode: str, problem: Problem, B: int, device: Device) -> list[Tiles]:
     """The candidates that run, as far as is known, that whose step takes least by the model first; of several alike the
-    first of the table."""
+    first of the table. Not those that are not for so many rows."""
     usable = findings_on(device).usable(problem, mode, candidates(mode, problem, device))
     terms = model.terms_for(device) if usable else None
-    return sorted(usable, key=lambda tiles: model.step(terms, mode, tiles, problem, B).us)
+    times = [(model.step(terms, mode, tiles, problem, B).us, at) for at, tiles in enumerate(usable)]
+    return [usable[at] for us, at in sorted(times) if us < math.inf]

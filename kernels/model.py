@@ -111,6 +111,8 @@ def step(terms: Terms, mode: str, tiles: Tiles, problem: Problem, B: int) -> Tim
     blocks, groups = programs_of(tiles, problem.H, B)
     if mode == "grid" and problem.layers * blocks > terms.multiprocessors:
         return Time(math.inf, "multiprocessors")
+    if tiles.in_turn and tiles.batch > B:
+        return Time(math.inf, "rows")  # which the other forms have tiles for
     memory = step_in_memory(problem, B) / terms.memory
     groups = max(1, groups) * problem.directions
     at_once = min(groups, max(1, terms.multiprocessors // (problem.layers * blocks)))
@@ -198,21 +200,28 @@ def few_rows(terms: Terms, tiles: Tiles, problem: Problem, B: int, programs: int
 def in_turn(terms: Terms, tiles: Tiles, problem: Problem, programs: int) -> dict[str, float]:
     """Cycles of one row tile of the kernels for large batches, with so many programs at once.
 
-    Fitted as few_rows(), at H 256 to 2048, in 16 bit and TF32 (Triton 3.7). Over the 33 kernels of the table in
-    bench/results/offline it is off by 14% in the median, 28% at nine of ten, and 33% at most (Triton 3.9: 12%, 25%,
-    30%).
+    Fitted as few_rows(), at H 256 to 2048, in 16 bit and TF32 (Triton 3.7). Over the 34 kernels of the table in
+    bench/results/offline it is off by 9% in the median, 31% at nine of ten, and 37% at most (Triton 3.9: 5%, 20%,
+    32%).
     """
     rows, gates = (tiles.units, 4) if problem.backward else (4 * tiles.units, 1)
     chunks = gates * ceil_div(problem.H, tiles.chunk)
     columns = chunks * tiles.chunk
     streamed = 1 - tiles.kept / chunks if tiles.kept else 0
-    gathered = (tiles.batch + streamed * rows) * columns * problem.itemsize
+    elements = (tiles.batch + streamed * rows) * columns
     products = 2 * rows * columns * tiles.batch * terms.clock / terms.matrix[problem.kind]
+    in_order = 205 * chunks  # what two products have between them
+    gather = 0.78 * elements * problem.itemsize / share_of_l2(terms, programs)
+    weight = 4 * problem.H * problem.H * problem.itemsize
+    if weight > terms.l2_size:
+        gather = max(gather, streamed * weight / terms.memory * terms.clock)
     return {
+        "start": 3000,
         "products": products,
-        "cells": 240 * tiles.units * tiles.batch / 128,  # and what they wait for
-        "chunks": 215 * chunks,
-        "gather": 0.74 * gathered / share_of_l2(terms, programs),
+        "chunks": in_order,
+        "gather": gather - 0.42 * min(products + in_order, gather),  # a part of it beside the products
+        "rounding": 10 * elements / 128 if problem.kind == "tf32" else 0,
+        "cells": (131 if problem.backward else 67) * tiles.units * tiles.batch / 128,
     }
 
 

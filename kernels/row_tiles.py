@@ -1,9 +1,21 @@
 """Row tiles in turn: which of them a step still has, where their rows lie, and the parts by which their cells go."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .rows import Rows, rows_of_program
+from .rows import rows_of_program
+
+
+class Batch(NamedTuple):
+    """What the rows of a tile follow from."""
+
+    layout: Any
+    sizes: Any
+    recurrence: Any
+    DIRECTIONS: Any
+    REVERSE: Any
 
 
 @triton.jit
@@ -25,23 +37,12 @@ def still_running(tiles, step, layout, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def rows_from(first, layout, sizes, recurrence, DIRECTIONS: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The Rows of BLOCK_B batch rows from a first one on."""
+def rows_from(first, batch, BLOCK_B: tl.constexpr):
+    """The Rows of BLOCK_B batch rows from a first one on, or of numbers that are so many more than 0, 1, ..."""
     begin = first - tl.program_id(1) * BLOCK_B  # to which rows_of_program() adds them again
-    return rows_of_program(layout, sizes, recurrence, begin, False, DIRECTIONS, REVERSE, BLOCK_B, False)
-
-
-@triton.jit
-def of_tile(rows, tile):
-    """Rows whose steps are counted by the longest row of their whole tile."""
-    place = rows.states, rows.offsets, rows.start_offsets, rows.step_stride, rows.backwards, rows.DIRECTIONS
-    return Rows(rows.batch, rows.mask, rows.length, tile.last, *place)
-
-
-@triton.jit
-def ends(at, rows):
-    """Which rows have their last step, in the recurrence's own order, at a Step."""
-    return rows.mask & (at.t == tl.where(rows.backwards, 0, rows.length - 1))
+    return rows_of_program(
+        batch.layout, batch.sizes, batch.recurrence, begin, False, batch.DIRECTIONS, batch.REVERSE, BLOCK_B, False
+    )
 
 
 @triton.jit
@@ -53,11 +54,11 @@ def row_of(mask, tensor, rows, other, other_rows, H: tl.constexpr):
 
 @triton.jit
 def part_of(x, k, PARTS: tl.constexpr):
-    """Part k of a tile's columns, of 1, 2 or 4 parts."""
+    """Part k of x (PARTS, n): (n,)."""
     if PARTS == 1:
-        return x
+        return tl.reshape(x, (x.shape[1],))
     else:
-        halves = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
-        first, second = tl.split(tl.permute(halves, (0, 2, 1)))
+        halves = tl.reshape(x, (2, PARTS // 2, x.shape[1]))
+        first, second = tl.split(tl.permute(halves, (1, 2, 0)))
         half = second if k >= PARTS // 2 else first
         return part_of(half, k % (PARTS // 2), PARTS // 2)

@@ -3,17 +3,75 @@
 backward.py launches it.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .cell import cell_backward
 from .gates import cast_gates, load_gates, store_gates
 from .launch import SIZES
 from .matmul import Weight, load_chunks, recurrent_matmul, shape
-from .row_tiles import of_tile, part_of, row_of, rows_from, still_running
-from .rows import Sizes, locate_neighbours, without_starts
+from .row_tiles import Batch, part_of, row_of, rows_from, still_running
+from .rows import Rows, Sizes, locate_neighbours, without_starts
 from .saved import cut, load_dh
+from .short_cell import short_cell_backward
 from .sync import publish, wait_if
+
+
+class Saved(NamedTuple):
+    """Tensors that forward saved, and the gradients that come from outside: see the kernel's."""
+
+    gates: Any
+    c: Any
+    c0: Any
+    c_reset: Any
+    dy: Any
+    dhn: Any
+    dc_steps: Any
+
+
+class Part(NamedTuple):
+    """A part of a tile before its cells are computed: (units, rows) each, but for start."""
+
+    active: Any  # which cells there are
+    state: Any  # where they lie in (D, B, H)
+    gate: Any  # in (rows, D, 4H)
+    start: Any  # (rows,): which are reset before the step
+    gates: Any  # Gates
+    c_prev: Any
+    c: Any
+    dh: Any  # in y and hn, not in the step after
+    dc: Any
+
+
+@triton.jit
+def of_tile(rows, tile):
+    """Rows whose steps are counted by the longest row of their whole tile."""
+    place = rows.states, rows.offsets, rows.start_offsets, rows.step_stride, rows.backwards, rows.DIRECTIONS
+    return Rows(rows.batch, rows.mask, rows.length, tile.last, *place)
+
+
+@triton.jit
+def load_part(k, tile, step, of, batch, units, saved, dc0, H: tl.constexpr, TILES: tl.constexpr):
+    """Part k of a tile, whose Rows are `of`."""
+    ACC: tl.constexpr = dc0.dtype.element_ty
+    rows = of_tile(rows_from(tile * TILES.batch + k * TILES.part, batch, TILES.part), of)
+    at, after, before = locate_neighbours(step, batch.layout, rows)
+    units = units[:, None]
+    active = (units < H) & at.mask[None, :]
+    state, hidden = rows.states[None, :] * H + units, at.rows[None, :] * H + units
+    gate = at.rows[None, :] * (4 * H) + units
+    gates = cast_gates(load_gates(saved.gates + gate, active, H), ACC)
+    c = tl.load(saved.c + hidden, mask=active, other=0.0)
+    c_rows = row_of(before.mask, saved.c, before.rows, saved.c0, rows.states, H)
+    if batch.layout.starts is not None:
+        c_rows = tl.where(at.start, saved.c_reset + rows.states * H, c_rows)
+    c_prev = tl.load(c_rows[None, :] + units, mask=active, other=0.0)
+    dy, dhn = load_dh(saved.dy + hidden, active, saved.dhn + state, active & (~after.mask)[None, :])
+    dc = tl.load(dc0 + state, mask=active, other=0.0)
+    if saved.dc_steps is not None:
+        dc += tl.load(saved.dc_steps + hidden, mask=active, other=0.0).to(ACC)
+    return Part(active, state, gate, at.start, gates, c_prev, c, dy.to(ACC) + dhn.to(ACC), dc)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -54,15 +112,17 @@ def throughput_backward_kernel(
 ):
     ACC: tl.constexpr = dc0.dtype.element_ty
     BLOCK_B: tl.constexpr = TILES.batch
-    BLOCK_H: tl.constexpr = TILES.units
+    UNITS: tl.constexpr = TILES.units
     PART: tl.constexpr = TILES.part
+    PARTS: tl.constexpr = BLOCK_B // PART
     OF_OWN: tl.constexpr = shape(H, H, TILES.chunk, True, 4)
     RESIDENT: tl.constexpr = OF_OWN.CHUNKS if TILES.kept == 0 else TILES.kept
     recurrence = 0
     if DIRECTIONS > 1:
         recurrence = (first_recurrence + tl.program_id(2)).to(tl.int64)
-    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    sizes = Sizes(T, B, total_rows, step_stride, row_stride)
+    batch = Batch(layout, Sizes(T, B, total_rows, step_stride, row_stride), recurrence, DIRECTIONS, REVERSE)
+    saved = Saved(gates, c, c0, c_reset, dy, dhn, dc_steps)
+    units = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     own = Weight(weight_hh + recurrence * (4 * H * H), units, 0)
     own_chunks = load_chunks(own, RESIDENT, OF_OWN, PRECISION)
     running = tl.cdiv(B, BLOCK_B)
@@ -73,37 +133,25 @@ def throughput_backward_kernel(
     for step in range(step_begin, step_end):
         running = still_running(running, step, layout, BLOCK_B)
         for tile in range(tl.program_id(1), running, tl.num_programs(1)):
-            rows = rows_from(tile * BLOCK_B, layout, sizes, recurrence, DIRECTIONS, REVERSE, BLOCK_B)
+            rows = rows_from(tile * BLOCK_B, batch, BLOCK_B)
             _, after, _ = locate_neighbours(step, layout, rows)
+            next_rows, next_mask = dgates + after.rows * (4 * H), without_starts(after.mask, after, layout)
             if MODE == "grid":
                 wait_if(step > 0, flags + tile * steps, step, sync.timeout_info, MAX_SPINS, 1)
-            next_rows, next_mask = dgates + after.rows * (4 * H), without_starts(after.mask, after, layout)
-            recurrent = recurrent_matmul(own, own_chunks, next_rows, next_mask, OF_OWN, ACC, PRECISION)
-            for k in tl.static_range(BLOCK_B // PART):
-                first = tile * BLOCK_B + k * PART
-                of_part = of_tile(rows_from(first, layout, sizes, recurrence, DIRECTIONS, REVERSE, PART), rows)
-                at, after, before = locate_neighbours(step, layout, of_part)
-                active = (units < H)[:, None] & at.mask[None, :]
-                state = of_part.states[None, :] * H + units[:, None]
-                gate = at.rows[None, :] * (4 * H) + units[:, None]
-                hidden = at.rows[None, :] * H + units[:, None]
-                saved = load_gates(gates + gate, active, H)
-                c_t = tl.load(c + hidden, mask=active, other=0.0)
-                c_rows = row_of(before.mask, c, before.rows, c0, of_part.states, H)
+            sum = recurrent_matmul(own, own_chunks, next_rows, next_mask, OF_OWN, ACC, PRECISION)
+            next = load_part(0, tile, step, rows, batch, units, saved, dc0, H, TILES)
+            sums = tl.reshape(tl.permute(tl.reshape(sum, (UNITS, PARTS, PART)), (1, 0, 2)), (PARTS, UNITS * PART))
+            for k in tl.static_range(PARTS):
+                part = next
+                if k + 1 < PARTS:  # while the cells of this part are computed
+                    next = load_part(k + 1, tile, step, rows, batch, units, saved, dc0, H, TILES)
+                dh = tl.reshape(part_of(sums, k, PARTS), (UNITS, PART)) + part.dh  # (5)
+                dgates_t, dc_prev = short_cell_backward(part.gates, part.c_prev, part.c, dh, part.dc)
                 if layout.starts is not None:
-                    c_rows = tl.where(at.start, c_reset + of_part.states * H, c_rows)
-                c_prev = tl.load(c_rows[None, :] + units[:, None], mask=active, other=0.0)
-                dy_t, dhn_t = load_dh(dy + hidden, active, dhn + state, active & (~after.mask)[None, :])
-                dc = tl.load(dc0 + state, mask=active, other=0.0)
-                if dc_steps is not None:
-                    dc += tl.load(dc_steps + hidden, mask=active, other=0.0).to(ACC)
-                dh = part_of(recurrent, k, BLOCK_B // PART) + (dy_t.to(ACC) + dhn_t.to(ACC))  # (5)
-                dgates_t, dc_prev = cell_backward(cast_gates(saved, ACC), c_prev, c_t, dh, dc)
-                if layout.starts is not None:
-                    dc_reset_t = tl.load(dc_reset + state, mask=active, other=0.0)
-                    dc_prev, dc_reset_t = cut(at.start[None, :], dc_prev, dc_reset_t)
-                    tl.store(dc_reset + state, dc_reset_t, mask=active)
-                tl.store(dc0 + state, dc_prev, mask=active)
-                store_gates(dgates + gate, dgates_t, active, H)
+                    dc_reset_t = tl.load(dc_reset + part.state, mask=part.active, other=0.0)
+                    dc_prev, dc_reset_t = cut(part.start[None, :], dc_prev, dc_reset_t)
+                    tl.store(dc_reset + part.state, dc_reset_t, mask=part.active)
+                tl.store(dc0 + part.state, dc_prev, mask=part.active)
+                store_gates(dgates + part.gate, dgates_t, part.active, H)
             if MODE == "grid":
                 publish(flags + tile * steps + step)

@@ -19,8 +19,9 @@ class Tiles:
     poll: the kernels for few rows: W_hh stays in registers, and a program looks whether h (dgates) is there, element by
         element, instead of at a step flag. Each warp then has a part of every chunk, of 64 bytes.
     features: of a projection that a program computes in the launch that has it; 0: the projection is not in the kernel.
-    part: of the kernels for large batches, rows whose cells are computed at once. `batch` are then the rows of a tile,
-        and a program goes over several tiles at every step, one after another. 0: of the other kernels.
+    part: of the kernels for large batches, batch rows of a part, whose cells are computed at once; in forward it has 32
+        bytes of units. `batch` are then the rows of a tile, and a program goes over several tiles at every step, one
+        after another. 0: of the other kernels.
     """
 
     batch: int
@@ -197,17 +198,17 @@ STACKED: dict[tuple[int, bool], Rows] = {
     ),
     (8, True): ([(16, 16, 256, 4)], [(16, 16, 256, 8)]),
 }
-# In turn, of large batches: batch rows, units, bytes of a chunk, warps, chunks that stay on chip (0: all) and rows
-# whose cells are computed at once.
+# In turn, of large batches: batch rows, units, bytes of a chunk, warps, chunks that stay on chip (0: all) and the batch
+# rows of a part.
 IN_TURN: dict[tuple[int, bool], Rows] = {
     (2, True): (
-        [(128, 64, 128, 8, 0, 64), (64, 64, 128, 8, 0, 64), (256, 32, 128, 8, 0, 64), (128, 32, 128, 8, 0, 64)]
-        + [(256, 32, 128, 8, 1, 64), (128, 32, 128, 8, 1, 64)],
-        [(128, 128, 128, 8, 1, 32), (128, 64, 128, 8, 1, 64)],
+        [(128, 64, 128, 8, 0, 64), (64, 64, 128, 4, 0, 32), (128, 32, 128, 8, 0, 64), (128, 64, 64, 8, 5, 64)]
+        + [(256, 32, 64, 8, 1, 64), (128, 32, 128, 8, 1, 64)],
+        [(128, 128, 128, 8, 5, 16), (128, 128, 128, 8, 1, 16), (128, 64, 128, 8, 1, 32)],
     ),
     (4, True): (
         [(128, 32, 128, 8, 0, 64), (256, 32, 64, 8, 6, 64), (128, 32, 128, 8, 1, 64)],
-        [(128, 128, 128, 8, 1, 16), (128, 64, 128, 8, 1, 64)],
+        [(128, 128, 128, 8, 1, 8), (128, 64, 128, 8, 1, 32)],
     ),
 }
 # Polled: batch rows, units and warps; in backward, teams. Of 8 units without a team half of a matrix instruction is

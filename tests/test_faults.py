@@ -183,12 +183,32 @@ FAULTS = {
         ),
     },
     "kernels/row_tiles.py": {"one part for all": ("second if k >= PARTS // 2 else first", "first", IN_PARTS)},
+    "kernels/short_cell.py": {
+        "forget gate for its complement": ("1.0 - sigmoid(-pre.f)", "sigmoid(-pre.f)", IN_TURN),
+        "tanh of half the range": ("2.0 * sigmoid(2.0 * x) - 1.0", "2.0 * sigmoid(x) - 1.0", IN_TURN),
+        "dc without the output gate's part": ("dc + dh * o * (1.0 -", "dc + dh * (1.0 -", IN_TURN),
+    },
     "kernels/throughput_forward.py": {
-        "a cell that is never written": ("tl.store(cn + state, c_next,", "tl.store(cn + state, c_prev,", IN_TURN),
-        "two gates in each other's place": ("(1, 3, 4, 0, 2)", "(1, 3, 4, 2, 0)", IN_TURN),
+        "a cell that is never written": (
+            "tl.store(cn + part.state, c_next,",
+            "tl.store(cn + part.state, c_next * 0,",
+            IN_TURN,
+        ),
+        "two gates in each other's place": ("(0, 4, 3, 5, 1, 2)", "(0, 4, 3, 5, 2, 1)", IN_TURN),
+        "gates of another unit": ("row // 2 % 4 * OF_THREAD", "row // 2 % 2 * OF_THREAD", IN_TURN),
+        "rows of the other half": ("row // 8 % 2 * (BLOCK_B // 2)", "(1 - row // 8 % 2) * (BLOCK_B // 2)", IN_TURN),
+        "a chunk too early": (
+            "sum = add_product(sum, resident[k], x_k",
+            "sum = add_product(sum, resident[k], x",
+            IN_TURN,
+        ),
     },
     "kernels/throughput_backward.py": {
-        "dc past the forget gate": ("tl.store(dc0 + state, dc_prev,", "tl.store(dc0 + state, dc,", IN_TURN),
+        "dc past the forget gate": (
+            "tl.store(dc0 + part.state, dc_prev,",
+            "tl.store(dc0 + part.state, part.dc,",
+            IN_TURN,
+        ),
     },
     "kernels/saved.py": {
         "c0 taken from c": ("c0 + rows.states * H)", "c + at.rows * H)", STEP),
@@ -384,7 +404,7 @@ FAULTS = {
         "a device taken for checked that nobody checked": ("return known and TRITON", "return TRITON", CHECKED),
     },
     "kernels/choice.py": {
-        "the slowest kernel by the model": ("key=lambda tiles: model.step", "key=lambda tiles: -model.step", LARGE),
+        "the slowest kernel by the model": ("(model.step(terms, mode", "(-model.step(terms, mode", LARGE),
     },
     "fused_lstm/trace.py": {
         "two gates in each other's place": ("i, f, g, o = (formed", "i, g, f, o = (formed", TRACE),

@@ -34,7 +34,7 @@ FEW = Tiles(16, 16, 64, 4, split=4, poll=True)
 LATENCY = replace(STEP, forward=FEW, backward=FEW)
 
 
-# Those of large batches: a program has two row tiles in turn, and their cells in one part, two or four.
+# Those of large batches: a program has two row tiles in turn, and their cells in one part or in several.
 IN_TURN = Tiles(16, 32, 32, 1, part=16)
 THROUGHPUT = [
     replace(STEP, forward=IN_TURN, backward=replace(IN_TURN, units=16, kept=2)),

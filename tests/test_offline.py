@@ -105,8 +105,9 @@ def faults(row):
     # for. In a stack as much of the other layer; with dropout, seed and share. Not the weights'.
     own, offsets, resets = (4, 1, 1) if forward else (8, 2, 1)
     inner = flags * team  # exchanges within a step
-    if tiles["part"]:  # c (dc) too, and all of them part by part
-        own = (own + 1) * (tiles["batch"] // tiles["part"])
+    if tiles["part"]:  # c (dc) too, and all of them part by part; in forward a part has 32 bytes of units
+        spans = tiles["units"] * (2 if row["dtype"] in ("bf16", "fp16") else 4) // 32 if forward else 1
+        own = (own + 1) * (tiles["batch"] // tiles["part"]) * spans
     loads = own + grid * weights + flags + inner + team * tiles["team"]
     loads += stack * (flags + weights) + row.get("drop", False) * 2
     loads += row.get("packed", False) * (offsets + grid) + row.get("reset", False) * (resets + grid)

@@ -35,8 +35,8 @@ TEAMS = replace(PLAN, backward=Tiles(2, 1, 2, 4, kept=1, team=4))
 POLLING = replace(PLAN, forward=Tiles(2, 2, 16, 2, split=2, poll=True), backward=Tiles(2, 2, 16, 2, split=2, poll=True))
 POLLING_TEAM = replace(POLLING, backward=Tiles(2, 1, 64, 4, team=4, split=4, poll=True))
 # Two programs of a group; of its three or two row tiles the first group has every other one.
-SEVERAL_TILES = (5, 12)
-IN_TURN = replace(PLAN, resident=4, forward=Tiles(2, 8, 8, 4, part=2), backward=Tiles(4, 8, 4, 4, kept=1, part=2))
+SEVERAL_TILES = (40, 12)
+IN_TURN = replace(PLAN, resident=4, forward=Tiles(16, 8, 8, 4, part=8), backward=Tiles(32, 8, 4, 4, kept=1, part=16))
 PLANS = [PLAN, STREAMING, TEAM, TEAMS, POLLING, IN_TURN, POLLING_TEAM]
 
 
@@ -277,9 +277,10 @@ def test_planted_fault_of_tiles_in_turn_is_found(plant_where, which, fault):
 
 
 def test_tiles_counted_in_before_their_last_part(plant_where):
-    first_of_part = "                first = tile * BLOCK_B"
-    early = f"                if k == 1:\n                    {PUBLISH_IN_TURN}\n{first_of_part}"
-    plant_where(TURNS["backward"], first_of_part, early)
+    of_part = "                part = next"
+    plant_where(
+        TURNS["backward"], of_part, f"                if k == 1:\n                    {PUBLISH_IN_TURN}\n{of_part}"
+    )
     with pytest.raises(Broken, match=r"nobody has written|race"):
         for seed, schedule in enumerate(SCHEDULES):
             run(schedule, seed, plan=IN_TURN, sizes=SEVERAL_TILES)
@@ -287,8 +288,9 @@ def test_tiles_counted_in_before_their_last_part(plant_where):
 
 def test_buffer_reused_a_turn_too_early(plant_where):
     """h of a tile goes where h of its last step lies, which slower programs of the group have not read yet."""
-    hidden = "hidden = at_part.rows[None, :] * H"
-    plant_where(TURNS["forward"], hidden, "hidden = (at_part.rows - tl.where(step > 1, B, 0))[None, :] * H")
+    plant_where(
+        TURNS["forward"], "tl.store(y + part.hidden,", "tl.store(y + part.hidden - tl.where(step > 1, B * H, 0),"
+    )
     with pytest.raises(Broken, match=r"overwrote|race"):
         run("uniform", 0, plan=IN_TURN, sizes=SEVERAL_TILES)
 

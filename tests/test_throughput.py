@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fused_lstm import LSTM
+from fused_lstm import LSTM, operators
 from fused_lstm.kernels.choice import choose_kernel, why_cudnn
 from fused_lstm.kernels.plan import choose
-from fused_lstm.kernels.tiles import H100, Problem, in_turn
+from fused_lstm.kernels.planned import Plan
+from fused_lstm.kernels.tiles import H100, Problem, Tiles, in_turn
 
 from .parity import assert_parity
 
@@ -46,11 +47,11 @@ CHOICES = """
 H      16   128   256   512  1024  2048  4096  8192
 64      .     .     .     .     .     .     .     .
 128     .     .     .     .     .     .     .     .
-256     .     .     .     .    c.    cf    c+     +
-384     .     .    c.    c.    c+    c+    c+    c+
-512     .     .    c.    c.    cf    c+    c+    c+
+256     .     .     .     .    c.    c+     +     +
+384     .     .    c.    c.    c+    c+     +     +
+512     .     .    c.    c.    c+    c+     +     +
 768     .    c.    c.    c+    c+    c+    c+    c+
-1024    .    c.    cf    cf    c+    c+    c+    c+
+1024    .    c.    cf    c+    c+    c+    c+    c+
 2048   c.    c+    c+    c+    c+    c+    c+    c+
 """
 SIGNS = {(False, False): ".", (True, True): "+", (True, False): "f", (False, True): "b"}
@@ -66,3 +67,28 @@ def test_choice_of_the_model():
             slower = why_cudnn(plan, problem, B, H100, True)
             found.append("c" * bool(slower) + SIGNS[plan.forward.in_turn, plan.backward.in_turn])
         assert found == expected, H
+
+
+def under_vmap(module):
+    weights = dict(module.named_parameters())
+    return lambda x: torch.func.vmap(lambda one: torch.func.functional_call(module, weights, one)[0])(x[None])[0]
+
+
+def in_a_graph(module):
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    return lambda x: compiled(x)[0]
+
+
+@pytest.mark.parametrize("form", [under_vmap, in_a_graph])
+def test_within_torch(form, monkeypatch):
+    """An operator asks for the plan with the sizes of a call, and writes no gates over what it was given."""
+    tiles = Tiles(16, 32, 32, 1, part=16)
+    plan, asked = Plan("step", tiles, tiles, 0, "ieee", ""), []
+    monkeypatch.setattr(operators, "choose", lambda *sizes: asked.append(sizes) or plan)
+    module = LSTM(5, 20)
+    x = torch.randn(3, 35, 5, requires_grad=True)
+    results = [
+        torch.autograd.grad(y.square().sum(), [x, *module.parameters()]) for y in (form(module)(x), module(x)[0])
+    ]
+    torch.testing.assert_close(*results)
+    assert {sizes[1] for sizes in asked} == {35} and len(asked) == 4
