@@ -15,7 +15,7 @@ from .parity import assert_parity
 # T, B, H and options of the module: no B is a multiple of anything that the tiles have.
 CASES = {
     "many rows": (1, 4097, 200, {}),
-    "both directions, packed, recompute": (2, 500, 384, {"bidirectional": True}),
+    "both directions, packed, recompute": (2, 1000, 384, {"bidirectional": True}),
 }
 
 
