@@ -20,7 +20,8 @@ class Case:
     dtype: a key of DTYPES.
     layers, directions: as num_layers of torch.nn.LSTM, and 2 for bidirectional.
     form: "dense"; or with rows of uneven lengths, unsorted, "packed" (a PackedSequence) or "lengths" (padded: nn.LSTM
-        packs and pads again); or "reset" (episodes of 50 steps on average end anywhere: nn.LSTM goes step by step).
+        packs and pads again); or "reset" (episodes of 50 steps on average end anywhere: nn.LSTM goes step by step); or
+        "alternating" (layers that go back in time and forward by turns, each a module).
     lengths: of uneven rows: "spread" (evenly from T to T / 8), "uniform" (at random from 1 to T) or "one long" (a row
         of T among rows of T / 50).
     proj: features of a projection, as proj_size of torch.nn.LSTM; 0: none.
@@ -113,13 +114,13 @@ _ORDERED = [
         _square(64, H, B, *rest)
         for B, H, *rest in product([4096, 1024, 8192, 256], [384, 256, 1024, 512], (*_MAIN, "fp16"), BOTH)
     ),
-    # A policy over vectorised environments; signal chunks through as many layers as a basecaller has, in one direction.
+    # A policy over vectorised environments; signal chunks through a basecaller's layers.
     *(
         Case(mode, T=32, B=4096, I=256, H=256, dtype=dtype, form=form)
         for form, dtype, mode in product(["reset", "dense"], (*_MAIN, "fp16"), BOTH)
     ),
     *(
-        Case(mode, T=1667, B=1024, I=384, H=384, dtype=dtype, layers=5)
+        Case(mode, T=1667, B=1024, I=384, H=384, dtype=dtype, layers=5, form="alternating")
         for dtype, mode in product(("fp16", "bf16"), BOTH)
     ),
     *(
@@ -158,6 +159,7 @@ DRY = [
         for lengths in ["uniform", "one long"]
     ),
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", layers=4) for mode in BOTH),
+    *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", layers=3, form="alternating") for mode in BOTH),
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", proj=3) for mode in BOTH),
     *_LONG_IF_DRY,
 ]

@@ -39,7 +39,7 @@ def simulated(dtypes: Iterable[str], sizes: Iterable[int], batches: list[int], l
                 kernel = compile_kernel(name, plan, H, torch_dtype, H100)
                 row = {"dtype": dtype, "kernel": name, "mode": plan.mode, "H": H, "layers": layers}
                 row["tiles"] = vars(tiles)
-                for B in sorted({min(B, at_once(row) * tiles.batch) for B in batches}):
+                for B in of_first_launch(row, batches):
                     timing, why = simulate_plan(kernel, name, plan, H, B)
                     yield row | {"B": B} | ({"cycles": timing.cycles} if timing else {"not_simulated": why})
 
@@ -48,6 +48,13 @@ def at_once(row: Row) -> int:
     """The batch groups of a launch."""
     blocks, _ = programs_of(Tiles(**row["tiles"]), row["H"], 1)
     return max(1, H100.multiprocessors // (row["layers"] * blocks))
+
+
+def of_first_launch(row: Row, batches: Iterable[int]) -> list[int]:
+    """The numbers of rows that a first launch has of these batches, less those that its tiles are not for."""
+    tiles = Tiles(**row["tiles"])
+    least = tiles.batch if tiles.in_turn else 1
+    return sorted({min(B, at_once(row) * tiles.batch) for B in batches if least <= B})
 
 
 def predicted(row: Row, B: int) -> float:

@@ -48,18 +48,47 @@ def precision(dtype: str) -> Iterator[None]:
         switch(before)
 
 
+class Alternating(nn.Module):
+    """A stack of modules of one layer, of which the first goes back in time, the next forward, and so on by turns;
+    called as nn.LSTM with as many layers."""
+
+    def __init__(self, layers: list[nn.LSTM]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def flatten_parameters(self) -> None:
+        for layer in self.layers:
+            layer.flatten_parameters()
+
+    def plan(self, x: Tensor) -> Any:
+        """The plan of the first layer; for layers of fused_lstm."""
+        return self.layers[0].plan(x)
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        ends = []
+        for layer, *state in zip(self.layers, *(s.split(1) for s in hx), strict=True):
+            x, end = layer(x.flip(0), tuple(state))
+            ends.append(end)
+        hn, cn = (torch.cat(states) for states in zip(*ends, strict=True))
+        return x.flip(0) if len(self.layers) % 2 else x, (hn, cn)
+
+
 def build(
     case: Case, device: torch.device, drawn: torch.device | None = None
-) -> tuple[nn.LSTM, Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-    """Returns nn.LSTM with the case's weights, the input x (T, B, I), packed if the case is, and hx = (h0, c0), the
-    same at every call.
+) -> tuple[nn.Module, Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+    """Returns nn.LSTM, or Alternating, with the case's weights, the input x (T, B, I), packed if the case is, and hx =
+    (h0, c0), the same at every call.
 
     drawn: where the random numbers come from; the CPU by default, whose numbers gold has too.
     """
     torch.manual_seed(0)
     drawn = drawn or torch.device("cpu")
     options = {"bidirectional": case.directions == 2, "proj_size": case.proj, "device": drawn}
-    lstm = nn.LSTM(case.I, case.H, case.layers, **options)
+    if case.form == "alternating":
+        features = [case.I, *[case.H] * (case.layers - 1)]
+        lstm = Alternating([nn.LSTM(columns, case.H, **options) for columns in features])
+    else:
+        lstm = nn.LSTM(case.I, case.H, case.layers, **options)
     # In training mode cuDNN would write in the forward what only a backward reads.
     lstm = lstm.to(device, case.torch_dtype).train(case.mode == "forward+backward")
     cells = case.layers * case.directions, case.B

@@ -298,23 +298,24 @@ def test_a_plan_is_predicted_above_the_floor_and_near_it(dtype, backward):
 
 def test_the_fit_of_the_model_names_its_error_and_a_wrong_choice(tmp_path, monkeypatch, capsys):
     """On rows whose cycles are the model's own, but for one of the kernels for few rows, which takes half as many."""
-    rows = []
+    rows, batches = [], (1, 4, 512)
     for kernel in KERNELS:
-        for tiles, B in product(candidates("grid", Problem("bf16", 512, kernel == "backward"), H100), (1, 4)):
+        for tiles in candidates("grid", Problem("bf16", 512, kernel == "backward"), H100):
             row = {"dtype": "bf16", "kernel": kernel, "mode": "grid", "H": 512, "layers": 1, "proj": 0}
-            row |= {"tiles": asdict(tiles), "B": B}
-            rows.append(row | {"cycles": fit.predicted(row, B)})
+            row["tiles"] = asdict(tiles)
+            for B in fit.of_first_launch(row, batches):
+                rows.append(row | {"B": B, "cycles": fit.predicted(row, B)})
     slowest = max((row for row in rows if row["tiles"]["poll"] and row["B"] == 4), key=lambda row: row["cycles"])
     slowest["cycles"] /= 2
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(sys, "argv", ["fit", "--load", str(file), "--B", "1", "4", "--worst", "1"])
+    monkeypatch.setattr(sys, "argv", ["fit", "--load", str(file), "--B", *map(str, batches), "--worst", "1"])
     fit.main()
     few, flags, turns, choices = re.split(r"\n(?! )", capsys.readouterr().out.strip())
     assert "0% in the median" in few and "100% at" in few and fit.described(slowest) in few
     assert "0% at most" in turns
     assert "0% at" in flags and "rank correlation 1.00" in flags and "streaming 1.00" in flags
-    assert "4 choices" in choices
+    assert "6 choices" in choices
 
 
 def test_what_is_timed_is_drawn_on_the_device():
@@ -331,6 +332,20 @@ def test_what_is_timed_is_drawn_on_the_device():
 def test_every_mode_and_form_is_checked_and_timed(path, case):
     measured = measure.measure(case, "fused_lstm", CPU, HERE, seconds=0.0)
     assert measured["status"] == "ok", measured["why"]
+
+
+def test_layers_go_back_in_time_and_forward_by_turns():
+    (case,) = (case for case in FORMS if case.form == "alternating" and case.mode == "forward")
+    module, x, (h0, c0) = measure.build(case, CPU)
+    y, (hn, cn) = module(x, (h0, c0))
+    for k, layer in enumerate(module.layers):
+        both = torch.nn.LSTM(layer.input_size, layer.hidden_size, bidirectional=True)
+        weights = layer.state_dict()
+        both.load_state_dict(weights | {f"{name}_reverse": weight for name, weight in weights.items()})
+        found, ends = both(x, (h0[[k, k]], c0[[k, k]]))
+        x = found.chunk(2, -1)[k % 2 == 0]
+        torch.testing.assert_close([end[int(k % 2 == 0)] for end in ends], [hn[k], cn[k]])
+    torch.testing.assert_close(x, y)
 
 
 @pytest.fixture
