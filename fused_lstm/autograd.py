@@ -88,14 +88,7 @@ class LSTMFunction(torch.autograd.Function):
         _, *of_inputs = ctx.needs_input_grad
         saved, needs = saved_record(ctx, Saved), unflatten(Inputs, of_inputs)
         with torch.no_grad():
-            cotangents = materialized(saved, dy, dhn, dcn, dcells)
-            if not saved.how.direct:
-                grads = backward(saved, needs, cotangents)
-            else:
-                try:
-                    grads = backward(saved, needs, cotangents)
-                except torch.OutOfMemoryError as error:
-                    raise with_advice(error, saved.how, saved.inputs) from error
+            grads = backward(saved, needs, materialized(saved, dy, dhn, dcn, dcells))
         if torch.is_grad_enabled():  # someone wants to differentiate once more
             cotangents = Cotangents(dy, dhn, dcn, dcells)  # type: ignore[arg-type]
             return None, *Gradients.apply(
@@ -116,6 +109,14 @@ class DirectLSTMFunction(LSTMFunction):
         return tuple(outputs)
 
     setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def backward(ctx: Any, *of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        try:
+            return LSTMFunction.backward(ctx, *of_outputs)
+        except torch.OutOfMemoryError as error:
+            saved = saved_record(ctx, Saved)
+            raise with_advice(error, saved.how, saved.inputs) from error
 
 
 def keep(ctx: Any, how: Recurrence, inputs: Inputs, outputs: Outputs) -> None:

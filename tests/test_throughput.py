@@ -78,27 +78,29 @@ def in_a_graph(module):
     return lambda x: compiled(x)[0]
 
 
-def recomputing(module):
-    def call(x):
-        module.recompute = 2
-        y, _ = module(x)
-        module.recompute = False
-        return y
-
-    return call
-
-
-@pytest.mark.parametrize(("form", "plans"), [(under_vmap, 2), (in_a_graph, 2), (recomputing, 4)])
-def test_within_torch(form, plans, monkeypatch):
-    """An operator asks for the plan with the sizes of a call, and writes no gates over what it was given; recompute
-    asks for each chunk of steps."""
-    tiles = Tiles(16, 32, 32, 1, part=16)
-    plan, asked = Plan("step", tiles, tiles, 0, "ieee", ""), []
+@pytest.fixture
+def asked(monkeypatch):
+    """The sizes for which a plan is asked; it has two tiles of large batches in turn."""
+    tiles, asked = Tiles(16, 32, 32, 1, part=16), []
+    plan = Plan("step", tiles, tiles, 0, "ieee", "")
     monkeypatch.setattr(operators, "choose", lambda *sizes: asked.append(sizes) or plan)
+    return asked
+
+
+@pytest.mark.parametrize("form", [under_vmap, in_a_graph])
+def test_within_torch(form, asked):
+    """An operator asks for the plan with the sizes of a call, and writes no gates over what it was given."""
     module = LSTM(5, 20)
     x = torch.randn(3, 35, 5, requires_grad=True)
     results = [
         torch.autograd.grad(y.square().sum(), [x, *module.parameters()]) for y in (form(module)(x), module(x)[0])
     ]
     torch.testing.assert_close(*results)
-    assert {sizes[1] for sizes in asked} == {35} and len(asked) == plans + 2
+    assert {sizes[1] for sizes in asked} == {35} and len(asked) == 4
+
+
+def test_recompute_of_packed_rows(asked):
+    module = LSTM(5, 20, bidirectional=True)
+    module.recompute = 1
+    assert_parity(module, pack_padded_sequence(torch.randn(3, 35, 5), torch.arange(35) % 3 + 1, enforce_sorted=False))
+    assert len(asked) == 2 * 3 * 2  # forward and backward of each direction and chunk
