@@ -3,14 +3,19 @@
 It runs everywhere, in every dtype, and can be differentiated as often as one likes; it is slow.
 """
 
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from .recurrence import Inputs, Recurrence
-from .reference import steps
 from .sequence import Sequence
 from .weights import Weights
+
+# Of the input's part of a step and the states before it: the states after it, and what else is asked for.
+Step = Callable[[Tensor, tuple[Tensor, ...]], tuple[Iterable[Tensor], Iterable[Tensor]]]
 
 
 def recurrences(how: Recurrence, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -22,57 +27,99 @@ def recurrences(how: Recurrence, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor
         how = how._replace(sequence=how.sequence.time_first(x.shape[1]))
         x = x.transpose(0, 1)
     sequences = how.sequences(weights)
-    ends: list[tuple[Tensor, Tensor]] = []
-    several: list[tuple[Tensor, Tensor, Tensor]] = []
+    ends: list[tuple[Tensor, ...]] = []
+    several: list[tuple[Tensor, ...]] = []
     for k, w in enumerate(weights):
-        y, hn, cn, cells, gates = one(x, h0[k], c0[k], w, sequences[0 if how.stacked else k])
-        ends.append((hn, cn))
-        several.append((y, cells, gates))
+        pre = linear(x.reshape(-1, x.shape[-1]), w.weight_ih, w.bias_ih) + (0 if w.bias_hh is None else w.bias_hh)
+        sequence = sequences[0 if how.stacked else k]
+        of_steps, end = unrolled(pre.view(*x.shape[:-1], pre.shape[1]), (h0[k], c0[k]), step_of(w), sequence)
+        ends.append(end)
+        several.append(of_steps)
         if how.stacked and k < len(weights) - 1:
-            x = y * how.drop(y.new_ones(y.shape), k, h0.shape[1])
+            x = of_steps[0] * how.drop(torch.ones_like(of_steps[0]), k, h0.shape[1])
     hn, cn = (torch.stack(states) for states in zip(*ends, strict=True))
     of_time = several[-1] if how.stacked else (torch.cat(tensors, -1) for tensors in zip(*several, strict=True))
     y, cells, gates = (tensor.transpose(0, 1) if batch_first else tensor for tensor in of_time)
     return y, hn, cn, cells, gates
 
 
-def one(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: Weights, sequence: Sequence
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """recurrences() of a single one."""
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
-    input_gates = linear(x.reshape(-1, x.shape[-1]), weight_ih, bias_ih) + (0 if bias_hh is None else bias_hh)
-    layout, lengths = sequence.layout, None
-    if layout.padded:
-        # All rows take every step, and keep their states past their ends: torch.vmap cannot index by a condition.
-        layout, lengths = layout._replace(lengths=None), layout.lengths
-    T, h, c, rows_of = layout.steps(x.shape), h0, c0, []
-    of_steps: list[tuple[Tensor, ...]] = []  # h, c and the activated gates
-    for k, (rows, active) in enumerate(steps(x, h0.shape[0], sequence.reverse, layout)):
-        h_prev, c_prev = h[active], c[active]
-        if layout.starts is not None:
-            start = layout.starts.reshape(-1)[rows, None]
-            h_reset, c_reset = (s[active] if sequence.reset_to_hx else torch.zeros_like(s[active]) for s in (h0, c0))
-            h_prev, c_prev = torch.where(start, h_reset, h_prev), torch.where(start, c_reset, c_prev)
-        i, f, g, o = (input_gates[rows] + linear(h_prev, weight_hh)).chunk(4, dim=1)
+def step_of(weights: Weights) -> Step:
+    """The LSTM's step; beside h and c it gives the activated gates."""
+
+    def step(pre: Tensor, states: tuple[Tensor, ...]) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
+        h_prev, c_prev = states
+        i, f, g, o = (pre + linear(h_prev, weights.weight_hh)).chunk(4, dim=1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        c_t = f * c_prev + i * g
-        h_t = o * c_t.tanh()
-        if weight_hr is not None:
-            h_t = linear(h_t, weight_hr)
-        of_step: tuple[Tensor, ...] = (h_t, c_t, torch.cat([i, f, g, o], dim=1))
-        if lengths is None:
-            h, c = h.index_copy(0, active, h_t), c.index_copy(0, active, c_t)
+        c = f * c_prev + i * g
+        h = o * c.tanh()
+        if weights.weight_hr is not None:
+            h = linear(h, weights.weight_hr)
+        return (h, c), (torch.cat([i, f, g, o], dim=1),)
+
+    return step
+
+
+class Steps(NamedTuple):
+    """What a loop over the steps takes of each: (B, ...) tensors, in the direction's order.
+
+    of_input: the input's part. starts: (B, 1) bool, which rows are reset before it; None: none. inside: (B, 1) bool,
+    which rows have it, of padded rows; None: all that there are.
+    """
+
+    of_input: tuple[Tensor, ...]
+    starts: tuple[Tensor | None, ...]
+    inside: tuple[Tensor | None, ...]
+
+    @staticmethod
+    def of(pre: Tensor, B: int, sequence: Sequence) -> "Steps":
+        """pre: (T, B, features), or (rows, features) packed."""
+        layout = sequence.layout
+        if layout.offsets is not None:
+            ends = [*layout.offsets.tolist(), pre.shape[0]]
+            of_input = pre.split([end - begin for begin, end in zip(ends, ends[1:], strict=False)])
         else:
-            inside = ((T - 1 - k if sequence.reverse else k) < lengths)[:, None]
-            h, c = torch.where(inside, h_t, h), torch.where(inside, c_t, c)
+            of_input = pre.unbind()
+        nothing = (None,) * len(of_input)
+        starts = nothing if layout.starts is None else layout.starts.reshape(len(of_input), B, 1).unbind()
+        inside: tuple[Tensor | None, ...] = nothing
+        if layout.padded:
+            inside = tuple((layout.lengths > t)[:, None] for t in range(len(of_input)))  # type: ignore[operator]
+        of_time = of_input, starts, inside
+        return Steps(*(each[::-1] for each in of_time) if sequence.reverse else of_time)
+
+
+def unrolled(
+    pre: Tensor, states: tuple[Tensor, ...], step: Step, sequence: Sequence
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Runs one direction.
+
+    Args:
+        pre: (T, B, features), or (rows, features) packed, the input's part of every step.
+        states: each (B, ·), before the first step. step: see Step. sequence: time first.
+
+    Returns:
+        what the step gives at every step, states first, each (T, B, ·) or (rows, ·), zero past a row's length; and each
+        row's last states.
+    """
+    steps = Steps.of(pre, states[0].shape[0], sequence)
+    initial = states if sequence.reset_to_hx else tuple(map(torch.zeros_like, states))
+    of_steps: list[tuple[Tensor, ...]] = []
+    for of_input, start, inside in zip(*steps, strict=True):
+        rows = len(of_input)  # those of packed rows that have the step are the first
+        before = states if rows == len(states[0]) else tuple(state[:rows] for state in states)
+        if start is not None:
+            # All rows take every step: torch.vmap cannot index by a condition.
+            before = tuple(torch.where(start, *each) for each in zip(initial, before, strict=True))
+        after, more = map(tuple, step(of_input, before))
+        of_step = (*after, *more)
+        if inside is not None:
+            after = tuple(torch.where(inside, *each) for each in zip(after, states, strict=True))
             of_step = tuple(torch.where(inside, tensor, 0) for tensor in of_step)
-        rows_of.append(rows)
+        elif rows < len(states[0]):
+            after = tuple(torch.cat([new, old[rows:]]) for new, old in zip(after, states, strict=True))
+        states = after
         of_steps.append(of_step)
-
-    def placed(tiles: tuple[Tensor, ...]) -> Tensor:
-        flat = x.new_zeros(len(input_gates), tiles[0].shape[1])
-        return flat.index_copy(0, torch.cat(rows_of), torch.cat(tiles)).view(*x.shape[:-1], flat.shape[1])
-
-    y, cells, gates = map(placed, zip(*of_steps, strict=True))
-    return y, h, c, cells, gates
+    if sequence.reverse:
+        of_steps.reverse()
+    join = torch.stack if pre.dim() == 3 else torch.cat
+    return tuple(map(join, zip(*of_steps, strict=True))), states
