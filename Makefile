@@ -5,23 +5,26 @@ RUN    := $(VENV)/bin/python
 
 # What runs on torch's path, too.
 ON_TORCH := $(addprefix tests/test_, contract_*.py swap.py sequences.py one_step.py trace.py graphs.py transforms.py mask.py \
-	distributed.py libraries.py module_info.py)
+	distributed.py libraries.py module_info.py recurrent.py)
 
 # With which a part of the tests runs, beside the pinned ones, and what runs with each.
 NEWEST := 3.9.0
-WITH_NEWEST := tests/test_kernels.py tests/test_parity.py
+WITH_NEWEST := tests/test_kernels.py tests/test_parity.py tests/test_recurrent_kernels.py
 VERSIONS := 2.11.0+3.6.0 2.13.0+3.7.1 2.14.1+$(NEWEST)
 ON_TORCH_CORE := $(addprefix tests/test_, parity.py contract_*.py graphs.py transforms.py swap.py)
-CORE := $(ON_TORCH_CORE) $(addprefix tests/test_, kernels.py compile.py)
+CORE := $(ON_TORCH_CORE) $(addprefix tests/test_, kernels.py recurrent_kernels.py compile.py)
 EXPORTS := onnx onnxscript onnxruntime
 
-.PHONY: demo long-memory test test-versions test-slow bench gpu gpu-ahead lint clean
+.PHONY: demo long-memory search-space test test-versions test-slow bench gpu gpu-ahead lint clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/char_lm.py
 
 long-memory: $(VENV)/ready
 	$(RUN) examples/long_memory.py
+
+search-space: $(VENV)/ready
+	$(RUN) examples/search_space.py
 
 test: $(VENV)/ready $(VENV)/newest
 	$(RUN) -m pytest -n 2 -q

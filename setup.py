@@ -34,7 +34,7 @@ setup(
         "examples": ["matplotlib", "tqdm"],
         "lint": ["ruff", "mypy"],
     },
-    packages=["fused_lstm", "fused_lstm.kernels", "fused_lstm.paths"],
+    packages=["fused_lstm", "fused_lstm.cells", "fused_lstm.kernels", "fused_lstm.paths"],
     # The kernels stand at the top of the repository for the reader; they are imported as
     # fused_lstm.kernels, because the bare name belongs to another package on PyPI.
     package_dir={"fused_lstm": "fused_lstm", "fused_lstm.kernels": "kernels"},

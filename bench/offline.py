@@ -39,6 +39,7 @@ from fused_lstm.kernels import (
     backward,
     cell,
     dropout,
+    elementwise,
     forward,
     gates,
     latency_backward,
@@ -63,7 +64,7 @@ from fused_lstm.kernels.limits import class_of, target
 from fused_lstm.kernels.plan import Plan, choose_kernel, one_step_in, precision_of, projects
 from fused_lstm.kernels.tiles import AMD, DEVICES, H100, Device, Problem, Tiles, without_exchange
 
-from . import limits, model, simulate
+from . import cells, limits, model, simulate
 from .absent import gpu_target
 from .sass import disassemble, parse, time_loop, tool, width
 
@@ -494,7 +495,12 @@ def predicted(row: Row) -> Row:
 def source(in_turn: bool = True) -> str:
     """A hash of the code that is compiled, without comments, docstrings and layout; the plans are in the rows. in_turn:
     with the kernels of large batches, on which the others do not depend."""
-    files = [Path(module.__file__ or "") for module in SOURCES + (IN_TURN if in_turn else ())]
+    return hash_of(SOURCES + (IN_TURN if in_turn else ()))
+
+
+def hash_of(modules: Iterable[Any]) -> str:
+    """Of the device functions in some modules, without comments, docstrings and layout."""
+    files = [Path(module.__file__ or "") for module in modules]
     nodes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     kernels = [node for node in functions if node.decorator_list or node.name == "specialization"]
@@ -545,8 +551,15 @@ def tabulate(asked: limits.Asked, fresh: bool, devices: list[str]) -> bool:
         print(f"{at}/{len(wanted)} {name} {known[name].get('resources') or known[name]['error']}", flush=True)
     rows = [*others, *(known[name] for name in wanted)]
     write(path, rows)
+    of_cells = cells.tabulate(results, source_of_cells())
     (results / "README.md").write_text(table(results), encoding="utf-8")
-    return not any(map(fails, rows))
+    return of_cells and not any(map(fails, rows))
+
+
+@cache
+def source_of_cells() -> str:
+    """A hash of the code that the kernels of any cell are compiled of, beside its equations."""
+    return hash_of((*cells.SOURCES, cell, elementwise, launch, matmul, rows, sync))
 
 
 def is_in_turn(row: Row) -> bool:
@@ -602,8 +615,8 @@ def table(results: Path) -> str:
     )
     for of_target in TABULATED:
         lines += ["", f"## {of_target}", "", f"| {head} |", "| --- " * (head.count("|") + 1) + "|"]
-        lines += [f"| {' | '.join(cells(row))} |" for row in rows.values() if first(row)["target"] == of_target]
-    return "\n".join(lines) + "\n"
+        lines += [f"| {' | '.join(cells_of(row))} |" for row in rows.values() if first(row)["target"] == of_target]
+    return "\n".join([*lines, *cells.table(results)]) + "\n"
 
 
 def bare(row: Row) -> float:
@@ -619,7 +632,7 @@ def first(versions: dict[str, Row]) -> Row:
     return next(iter(versions.values()))
 
 
-def cells(versions: dict[str, Row]) -> Iterator[str]:
+def cells_of(versions: dict[str, Row]) -> Iterator[str]:
     """The cells of a line of the table, from the rows of one group by Triton's version."""
     row = first(versions)
     tiles, found = row["tiles"], [version.get("resources") for version in versions.values()]

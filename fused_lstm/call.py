@@ -49,6 +49,13 @@ class Call(NamedTuple):
     record: Record | None = None
 
     @property
+    def hx(self) -> tuple[Tensor, Tensor]:
+        return self.h0, self.c0
+
+    def with_hx(self, h0: Tensor, c0: Tensor) -> "Call":
+        return self._replace(h0=h0, c0=c0)
+
+    @property
     def P(self) -> int:
         """proj_size, 0 without a projection."""
         return self.h0.shape[2] if len(self.weights) // (self.options.num_layers * self.options.directions) % 2 else 0

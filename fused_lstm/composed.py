@@ -4,6 +4,7 @@ It runs everywhere, in every dtype, and can be differentiated as often as one li
 """
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -76,14 +77,14 @@ class Steps(NamedTuple):
         layout = sequence.layout
         if layout.offsets is not None:
             ends = [*layout.offsets.tolist(), pre.shape[0]]
-            of_input = pre.split([end - begin for begin, end in zip(ends, ends[1:], strict=False)])
+            of_input = pre.split([end - begin for begin, end in pairwise(ends)])
         else:
             of_input = pre.unbind()
         nothing = (None,) * len(of_input)
         starts = nothing if layout.starts is None else layout.starts.reshape(len(of_input), B, 1).unbind()
         inside: tuple[Tensor | None, ...] = nothing
-        if layout.padded:
-            inside = tuple((layout.lengths > t)[:, None] for t in range(len(of_input)))  # type: ignore[operator]
+        if layout.lengths is not None and layout.offsets is None:
+            inside = tuple((t < layout.lengths)[:, None] for t in range(len(of_input)))
         of_time = of_input, starts, inside
         return Steps(*(each[::-1] for each in of_time) if sequence.reverse else of_time)
 

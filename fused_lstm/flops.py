@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import chunks, operators
+from .cells import operators as of_cells
 
 Shapes = dict[str, Any]  # of an operator's arguments, by name; None for what is not there
 
@@ -50,12 +51,23 @@ def _backward_in_chunks(of: Shapes) -> int:
     return 2 * _rows(of["x"]) * (input + recurrent + recurrent + projection + wanted)
 
 
+def _cell_forward(of: Shapes) -> int:
+    return 2 * _rows(of["x"]) * _elements(of["weight_hh"])
+
+
+def _cell_backward(of: Shapes) -> int:
+    rows, B = _rows(of["steps"][0]), of["initial"][0][-2]
+    return 2 * (rows - B) * _elements(of["weight_hh"])
+
+
 FORMULAS: list[tuple[Any, Callable[[Shapes], int]]] = [
     (operators.forward, _forward),
     (operators.backward, _backward),
     (operators.one_step, _one_step),
     (chunks.forward_in_chunks, _forward_in_chunks),
     (chunks.backward_in_chunks, _backward_in_chunks),
+    (of_cells.forward, _cell_forward),
+    (of_cells.backward, _cell_backward),
 ]
 
 

@@ -3,12 +3,10 @@ comes out is gathered back to where it belongs. It stands before the choice of a
 
 from collections.abc import Callable
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from .call import Call, Result
 
 
 def take_steps(x: Tensor, steps: Tensor) -> Tensor:
@@ -121,46 +119,43 @@ class Steps(NamedTuple):
         return [Held(*each) for each in zip(sources, initials, zeros, strict=True)][:directions]
 
 
-def run(call: Call, mask: Tensor, mask_to: str, run_call: Callable[[Call], Result]) -> Result:
+def run(call: Any, mask: Tensor, mask_to: str, run_call: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:
     """Runs the steps at which mask, (T, B), or (B, T) if the call is batch_first, is True.
 
     Args:
-        mask_to: as lstm() takes it. run_call: runs a call without a mask.
+        call: a Call, or a CellCall. mask_to: as lstm() takes it. run_call: runs such a call without a mask; it returns
+            y, each state after the last step, and the states of all steps, one after another as hx, or None.
     """
     batch_first, to_hx, D = call.options.batch_first, call.options.reset_to_hx, call.options.directions
     x, mask = (call.input.transpose(0, 1), mask.T) if batch_first else (call.input, mask)
-    steps, hx = Steps.of(mask, call.lengths, call.starts), (call.h0, call.c0)
+    steps, hx = Steps.of(mask, call.lengths, call.starts), call.hx
     held = steps.held(D, to_hx) if mask_to == "hold" else []
-    h0, c0 = hx
-    last = None
+    before, last = hx, None
     if steps.reset is not None:
-        layers = h0.shape[0] // D
+        layers = hx[0].shape[0] // D
         first, last = (resets.repeat(layers, 1)[..., None] for resets in steps.outer_resets(D))
         if not to_hx:
-            h0, c0 = h0.masked_fill(first, 0), c0.masked_fill(first, 0)
+            before = tuple(state.masked_fill(first, 0) for state in hx)
 
-    cells = count()
+    recurrences = count()
 
-    def record_scattered(y: Tensor, c: Tensor, gates: Tensor) -> None:
-        assert call.record is not None
-        cell = next(cells)
-        of_direction = held and [held[cell % D]]
-        y, c = (steps.scatter(s, h[cell, None], of_direction) for s, h in zip((y, c), hx, strict=True))
-        call.record(y, c, steps.scatter(gates, gates, []))
+    def record_scattered(*of_steps: Tensor) -> None:
+        k = next(recurrences)
+        of_direction = held and [held[k % D]]
+        states = (steps.scatter(s, h[k, None], of_direction) for s, h in zip(of_steps, hx, strict=False))
+        call.record(*states, *(steps.scatter(other, other, []) for other in of_steps[len(hx) :]))
 
-    gathered = call._replace(
+    gathered = call.with_hx(*before)._replace(
         input=steps.gather(x),
-        h0=h0,
-        c0=c0,
         lengths=steps.total,
         starts=steps.gathered_resets(),
         options=call.options._replace(batch_first=False),
         record=None if call.record is None else record_scattered,
     )
-    y, hn, cn, states = run_call(gathered)
+    y, *ends, states = run_call(gathered)
     if last is not None:
-        reset_state = hx if to_hx else (torch.zeros_like(hx[0]), torch.zeros_like(hx[1]))
-        hn, cn = (torch.where(last, r.to(s.dtype), s) for r, s in zip(reset_state, (hn, cn), strict=True))
+        reset_to = hx if to_hx else tuple(map(torch.zeros_like, hx))
+        ends = [torch.where(last, r.to(s.dtype), s) for r, s in zip(reset_to, ends, strict=True)]
 
     def scattered(of_layers: tuple[Tensor, ...], initial: Tensor) -> tuple[Tensor, ...]:
         each = zip(of_layers, initial.split(D), strict=True)
@@ -169,5 +164,5 @@ def run(call: Call, mask: Tensor, mask_to: str, run_call: Callable[[Call], Resul
 
     (y,) = scattered((y,), hx[0][-D:])
     if states is not None:
-        states = states._replace(y=scattered(states.y, hx[0]), c=scattered(states.c, hx[1]))
-    return y, hn, cn, states
+        states = type(states)(*(scattered(*each) for each in zip(states, hx, strict=True)))
+    return y, *ends, states

@@ -16,8 +16,10 @@ _SCHEMA = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     list[Tensor]: "Tensor[]",
+    list[Tensor | None]: "Tensor?[]",
     list[bool]: "bool[]",
     bool: "bool",
+    str: "str",
     int: "SymInt",
 }
 

@@ -1,6 +1,7 @@
 """The tensors of a call, for all paths but torch's own: in autocast's dtype, and refused where they do not agree."""
 
 import torch
+from torch import Tensor
 
 from .call import Call
 from .route import autocast_dtype
@@ -17,14 +18,18 @@ def prepared(call: Call) -> Call:
 
 def check_tensors(call: Call) -> None:
     """Raises for what torch's own LSTM refuses and the module does not check."""
-    input = call.input
-    if input.dim() == 3 and call.steps == 0:
+    check_same(call.input, call.steps, (call.h0, call.c0), call.weights)
+
+
+def check_same(input: Tensor, steps: int, hx: tuple[Tensor, ...], weights: list[Tensor]) -> None:
+    """Raises for no steps, and for states and weights of another device or dtype than the input's."""
+    if input.dim() == 3 and steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     device, dtype = input.device, input.dtype
-    for place, tensor in enumerate((call.h0, call.c0, *call.weights)):
+    for place, tensor in enumerate((*hx, *weights)):
         if tensor.device == device and tensor.dtype == dtype:
             continue
-        kind = "hidden" if place < 2 else "parameter"
+        kind = "hidden" if place < len(hx) else "parameter"
         if tensor.device == device:
             raise RuntimeError(
                 f"Input and {kind} tensors are not the same dtype, found input tensor with {dtype} "

@@ -1,4 +1,4 @@
-"""trace(): what goes on inside an LSTM over a sequence, as the layer itself computes it."""
+"""trace(): what goes on inside a layer over a sequence, as the layer itself computes it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .kernels.layout import accumulator
 from .lstm import LSTM
+from .recurrent import Recurrent
 
 
 class Trace(NamedTuple):
@@ -33,18 +34,30 @@ class Trace(NamedTuple):
     h: Any
 
 
+class CellTrace(NamedTuple):
+    """What goes in and out of a cell of one's own at every step, in the forms of Trace.
+
+    x, r: both parts of each gate, by its name: x.f, r.f. s: h and the states after the step, by name: s.h, s.c. With a
+    cell's vectors they are all that its function is given: so any value within the cell can be made of them.
+    """
+
+    x: Any
+    r: Any
+    s: Any
+
+
 @torch.no_grad()
 def trace(
-    lstm: LSTM,
+    lstm: LSTM | Recurrent,
     input: Tensor | PackedSequence,
-    hx: tuple[Tensor | None, Tensor | None] | None = None,
+    hx: Any = None,
     *,
     lengths: Tensor | Sequence[int] | None = None,
     reset: Tensor | None = None,
     reset_to: str = "zero",
     mask: Tensor | None = None,
     mask_to: str = "zero",
-) -> Trace:
+) -> Trace | CellTrace:
     """Runs the sequence as lstm(input, hx) does and returns the Trace of it, without gradients.
 
     The module stays in its mode: in training, dropout draws a mask as any call does, and the layers above see it; call
@@ -53,19 +66,27 @@ def trace(
     differ from a call by rounding. So does, on the kernels' path, a call of one step, which has a kernel of its own.
     Hooks of the module do not run.
 
+    A Recurrent, whose kernels keep no gates, is composed of torch operations, and gives a CellTrace.
+
     Args:
-        lstm: a fused_lstm.LSTM.
+        lstm: a fused_lstm.LSTM, or a Recurrent.
         input, hx, lengths, reset, reset_to, mask, mask_to: as its forward takes them.
 
     Returns:
         The Trace. For the forget gates of row b in the first layer: trace(lstm, x).f[:, b, 0, 0], (T, H).
 
     Raises:
-        TypeError: lstm is no fused_lstm.LSTM.
+        TypeError: lstm is neither.
         ValueError, RuntimeError, IndexError: as its forward.
     """
+    options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "mask": mask, "mask_to": mask_to}
+    if isinstance(lstm, Recurrent):
+        return trace_of_cell(lstm, input, hx, options | {"return_states": False})
     if not isinstance(lstm, LSTM):
-        raise TypeError(f"trace takes a fused_lstm.LSTM, got {type(lstm).__name__}; fused_lstm.swap() makes one")
+        name = type(lstm).__name__
+        raise TypeError(
+            f"trace takes a fused_lstm.Recurrent or fused_lstm.LSTM, got {name}; fused_lstm.swap() makes one"
+        )
     y: list[Tensor] = []
     cells: list[Tensor] = []
     gates: list[Tensor] = []
@@ -74,18 +95,31 @@ def trace(
         for tensors, tensor in zip((y, cells, gates), of_one, strict=True):
             tensors.append(tensor)
 
-    options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "mask": mask, "mask_to": mask_to}
     lstm._forward(input, hx, options | {"record": record})
-    D = 2 if lstm.bidirectional else 1
-
-    def formed(tensors: Sequence[Tensor]) -> Tensor | PackedSequence:
-        stacked = torch.stack(tuple(tensors), dim=-2).unflatten(-2, (lstm.num_layers, D))
-        if isinstance(input, PackedSequence):
-            return input._replace(data=stacked)
-        if input.dim() == 2:
-            return stacked.squeeze(1)
-        return stacked.transpose(0, 1) if lstm.batch_first else stacked
-
     c = [cell.to(accumulator(cell.dtype)) for cell in cells]
-    i, f, g, o = (formed(each) for each in zip(*(tensor.chunk(4, dim=-1) for tensor in gates), strict=True))
-    return Trace(i, f, g, o, formed(c), formed(y))
+    i, f, g, o = zip(*(tensor.chunk(4, dim=-1) for tensor in gates), strict=True)
+    return Trace(*(formed(lstm, input, tensors) for tensors in (i, f, g, o, c, y)))
+
+
+def trace_of_cell(layer: Recurrent, input: Tensor | PackedSequence, hx: Any, options: dict[str, Any]) -> CellTrace:
+    """trace() of a Recurrent."""
+    cell, recorded = layer.cell, []
+    layer._forward(input, hx, options, lambda *of_one: recorded.append(of_one))
+    *states, x, r = zip(*recorded, strict=True)
+
+    def by_gate(of: Any, parts: Sequence[Tensor]) -> Any:
+        each = zip(*(tensor.chunk(len(cell.gates), dim=-1) for tensor in parts), strict=True)
+        return of(*(formed(layer, input, tensors) for tensors in each))
+
+    return CellTrace(by_gate(cell.X, x), by_gate(cell.R, r), cell.S(*(formed(layer, input, s) for s in states)))
+
+
+def formed(layer: LSTM | Recurrent, input: Tensor | PackedSequence, tensors: Sequence[Tensor]) -> Any:
+    """Of each layer and direction a tensor (T, B, H), or (rows, H), as one in the form of the input."""
+    directions = 2 if layer.bidirectional else 1
+    stacked = torch.stack(tuple(tensors), dim=-2).unflatten(-2, (layer.num_layers, directions))
+    if isinstance(input, PackedSequence):
+        return input._replace(data=stacked)
+    if input.dim() == 2:
+        return stacked.squeeze(1)
+    return stacked.transpose(0, 1) if layer.batch_first else stacked

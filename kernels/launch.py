@@ -13,7 +13,9 @@ from torch import Tensor
 from triton.compiler import CompilationError, CompiledKernel
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from . import plan_of_cell
 from .environment import DEBUG
+from .equations import Equations
 from .findings import Candidate, Refused
 from .layout import Layout
 from .plan import cuda_device, kind_of, note_spills
@@ -223,14 +225,15 @@ class Prepared:
         reverse: bool,
         stacked: bool,
         ragged: bool,
+        cell: Equations | None = None,
     ) -> "Prepared":
         """Args as launch() takes them; ragged: rows may begin or end within the sequence, or be reset."""
         device, (B, H) = states.device, states.shape[-2:]
         tiles = plan.tiles(candidate.problem.backward)
         recurrences = states.shape[0] if states.dim() == 3 else 1
         unit_blocks, batch_groups = programs_of(tiles, H, B)
-        form: dict[str, Any] = {"DIRECTIONS": 1 if stacked else recurrences, "REVERSE": reverse}
-        in_registers = weight_in_registers(plan, tiles)
+        form: dict[str, Any] = {"DIRECTIONS": 1 if stacked else recurrences, "REVERSE": reverse, "CELL": cell}
+        in_registers = weight_in_registers(plan, tiles) and cell is None
         if in_registers:
             form["PAIRS"] = device.type == "cuda" and compares_pairs(cuda_device(device).capability)
         blocks = {"": unit_blocks}
@@ -246,8 +249,12 @@ class Prepared:
             at_once = max_coresident(plan.resident // unit_blocks, recurrences, batch_groups, stacked)
         kernels = [specialized(kernel, plan, tiles, H, out, PHASE=phase, **form) for phase in blocks]
         if device.type == "cuda":
+            found = partial(note_spills, device, candidate)
+            if cell is not None:
+                use = plan_of_cell.Use.of(cell, candidate.problem, plan.mode, tiles)
+                found = partial(plan_of_cell.note_spills, device, use)
             for each in kernels:
-                each.found = partial(note_spills, device, candidate)
+                each.found = found
 
         def launches_of(first: int, group: int) -> tuple[Part, ...]:
             others = min(at_once[1], batch_groups - group), min(at_once[0], recurrences - first)
@@ -286,6 +293,7 @@ def launch(
     backward: bool,
     reverse: bool,
     stacked: bool,
+    cell: Equations | None = None,
 ) -> None:
     """Launches a kernel over all recurrences, steps and batch rows, in the plan's mode, on the tensors' device.
 
@@ -294,20 +302,22 @@ def launch(
         states: (R, B, H), or (B, H) of a single recurrence. out: features of h.
         backward: the pass, which has its tiles, and of a step with a projection the projection before the cell.
         stacked: the recurrences are layers.
+        cell: of a kernel that has no cell of its own.
 
     Raises:
         Refused: the device or Triton does not take the kernel.
         RuntimeError: under FUSED_LSTM_DEBUG=1, a program that waited in vain for another, and at which step.
     """
-    first, shape, device = args[0], states.shape, states.device
+    first = args[0] if isinstance(args[0], Tensor) else args[0][0]  # type: ignore[index]
+    shape, device = states.shape, states.device
     ragged = layout.lengths is not None or layout.starts is not None
-    key = id(kernel), shape, device, out, reverse, stacked, ragged, MAX_SPINS
+    key = id(kernel), shape, device, out, reverse, stacked, ragged, MAX_SPINS, cell
     prepared = prepared_for(plan).get(key)
     if prepared is None:
         kind, H = kind_of(first.dtype, plan.precision != "tf32"), shape[-1]
         problem = Problem(kind, H, backward, 1, plan.layers, out if out < H else 0)
         candidate = Candidate.of(problem, plan.mode, plan.tiles(backward))
-        prepared = Prepared.of(kernel, plan, candidate, states, out, reverse, stacked, ragged)
+        prepared = Prepared.of(kernel, plan, candidate, states, out, reverse, stacked, ragged, cell)
         prepared_for(plan)[key] = prepared
     T, B = layout.steps(first.shape), shape[-2]
     flags = timeout_info = zeros = None

@@ -197,6 +197,11 @@ def disable_grid(device: torch.device, reason: str) -> None:
     forget_plans()
 
 
+def grid_disabled(device: torch.device) -> str | None:
+    """Why a device does not run all programs of a grid plan at once; None where it does, as far as is known."""
+    return _grid_disabled.get(device)
+
+
 def refuse(device: torch.device, candidate: Candidate, refused: Refused) -> None:
     """Records that a kernel does not run on a device: from now on plans do without it."""
     if refused.cooperative and candidate.mode == "grid":

@@ -14,6 +14,7 @@ MODES = {
     "step": "a launch runs one step",
     "one step": "a launch runs one step of a layer, the product of its input included",
     "torch": "torch's own LSTM",
+    "composed": "torch operations, step by step",
 }
 PRECISIONS = {
     "ieee": "in the dtype of the tensors",
@@ -27,8 +28,8 @@ class Plan:
     """How a layer runs, or several.
 
     mode: "local", "grid" or "step" (the three forms of the recurrence's kernels), "one step" (a kernel of its own for
-        one step of inference), or "torch" (torch's own LSTM).
-    forward, backward: the tiles of each pass; None in mode "torch", backward also in "one step".
+        one step of inference), "torch" (torch's own LSTM), or "composed" (torch operations, step by step).
+    forward, backward: the tiles of each pass; None in modes "torch" and "composed", backward also in "one step".
     resident: programs that the device runs at once, one a multiprocessor; 0 where the mode does not depend on it.
     precision: of float32 products, "tf32", "tf32x3" (three TF32 products, as exact as float32) or "ieee".
     why: the reason, in words.
@@ -38,7 +39,8 @@ class Plan:
     peak_bytes: what each of these takes more at the peak, of one layer at a time: the input's part of the gates, or the
         gradients of the gates; under recompute the steps of one chunk alone take it.
     refused: the kernels that another one stands in for, or torch's own LSTM, and why, in words.
-    measured: what fused_lstm.tune() has measured, in words; "" for nothing.
+    measured: what stands behind the choice where that is not kernels/model.py, such as what fused_lstm.tune() has
+        measured, in words; "" for that.
     """
 
     mode: str
@@ -69,8 +71,9 @@ class Plan:
             f"{n} {of} in a launch" for n, of in ((self.directions, "directions"), (self.layers, "layers")) if n > 1
         ]
         kept = f"{self.saved_bytes} bytes a step, row, layer and direction, beside input and output"
-        if self.chunk:
-            kept += f"; recomputed in chunks of {self.chunk} steps"
+        recomputed = f"recomputed in chunks of {self.chunk} steps" if self.chunk else None
+        if recomputed:
+            kept += f"; {recomputed}"
         peak = f"{self.peak_bytes} bytes more, of one layer at a time"
         peak += f" and the {self.chunk} steps of one chunk" if self.chunk else ""
         lines = [
@@ -78,8 +81,8 @@ class Plan:
             ("why", self.why),
             ("forward", self.forward),
             ("backward", self.backward),
-            ("products", None if self.mode == "torch" else PRECISIONS[self.precision]),
-            ("kept", None if self.saved_bytes is None else kept),
+            ("products", PRECISIONS[self.precision] if self.forward else None),
+            ("kept", kept if self.saved_bytes is not None else recomputed),
             ("at peak", None if self.peak_bytes is None else peak),
             *(("refused", refused) for refused in self.refused),
             ("evidence", self.evidence),
@@ -91,7 +94,7 @@ class Plan:
         """What stands behind the choice: a measurement, or the model."""
         if self.measured:
             return self.measured
-        if self.mode == "torch":
+        if self.mode in ("torch", "composed"):
             return "no choice"
         return "kernels/model.py, a model of the device; fused_lstm.tune() measures"
 
@@ -100,12 +103,19 @@ class Plan:
         """How derivatives of gradients, and forward mode, are computed."""
         if self.mode == "torch":
             return "as torch's own LSTM has them; forward mode composed of torch operations, step by step"
+        if self.mode == "composed":
+            return "as the call itself"
         return "composed of torch operations, step by step: slow beside the kernels"
 
 
 def on_torch(why: str) -> Plan:
     """The plan of a call that torch's own LSTM serves."""
     return Plan("torch", None, None, 0, "ieee", why)
+
+
+def composed(why: str) -> Plan:
+    """The plan of a call that is composed of torch operations."""
+    return Plan("composed", None, None, 0, "ieee", why)
 
 
 @cache

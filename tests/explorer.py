@@ -260,8 +260,9 @@ class Explorer:
         if options.get("MODE") != "grid":
             return original(executor, *tensors, **options)
         self.bounded = options["MAX_SPINS"] > 0
-        names = "y", "dropped", "dgates", "products"
+        names = "y", "dropped", "dgates", "products", "dr"
         exchanged = [named[name] for name in names if named.get(name) is not None]
+        exchanged += [named["steps"][0]] if "ends" in named else []  # the forward kernel of any cell
         first, group = named["first_recurrence"], named["row_begin"] // options["TILES"].batch
         _, groups, count = executor.grid
         for flags in (named["sync"].flags, named.get("team_flags")):

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_lstm import LSTM
+from fused_lstm import LSTM, Recurrent, cells
 
 T, B, I, H = 3, 4, 3, 4  # noqa: E741
 STEPS = 2
@@ -23,10 +23,11 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.lstm = LSTM(I, H, num_layers=2, bidirectional=True)
-        self.out = nn.Linear(2 * H, 1)
+        self.gru = Recurrent(cells.gru, 2 * H, H)
+        self.out = nn.Linear(H, 1)
 
     def forward(self, x):
-        return self.out(self.lstm(x)[0])
+        return self.out(self.gru(self.lstm(x)[0])[0])
 
 
 def train(model, rows):
@@ -50,6 +51,7 @@ def worker(rank, kind, folder):
         else:
             mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
             fully_shard(model.lstm, mesh=mesh)
+            fully_shard(model.gru, mesh=mesh)
             fully_shard(model, mesh=mesh)
             train(model, slice(rank, None, 2))
             dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=f"{folder}/checkpoint")

@@ -1,5 +1,6 @@
 """The examples run from end to end, and their checks can fail."""
 
+import argparse
 import math
 import os
 import re
@@ -169,3 +170,117 @@ def test_long_memory_can_fail():
     )
     for bad in ([0.01, 0.04], [0.01, math.nan]):
         assert verdict(bad, [0.01, 0.01])[0] is False
+
+
+SEARCH_SPACE = EXAMPLES / "search_space.py"
+CELLS = ["V", "NIG", "NFG", "NOG", "NIAF", "NOAF", "NP", "CIFG", "FGR"]
+
+
+@pytest.fixture
+def search_space(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)  # where it finds long_memory, as a script does
+    return runpy.run_path(str(SEARCH_SPACE))
+
+
+def test_search_space(tmp_path):
+    picture = tmp_path / "new" / "cells.png"
+    sizes = ["--length=10", "--updates=3", "--tests=5", "--hidden=8", "--seeds=1", "--jobs=1", f"--picture={picture}"]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, SEARCH_SPACE, *sizes], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if re.search(r" 0 of 1 +budget +96 +96 +1\.00 ", line)]
+    assert [row[:5] for row in rows] == [
+        [task, "T", "=", "10", cell] for task in ("adding,", "order,") for cell in CELLS
+    ]
+    assert done.stdout.splitlines()[-1].startswith("NO VERDICT")
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_search_space_shows_all_cells_the_same_sequences(search_space, monkeypatch):
+    seen = {}
+
+    class Blind(search_space["Network"]):
+        """Draws its weights, and answers without running the cell, which would take minutes in the interpreter."""
+
+        def forward(self, x, lengths):
+            return self.output(torch.zeros(len(lengths), self.output.in_features))
+
+    class Recorded(search_space["Adding"]):
+        def batch(self, B, generator):
+            x, lengths, target = super().batch(B, generator)
+            seen[cell, seed].append(torch.cat([x.flatten(), target.flatten()]))
+            return x, lengths, target
+
+    monkeypatch.setitem(search_space["train"].__globals__, "Network", Blind)
+    args = argparse.Namespace(hidden=4, rate=0.01, updates=2, batch=3, tests=5)
+    for cell in CELLS:
+        for seed in (0, 1):
+            seen[cell, seed] = []
+            search_space["train"](Recorded(10), cell, seed, args)
+    for cell in CELLS:
+        assert len(seen[cell, 0]) == 3  # two to learn from, one to be tested by
+        for seed in (0, 1):
+            assert all(torch.equal(a, b) for a, b in zip(seen[cell, seed], seen["V", seed], strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(seen[cell, 0], seen[cell, 1], strict=True))
+
+
+def test_search_space_moves_the_places_of_the_order_in_proportion(search_space):
+    theirs, own = search_space["Order"](), search_space["ShortOrder"](100)
+    batches = [task.batch(50, torch.Generator().manual_seed(0)) for task in (theirs, own)]
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+    symbols = search_space["ShortOrder"](30).batch(500, torch.Generator().manual_seed(0))[0].argmax(2)
+    first, second = (symbols >= 6).T.nonzero()[:, 1].view(500, 2).T
+    assert set(first.tolist()) == set(range(3, 7)) and set(second.tolist()) == set(range(15, 19))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_search_space_begins_with_f_open_and_i_shut(search_space, cell):
+    H, of = 4, search_space["CELLS"][cell]
+    recurrent = search_space["Network"](of, search_space["Adding"](10), H).recurrent
+    bias = dict(zip(of.gates, (recurrent.bias_ih_l0 + recurrent.bias_hh_l0).view(-1, H), strict=True))
+    for gate, at in (("f", math.log(10)), ("i", -math.log(10))):
+        assert gate not in bias or torch.equal(bias[gate], torch.full((H,), at))
+    assert all(bias[gate].abs().max() <= 2 / H**0.5 for gate in set(of.gates) - set("if"))
+
+
+PAPER = {"V": 100, "NIG": 110, "NFG": 200, "NOG": 110, "NIAF": 110, "NOAF": 180, "NP": 100, "CIFG": 100, "FGR": 110}
+
+
+@pytest.mark.parametrize(
+    ("change", "disagrees"),
+    [
+        ({}, []),
+        ({"NP": 60}, ["no variant"]),
+        ({"NFG": 140}, ["no forget gate"]),  # too little
+        ({"NIG": 190, "FGR": 190}, ["no output activation"]),  # others hurt more
+        ({"CIFG": 160, "NP": 160}, ["input and forget gate coupled", "no peepholes"]),
+    ],
+)
+def test_search_space_can_disagree(search_space, change, disagrees):
+    results = {
+        (task, cell): [
+            search_space["Result"](task, cell, k, 1, n, True, 0.0, 0.0) for k, n in enumerate((1, number, 900))
+        ]
+        for task in ("adding", "order")
+        for cell, number in (PAPER | change).items()
+    }
+    lines = search_space["findings"](results)
+    assert len(lines) == 5 and all(re.match("(AGREE|DISAGREE): ", line) for line in lines)
+    found = [line for line in lines if line.startswith("DISAGREE")]
+    assert len(found) == len(disagrees) and all(text in line for text, line in zip(disagrees, found, strict=True))
+    few = {key: runs for key, runs in results.items() if key[1] in ("V", "NP")}
+    assert [line.split(": ")[1][:11] for line in search_space["findings"](few)] == ["no variant ", "no peephole"]
+    assert search_space["findings"]({key: runs for key, runs in few.items() if key[1] == "V"}) == []
+    results["order", "V"] = [r._replace(solved=r.seed == 0) for r in results["order", "V"]]
+    assert search_space["findings"](results) == ["NO VERDICT: it takes a V that has solved order"]
+
+
+def test_a_cell_of_your_own_in_readme_is_trained():
+    """README's page from an equation to a trained layer, as it stands there."""
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("## Cells of your own")[2].partition("```python\n")[2].partition("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert float(re.match(r"loss ([\d.]+),", done.stdout)[1]) < 0.3

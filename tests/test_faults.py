@@ -68,6 +68,11 @@ REVERSE_STEP = "test_kernels.py::test_layouts[cpu-packed-True-step]"
 PADDED = "test_kernels.py::test_layouts[cpu-lengths-False-local]"
 RESET = "test_kernels.py::test_layouts[cpu-reset-False-local]"
 RESET_STEP = "test_kernels.py::test_layouts[cpu-reset-False-step]"
+OF_CELL = "test_recurrent_kernels.py::test_forms[cpu-widest-step-gru]"
+CELL_RESET = "test_recurrent_kernels.py::test_layouts[cpu-five_gates-lengths and reset]"
+PRINTED = "test_cells.py::test_the_print_is_the_function_and_its_derivative[slstm-dtype1]"
+OF_LAYER = "test_recurrent.py::test_every_state_and_gradient[gru-dense]"
+IN_CHUNKS = "test_recurrent.py::test_recompute_in_chunks_is_the_same[two states-unsorted]"
 LOOP = "test_sequences.py::test_every_state_against_a_loop_over_nn_lstm"
 STATES = f"{LOOP}[cpu-lengths and reset to hx-two layers, both directions-dtype3]"
 BOTH = f"{LOOP}[cpu-lengths and reset-two layers, both directions-dtype3]"
@@ -330,9 +335,40 @@ FAULTS = {
         "c0 gradient without the resets": ("dc0 = dc0 + dc_reset", "dc0 = dc0", STATES),
         "h0 gradient without the resets": ("dh0 = dh0 + dh_reset", "dh0 = dh0", STATES),
     },
+    "kernels/recurrent_forward.py": {
+        "h of a reset row": ("tl.where(at.start, resets[0], tensor)", "tensor", CELL_RESET),
+        "states of rows that have ended": ("select_each(active, after, states)", "after", CELL_RESET),
+    },
+    "kernels/recurrent_backward.py": {
+        "what the cell hands back to h is lost": ("(dh + dh_end + ds[0],)", "(dh + dh_end,)", OF_CELL),
+        "a reset's gradient goes on": ("select_each(start, zeros_like_each(ds_t), ds_t)", "ds_t", CELL_RESET),
+    },
+    "kernels/slots.py": {
+        "gates in each other's place": ("every + (evens[k], odds[k])", "every + (odds[k], evens[k])", OF_CELL),
+    },
+    "kernels/elementwise.py": {
+        "a sign in the logarithm of the sigmoid": ("minimum(x, 0.0) - log1p", "minimum(x, 0.0) + log1p", PRINTED),
+    },
+    "fused_lstm/cells/tracing.py": {
+        "the slope of tanh": ('b.make("mul", y, y)))', "y))", PRINTED),
+    },
+    "fused_lstm/cells/printing.py": {
+        "the numbers that are kept in another order": ('f"saved[{k}]"', 'f"saved[{k - 1}]"', PRINTED),
+    },
+    "fused_lstm/cells/recurrence.py": {
+        "gates that are apart taken for the recurrent ones": (
+            "gates[cell.gates.index(gate)] = of_gate",
+            "pass",
+            OF_LAYER,
+        ),
+        "h0 gradient without what the cell hands back": ("dstates[0] + torch.stack(dh0)", "torch.stack(dh0)", OF_LAYER),
+    },
+    "fused_lstm/cells/layers.py": {
+        "states of the rows of a chunk given to all": ("[end, old[:, rows:]]", "[end, end[:, rows:]]", IN_CHUNKS),
+    },
     "fused_lstm/composed.py": {
-        "a reset that keeps h": ("torch.where(start, h_reset, h_prev)", "h_prev", STATES),
-        "a state of rows that have ended": ("torch.where(inside, h_t, h), ", "h_t, ", STATES),
+        "a reset that keeps the states": ("torch.where(start, *each)", "each[1]", STATES),
+        "a state of rows that have ended": ("torch.where(inside, *each)", "each[0]", STATES),
         "two gates in each other's place": ("torch.cat([i, f, g, o]", "torch.cat([i, g, f, o]", TRACE),
     },
     "fused_lstm/segments.py": {
@@ -407,8 +443,12 @@ FAULTS = {
         "the slowest kernel by the model": ("(model.step(terms, mode", "(-model.step(terms, mode", LARGE),
     },
     "fused_lstm/trace.py": {
-        "two gates in each other's place": ("i, f, g, o = (formed", "i, g, f, o = (formed", TRACE),
-        "layers taken for directions": ("(lstm.num_layers, D))", "(D, lstm.num_layers)).transpose(-3, -2)", TRACE),
+        "two gates in each other's place": ("i, f, g, o = zip(", "i, g, f, o = zip(", TRACE),
+        "layers taken for directions": (
+            "layer.num_layers, directions))",
+            "directions, layer.num_layers)).transpose(-3, -2)",
+            TRACE,
+        ),
     },
     "fused_lstm/reference.py": {
         "derivative of a gate": ("dg = dc_t * i * (1 - g**2)", "dg = dc_t * i * (1 - g)", DERIVATIVE),

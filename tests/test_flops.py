@@ -5,7 +5,9 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_lstm import LSTM, LSTMCell
+from fused_lstm import LSTM, LSTMCell, Recurrent, cells
+from fused_lstm.cells import route
+from fused_lstm.kernels.planned import composed as on_torch_operations
 
 T, B, I, H = 5, 3, 7, 8  # noqa: E741
 
@@ -75,3 +77,16 @@ def test_recomputed_gates_count_again():
         counts.append(counted(lambda module=module, x=x: module(x)[0].sum().backward()))
     # And the first chunk's gradient of h0, which leads nowhere.
     assert counts[1] - counts[0] == 2 * 4 * H * (T * B * (I + H) + B * H)
+
+
+def test_any_cell(monkeypatch):
+    layer = Recurrent(cells.gru, I, H, bidirectional=True)
+    x, h0 = torch.randn(T, B, I, requires_grad=True), torch.randn(2, B, H, requires_grad=True)
+
+    def both_passes():
+        sum(result.sum() for result in layer(x, h0)).backward()
+
+    assert layer.plan(x).mode == "local"
+    of_kernels = counted(both_passes)
+    monkeypatch.setattr(route, "plan_of", lambda *args: on_torch_operations("to compare"))
+    assert of_kernels == counted(both_passes) > 0

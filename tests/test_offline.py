@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 import triton
 
+from bench import cells as of_cells
 from bench import limits
+from bench.cells import CELLS, rows_of
 from bench.offline import (
     ALL,
     BATCHES,
@@ -37,14 +39,17 @@ from bench.offline import (
     key,
     read,
     source_of,
+    source_of_cells,
     table,
     why_failed,
 )
 from bench.sass import parse, time_loop, width
+from fused_lstm import cells
+from fused_lstm.cells.compiled import compiled
 from fused_lstm.kernels import limits as of_kernels
 from fused_lstm.kernels.limits import why_not
 from fused_lstm.kernels.plan import choose_kernel
-from fused_lstm.kernels.tiles import Problem, Tiles
+from fused_lstm.kernels.tiles import DEVICES, Problem, Tiles
 
 ROOT = Path(__file__).parents[1]
 TRITONS = ("3.6.0", "3.7.1", "3.9.0")
@@ -403,3 +408,50 @@ def test_kernels_beside_the_recurrence():
 def test_all_plans(of_target, variant):
     places = [place for place, group in enumerate(plans()) if group["target"] == of_target]
     check(offline("--groups", *places, *VARIANTS[variant]), variant)
+
+
+OF_CELLS = """
+import json
+from dataclasses import asdict
+
+from bench import cells
+from bench.offline import resources
+
+for row in cells.rows_of("gru"):
+    if (row["device"], row["dtype"], row["H"], row["B"]) != ("H100", "bf16", 130, 16):
+        continue
+    for flags in ({}, {"resets": True, "lengths": True}, {"save": False}):
+        if row["kernel"] == "forward" or "save" not in flags:
+            print(json.dumps(row | {"flags": flags, "resources": asdict(resources(cells.compile_row(row, **flags)))}))
+"""
+
+
+@pytest.mark.parametrize("version", TRITONS)
+def test_the_kernels_of_any_cell_are_tabulated_and_keep_their_registers(version):
+    rows = {of_cells.key(row): row for row in read(RESULTS / f"cells-{version}.jsonl")}
+    wanted = [row | {"equations": compiled(getattr(cells, cell)).name} for cell in CELLS for row in rows_of(cell)]
+    assert [of_cells.key(row) for row in wanted] == list(dict.fromkeys(of_cells.key(row) for row in wanted))
+    assert {of_cells.key(row) for row in wanted} == set(rows)
+    for row in wanted:
+        found = rows[of_cells.key(row)]
+        assert (found["source"], found["equations"]) == (source_of_cells(), row["equations"]), of_cells.key(row)
+        taken = found["resources"]
+        assert taken["spills"] == 0 and taken["shared"] <= DEVICES[row["device"]].shared and taken["matrix"]
+        assert taken["read_only"] == 0 and taken["acquires"] == taken["releases"] == (row["mode"] == "grid")
+
+
+def test_a_kernel_of_any_cell_compiled_anew_is_no_worse():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, "-c", OF_CELLS], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    rows = [json.loads(line) for line in process.stdout.splitlines()]
+    assert len(rows) == 5, process.stderr[-2000:]
+    known = {of_cells.key(row): row["resources"] for row in read(RESULTS / f"cells-{triton.__version__}.jsonl")}
+    for row in rows:
+        found = row["resources"]
+        # With lengths and resets, the most that a kernel has, a few loads a step: a device then takes the next tiles.
+        assert found["spills"] <= (8 if "resets" in row["flags"] else 0)
+        assert found["acquires"] == found["releases"] == 1 and found["read_only"] == 0
+        if not row["flags"]:
+            assert found == known[of_cells.key(row)]
