@@ -7,23 +7,36 @@ device refuses, or compiles with registers in memory, makes way for the next can
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
 
 from fused_lstm import cells
 from fused_lstm.cells.compiled import compiled
-from fused_lstm.kernels import launch, recurrent_backward, recurrent_forward, slots
+from fused_lstm.kernels import cell as hand_written
+from fused_lstm.kernels import elementwise, launch, matmul, recurrent_backward, recurrent_forward, rows, slots, sync
 from fused_lstm.kernels.equations import Equations
 from fused_lstm.kernels.plan import Plan
 from fused_lstm.kernels.plan_of_cell import plan_on
 from fused_lstm.kernels.tiles import DEVICES, H100, Tiles
 
 from . import simulate
-from .absent import gpu_target
+from .offline import (
+    DTYPES,
+    INTEGER_POINTERS,
+    POINTERS,
+    RECORDS,
+    compile_typed,
+    hash_of,
+    read,
+    resources,
+    side_by_side,
+    write,
+)
 
 Row = dict[str, Any]
 
@@ -32,7 +45,6 @@ KERNELS: dict[str, Any] = {
     "forward": recurrent_forward.recurrent_forward_kernel,
     "backward": recurrent_backward.recurrent_backward_kernel,
 }
-SOURCES = recurrent_backward, recurrent_forward, slots
 # Devices, dtypes, H and B.
 CASES = [
     *((device, "bf16", H, 16) for device in ("A100", "H100", "B200") for H in (64, 130, 512, 1024)),
@@ -43,8 +55,6 @@ CASES = [
 
 def rows_of(cell: str) -> Iterator[Row]:
     """What is to be compiled of a cell: the planned kernels, each once."""
-    from .offline import DTYPES
-
     for device, dtype, H, B in CASES:
         torch_dtype, ieee = DTYPES[dtype]
         plan = plan_on(DEVICES[device], compiled(getattr(cells, cell)), torch_dtype, B, H, ieee, 1)
@@ -56,8 +66,6 @@ def rows_of(cell: str) -> Iterator[Row]:
 
 def compile_row(row: Row, save: bool = True, resets: bool = False, lengths: bool = False) -> CompiledKernel:
     """Compiles the kernel of a row as its launcher would. save: with what backward needs."""
-    from .offline import DTYPES
-
     tiles = Tiles(**row["tiles"])
     plan = Plan(row["mode"], tiles, tiles, 0, row["precision"], "")
     cell, kernel = compiled(getattr(cells, row["cell"])), KERNELS[row["kernel"]]
@@ -65,36 +73,13 @@ def compile_row(row: Row, save: bool = True, resets: bool = False, lengths: bool
         kernel, plan, tiles, row["H"], row["H"], DIRECTIONS=row.get("directions", 1), REVERSE=False, CELL=cell
     )
     types = types_of(cell, DTYPES[row["dtype"]][0], save, resets, lengths, row["mode"] == "grid")
-    given, signature, attributes = dict(made.constants), {}, {}
-
-    def pointer(kind: str | None, path: tuple[int, ...]) -> str:
-        if kind is None:
-            given[path] = None
-            return "constexpr"
-        attributes[path] = [["tt.divisibility", 16]]  # torch allocates at least this aligned
-        return kind
-
-    for index, name in enumerate(kernel.arg_names):
-        if name in made.constants:
-            signature[name] = "constexpr"
-        elif name in launch.SIZES:
-            signature[name] = "i32"
-        elif isinstance(of := types[name], tuple):
-            kinds = (pointer(kind, (index, at)) for at, kind in enumerate(of))
-            signature[name] = type(of)(*kinds) if hasattr(of, "_fields") else tuple(kinds)
-        else:
-            signature[name] = pointer(of, (index,))
-    device = DEVICES[row["device"]]
-    source = ASTSource(kernel, signature, given, attributes)
-    return triton.compile(source, target=gpu_target(device.capability, device.gcn), options=made.options)
+    return compile_typed(DEVICES[row["device"]], kernel, types, made.constants, made.options)
 
 
 def types_of(
     cell: Equations, dtype: torch.dtype, save: bool, resets: bool, lengths: bool, flags: bool
 ) -> dict[str, Any]:
     """By an argument of either kernel its type, or those of its tensors; None: it is not there."""
-    from .offline import INTEGER_POINTERS, POINTERS, RECORDS
-
     own = POINTERS[dtype]
     others = ("*fp32",) * (cell.states - 1)
     states, wide = (own, *others), ("*fp32",) * cell.states
@@ -127,8 +112,6 @@ def types_of(
 
 def answered(row: Row) -> Row:
     """A row with what its kernel takes and, of an H100, the simulated cycles of a step."""
-    from .offline import resources
-
     kernel = compile_row(row)
     found: Row = {"resources": asdict(resources(kernel))}
     if DEVICES[row["device"]] == H100 and row["mode"] != "step":
@@ -149,34 +132,36 @@ def key(row: Row) -> str:
     return " ".join(str(row[name]) for name in ("cell", "device", "dtype", "kernel", "mode", "H", "B")) + f" {tiles}"
 
 
-def tabulate(results: Path, source: str) -> bool:
-    """Brings the installed Triton's file up to date; returns whether all of it passes. source: a hash of what is
-    compiled."""
-    from .offline import read, write
+@cache
+def source() -> str:
+    """A hash of the code that the kernels are compiled of, beside a cell's equations."""
+    own = recurrent_backward, recurrent_forward, slots
+    return hash_of((*own, hand_written, elementwise, launch, matmul, rows, sync))
 
+
+def tabulate(results: Path) -> bool:
+    """Brings the installed Triton's file up to date; returns whether all of it passes."""
     path = path_of(results)
-    known = {key(row): row for row in read(path) if row["source"] == source}
-    rows = []
+    known = {key(row): row for row in read(path) if row["source"] == source()}
+    found = []
     for cell in CELLS:
         hashed = compiled(getattr(cells, cell)).name
         for row in rows_of(cell):
-            row |= {"source": source, "equations": hashed}
+            row |= {"source": source(), "equations": hashed}
             if (before := known.get(key(row))) is None or before["equations"] != hashed:
                 before = answered(row)
                 print(key(before), before["resources"]["registers"], before["resources"]["spills"], flush=True)
-            rows.append(before)
-        write(path, rows)
-    return not any(row["resources"]["spills"] for row in rows)
+            found.append(before)
+        write(path, found)
+    return not any(row["resources"]["spills"] for row in found)
 
 
 def table(results: Path) -> list[str]:
     """The lines of the table of all Tritons' files."""
-    from .offline import read, side_by_side
-
     files = {path.stem.removeprefix("cells-"): read(path) for path in sorted(results.glob("cells-*.jsonl"))}
     by_key: dict[str, list[Row]] = {}
-    for rows in files.values():
-        for row in rows:
+    for of_version in files.values():
+        for row in of_version:
             by_key.setdefault(key(row), []).append(row)
     head = "cell | device | dtype | pass | form | H | B | tiles | registers | spills | shared KiB | instructions"
     lines = ["", "## Any cell", ""]
@@ -187,8 +172,8 @@ def table(results: Path) -> list[str]:
         f"| {head} | simulated µs |",
         "| --- " * (head.count("|") + 2) + "|",
     ]
-    for rows in by_key.values():
-        row, found = rows[0], [each["resources"] for each in rows]
+    for versions in by_key.values():
+        row, found = versions[0], [each["resources"] for each in versions]
         tiles = row["tiles"]
         shape = [str(tiles[name]) for name in ("batch", "units", "chunk", "warps")]
         shape += [f"kept {tiles['kept']}"] if tiles["kept"] else []
@@ -199,7 +184,7 @@ def table(results: Path) -> list[str]:
         cells_of += [side_by_side(str(each[name]) for each in found) for name in ("registers", "spills")]
         cells_of.append(side_by_side(f"{each['shared'] / 1024:.4g}" for each in found))
         cells_of.append(side_by_side(str(each["instructions"]) for each in found))
-        cycles = (each.get("simulated", {}).get("cycles") for each in rows)
+        cycles = (each.get("simulated", {}).get("cycles") for each in versions)
         cells_of.append(side_by_side("-" if each is None else f"{each / 1830:.2f}" for each in cycles))
         lines.append(f"| {' | '.join(cells_of)} |")
     return lines

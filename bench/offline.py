@@ -39,7 +39,6 @@ from fused_lstm.kernels import (
     backward,
     cell,
     dropout,
-    elementwise,
     forward,
     gates,
     latency_backward,
@@ -64,7 +63,7 @@ from fused_lstm.kernels.limits import class_of, target
 from fused_lstm.kernels.plan import Plan, choose_kernel, one_step_in, precision_of, projects
 from fused_lstm.kernels.tiles import AMD, DEVICES, H100, Device, Problem, Tiles, without_exchange
 
-from . import cells, limits, model, simulate
+from . import limits, model, simulate
 from .absent import gpu_target
 from .sass import disassemble, parse, time_loop, tool, width
 
@@ -212,28 +211,42 @@ def compile_for(
 ) -> CompiledKernel:
     """Compiles any kernel, with its constexpr arguments; absent: the pointers that are None, of those it has and of
     those in its records."""
+
+    def pointer(name: str) -> str | None:
+        default = "*fp32" if name in in_accumulator else "*i64" if name == "products" else POINTERS[dtype]
+        return None if name in absent else INTEGER_POINTERS.get(name, default)
+
+    types: dict[str, Any] = {name: pointer(name) for name in kernel.arg_names}
+    types |= {name: record(*map(pointer, record._fields)) for name, record in RECORDS.items()}
+    return compile_typed(device, kernel, types, constants, options)
+
+
+def compile_typed(
+    device: Device, kernel: Any, types: dict[str, Any], constants: dict[str, Any], options: dict[str, Any]
+) -> CompiledKernel:
+    """Compiles any kernel, with its constexpr arguments; types: by a pointer argument its type, or a tuple of those of
+    its tensors; None: it is None."""
     given: dict[Any, Any] = dict(constants)
     signature, attributes = {}, {}
 
-    def pointer(name: str, path: tuple[int, ...]) -> str:
-        if name in absent:
+    def typed(kind: str | None, path: tuple[int, ...]) -> str:
+        if kind is None:
             given[path] = None
             return "constexpr"
-        default = "*fp32" if name in in_accumulator else "*i64" if name == "products" else POINTERS[dtype]
         # torch allocates at least this aligned, and the launcher tells the compiler so.
         attributes[path] = [["tt.divisibility", 16]]
-        return INTEGER_POINTERS.get(name, default)
+        return kind
 
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument in (*launch.SIZES, "layer"):
             signature[argument] = "i32"
-        elif argument in RECORDS:
-            record = RECORDS[argument]
-            signature[argument] = record(*(pointer(name, (index, at)) for at, name in enumerate(record._fields)))
+        elif isinstance(of := types[argument], tuple):
+            kinds = [typed(kind, (index, at)) for at, kind in enumerate(of)]
+            signature[argument] = type(of)(*kinds) if hasattr(of, "_fields") else tuple(kinds)
         else:
-            signature[argument] = pointer(argument, (index,))
+            signature[argument] = typed(of, (index,))
     of_device = gpu_target(device.capability, device.gcn)
     return triton.compile(ASTSource(kernel, signature, given, attributes), target=of_device, options=options)
 
@@ -551,15 +564,11 @@ def tabulate(asked: limits.Asked, fresh: bool, devices: list[str]) -> bool:
         print(f"{at}/{len(wanted)} {name} {known[name].get('resources') or known[name]['error']}", flush=True)
     rows = [*others, *(known[name] for name in wanted)]
     write(path, rows)
-    of_cells = cells.tabulate(results, source_of_cells())
+    from . import cells  # which compiles as this does
+
+    of_cells = cells.tabulate(results)
     (results / "README.md").write_text(table(results), encoding="utf-8")
     return of_cells and not any(map(fails, rows))
-
-
-@cache
-def source_of_cells() -> str:
-    """A hash of the code that the kernels of any cell are compiled of, beside its equations."""
-    return hash_of((*cells.SOURCES, cell, elementwise, launch, matmul, rows, sync))
 
 
 def is_in_turn(row: Row) -> bool:
@@ -573,6 +582,8 @@ def planned(group: Row) -> Row:
 
 def table(results: Path) -> str:
     """The Markdown table of all files of a folder, made from these alone."""
+    from . import cells
+
     files = {path.stem.removeprefix("triton-"): read(path) for path in sorted(results.glob("triton-*.jsonl"))}
     rows: dict[str, dict[str, Row]] = {}
     for version, found in files.items():

@@ -105,24 +105,30 @@ class Order:
 Task = Adding | Order
 
 
-class Network(nn.Module):
-    """A recurrent layer, and an output layer that reads its last step."""
+class LastStep(nn.Module):
+    """A recurrent layer, and an output layer that reads each row's last step."""
 
-    def __init__(self, name: str, task: Task, H: int, torch_bias: bool) -> None:
+    def __init__(self, recurrent: nn.Module, task: Task, H: int) -> None:
         super().__init__()
-        self.recurrent = nn.RNN(task.inputs, H) if name == "RNN" else fused_lstm.LSTM(task.inputs, H)
-        self.output = nn.Linear(H, task.outputs)
-        if name == "LSTM" and not torch_bias:
-            with torch.no_grad():
-                self.recurrent.bias_hh_l0[: 2 * H] = 0
-                self.recurrent.bias_ih_l0[:H] = -math.log(task.T)  # of i
-                self.recurrent.bias_ih_l0[H : 2 * H] = math.log(task.T)  # of f
+        self.recurrent, self.output = recurrent, nn.Linear(H, task.outputs)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         # A network that reads forwards has not seen the padding when it comes to a row's last step. So lengths= and
         # packing would give the same numbers, but on a CPU torch's own LSTM takes ten times as long over packed rows.
         y, _ = self.recurrent(x)
         return self.output(y[lengths - 1, torch.arange(len(lengths))])
+
+
+class Network(LastStep):
+    """Of an RNN or an LSTM."""
+
+    def __init__(self, name: str, task: Task, H: int, torch_bias: bool) -> None:
+        super().__init__(nn.RNN(task.inputs, H) if name == "RNN" else fused_lstm.LSTM(task.inputs, H), task, H)
+        if name == "LSTM" and not torch_bias:
+            with torch.no_grad():
+                self.recurrent.bias_hh_l0[: 2 * H] = 0
+                self.recurrent.bias_ih_l0[:H] = -math.log(task.T)  # of i
+                self.recurrent.bias_ih_l0[H : 2 * H] = math.log(task.T)  # of f
 
 
 class Result(NamedTuple):
@@ -139,13 +145,27 @@ class Result(NamedTuple):
 
 
 @torch.no_grad()
-def test(network: Network, task: Task, sequences: int, generator: torch.Generator) -> Tensor:
+def test(network: LastStep, task: Task, sequences: int, generator: torch.Generator) -> Tensor:
     """The error of each of so many new sequences, the largest of its outputs."""
     errors = []
     for begin in range(0, sequences, 250):
         x, lengths, target = task.batch(min(250, sequences - begin), generator)
         errors.append((task.answer(network(x, lengths)) - target).abs().amax(1))
     return torch.cat(errors)
+
+
+def learn(
+    network: LastStep, optimizer: torch.optim.Optimizer, task: Task, batch: tuple[Tensor, Tensor, Tensor]
+) -> float:
+    """One update; returns the mean error of the batch."""
+    x, lengths, target = batch
+    output = network(x, lengths)
+    loss = task.loss(output, target)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+    return (task.answer(output.detach()) - target).abs().amax(1).mean().item()
 
 
 def train(name: str, task: Task, args: argparse.Namespace) -> Result:
@@ -156,14 +176,7 @@ def train(name: str, task: Task, args: argparse.Namespace) -> Result:
     generators = [torch.Generator().manual_seed(2 * args.seed + k) for k in (1, 2)]
     begin, recent, errors = time.perf_counter(), deque(maxlen=100), torch.ones(1)
     for update in (bar := trange(1, args.updates + 1, desc=f"{task.name:15} {name:4}", unit="batch", leave=False)):
-        x, lengths, target = task.batch(args.batch, generators[0])
-        output = network(x, lengths)
-        loss = task.loss(output, target)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        recent.append((task.answer(output.detach()) - target).abs().amax(1).mean().item())
+        recent.append(learn(network, optimizer, task, task.batch(args.batch, generators[0])))
         error = sum(recent) / len(recent)
         optimizer.param_groups[0]["lr"] = RATES[name] * min(1.0, max(0.05, error / task.bound))
         if update % 100 == 0 or update == args.updates:

@@ -38,7 +38,7 @@ from statistics import mean, median
 from typing import NamedTuple
 
 import torch
-from long_memory import Adding, Order, test
+from long_memory import Adding, LastStep, Order, learn, test
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
@@ -74,24 +74,17 @@ class ShortOrder(Order):
 Task = Adding | ShortOrder
 
 
-class Network(nn.Module):
-    """A layer of a cell, and an output layer that reads each row's last step."""
+class Network(LastStep):
+    """Of a cell."""
 
     def __init__(self, cell: fused_lstm.Cell, task: Task, H: int) -> None:
-        super().__init__()
-        self.recurrent = fused_lstm.Recurrent(cell, task.inputs, H)
-        self.output = nn.Linear(H, task.outputs)
+        super().__init__(fused_lstm.Recurrent(cell, task.inputs, H), task, H)
         with torch.no_grad():
             for gate, bias in (("f", math.log(task.T)), ("i", -math.log(task.T))):
                 if gate in cell.gates:
                     k = cell.gates.index(gate)
                     self.recurrent.bias_ih_l0[k * H : (k + 1) * H] = bias
                     self.recurrent.bias_hh_l0[k * H : (k + 1) * H] = 0
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        # lengths= would give the same numbers, since the padding comes after the step that is read, a fifth slower.
-        y, _ = self.recurrent(x)
-        return self.output(y[lengths - 1, torch.arange(len(lengths))])
 
 
 class Result(NamedTuple):
@@ -114,14 +107,7 @@ def train(task: Task, cell: str, seed: int, args: argparse.Namespace) -> Result:
     generators = [torch.Generator().manual_seed(2 * seed + k) for k in (1, 2)]
     begin, recent = time.perf_counter(), deque(maxlen=20)
     for update in range(1, args.updates + 1):
-        x, lengths, target = task.batch(args.batch, generators[0])
-        output = network(x, lengths)
-        loss = task.loss(output, target)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        recent.append((task.answer(output.detach()) - target).abs().amax(1).mean().item())
+        recent.append(learn(network, optimizer, task, task.batch(args.batch, generators[0])))
         error = mean(recent)
         optimizer.param_groups[0]["lr"] = args.rate * min(1.0, max(0.05, error / task.bound))
         # Where the mean is above the bound, a test is lost before it begins.

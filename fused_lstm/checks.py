@@ -79,6 +79,20 @@ def as_tensor(values: Any, input: Tensor) -> Tensor:
     return values if isinstance(values, Tensor) else torch.as_tensor(values).to(input.device)
 
 
+def with_batch_dim(options: dict[str, Any], input: Tensor, batch_dim: int) -> None:
+    """Gives what goes with the steps of unbatched input, resets and a mask, a batch of one row.
+
+    Raises:
+        ValueError: lengths, of which unbatched input has none.
+    """
+    if options["lengths"] is not None:
+        raise ValueError("lengths takes batched input")
+    for name in ("reset", "mask"):
+        steps = options.get(name)
+        if steps is not None and (steps := as_tensor(steps, input)).dim() == 1:
+            options[name] = steps.unsqueeze(batch_dim)
+
+
 def of_steps(name: str, values: Any, input: Tensor) -> Tensor:
     """What has a bool for each step and row, as a tensor: of a tensor, an array or a list.
 

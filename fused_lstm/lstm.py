@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from .call import Options, States
-from .checks import as_tensor, checked_recompute
+from .checks import checked_recompute, with_batch_dim
 from .context import PLAIN, Context
 from .functional import lstm, lstm_cell
 from .interop import Refusing, as_leaf
@@ -172,14 +172,9 @@ class LSTM(Refusing, nn.RNNBase):
                 )
         if batched:
             return self._run(input, None, self._states(input, hx, input.size(batch_dim)), None, options)
-        if options["lengths"] is not None:
-            raise ValueError("lengths takes batched input")
+        with_batch_dim(options, input, batch_dim)
         if hx is not None:
             hx = tuple(None if state is None else state.unsqueeze(1) for state in hx)  # type: ignore[assignment]
-        for name in ("reset", "mask"):
-            steps = options.get(name)
-            if steps is not None and (steps := as_tensor(steps, input)).dim() == 1:
-                options[name] = steps.unsqueeze(batch_dim)
         y, (hn, cn), *states = self._run(input.unsqueeze(batch_dim), None, self._states(input, hx, 1), None, options)
         states = [States(*(tuple(t.squeeze(batch_dim) for t in tensors) for tensors in both)) for both in states]
         return y.squeeze(batch_dim), (hn.squeeze(1), cn.squeeze(1)), *states

@@ -15,7 +15,7 @@ from .cells.definition import Cell
 from .cells.layers import CellCall
 from .cells.route import chunk_of, plan_of, run
 from .cells.weights import Weights
-from .checks import as_tensor, checked, checked_recompute
+from .checks import checked, checked_recompute, with_batch_dim
 from .context import Context
 from .interop import as_leaf
 from .kernels.planned import Plan
@@ -156,12 +156,7 @@ class Recurrent(nn.RNNBase):
             states = self._states(hx, input, input.size(batch_dim), 3)
             y, *ends, of_layers = self._run(input, None, states, options, record)
             return self._formed(y, ends, of_layers, lambda tensor: tensor)
-        if options["lengths"] is not None:
-            raise ValueError("lengths takes batched input")
-        for name in ("reset", "mask"):
-            steps = options[name]
-            if steps is not None and (steps := as_tensor(steps, input)).dim() == 1:
-                options[name] = steps.unsqueeze(batch_dim)
+        with_batch_dim(options, input, batch_dim)
         states = self._states(hx, input, 1, 2)
         y, *ends, of_layers = self._run(input.unsqueeze(batch_dim), None, states, options, record)
         ends = [end.squeeze(1) for end in ends]

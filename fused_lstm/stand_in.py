@@ -94,11 +94,9 @@ def of_recurrence(
     r: int, stacked: bool, reverse: bool, layout: Layout, c_reset: Tensor | None, weight_hr: Tensor | None
 ) -> dict[str, Any]:
     """The options of recurrence r, as reference.py takes them."""
-    if layout.starts is not None and layout.starts.dim() == 3:
-        layout = layout._replace(starts=layout.starts[r])
     return {
         "reverse": reverse or (r == 1 and not stacked),
-        "layout": layout,
+        "layout": layout.of_direction(r),
         "c_reset": None if c_reset is None else c_reset[r],
         "weight_hr": None if weight_hr is None else wide(weight_hr[r]),
     }

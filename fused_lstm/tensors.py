@@ -10,10 +10,15 @@ from .route import autocast_dtype
 def prepared(call: Call) -> Call:
     """The call with everything in autocast's dtype, as nn.LSTM has it, and checked."""
     if torch._C._is_any_autocast_enabled():
-        input, h0, c0, *weights = (tensor.to(autocast_dtype(tensor)) for tensor in call.tensors())
+        input, h0, c0, *weights = in_autocast(call.tensors())
         call = call._replace(input=input, h0=h0, c0=c0, weights=weights)
     check_tensors(call)
     return call
+
+
+def in_autocast(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors in the dtype in which autocast, where it is on, has them used."""
+    return [tensor.to(autocast_dtype(tensor)) for tensor in tensors]
 
 
 def check_tensors(call: Call) -> None:

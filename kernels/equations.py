@@ -14,7 +14,6 @@ class Equations:
         forward, beside the states.
     apart: the gates whose two parts, x and r, have gradients of their own.
     before, after: the states that backward takes, before the step and after it.
-    direct: whether h of the step before is in the equations, and not in the recurrent product alone.
     """
 
     name: str
@@ -27,7 +26,6 @@ class Equations:
     apart: tuple[int, ...]
     before: tuple[int, ...]
     after: tuple[int, ...]
-    direct: bool
 
     def __repr__(self) -> str:
         return self.name  # by which Triton keeps what it has compiled

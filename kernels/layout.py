@@ -35,6 +35,11 @@ class Layout(NamedTuple):
         """T of a tensor of so many steps and features."""
         return shape[1 if self.batch_first else 0] if self.offsets is None else self.offsets.shape[0]
 
+    def of_direction(self, d: int) -> "Layout":
+        """That of one direction, where both have starts of their own."""
+        both = self.starts is not None and self.starts.dim() == 3
+        return self._replace(starts=self.starts[d]) if both else self
+
     @property
     def padded(self) -> bool:
         """Rows of several lengths in a tensor that has all T steps of each."""

@@ -39,7 +39,6 @@ from bench.offline import (
     key,
     read,
     source_of,
-    source_of_cells,
     table,
     why_failed,
 )
@@ -434,7 +433,7 @@ def test_the_kernels_of_any_cell_are_tabulated_and_keep_their_registers(version)
     assert {of_cells.key(row) for row in wanted} == set(rows)
     for row in wanted:
         found = rows[of_cells.key(row)]
-        assert (found["source"], found["equations"]) == (source_of_cells(), row["equations"]), of_cells.key(row)
+        assert (found["source"], found["equations"]) == (of_cells.source(), row["equations"]), of_cells.key(row)
         taken = found["resources"]
         assert taken["spills"] == 0 and taken["shared"] <= DEVICES[row["device"]].shared and taken["matrix"]
         assert taken["read_only"] == 0 and taken["acquires"] == taken["releases"] == (row["mode"] == "grid")

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..kernels.equations import Equations
 from .definition import Cell
-from .graph import Node
 
 
 @cache
@@ -36,5 +35,4 @@ def compiled(cell: Cell) -> Equations:
         tuple(k for k, gate in enumerate(cell.gates) if gate in graph.apart),
         before,
         after,
-        isinstance(graph.ds["h"], Node),
     )

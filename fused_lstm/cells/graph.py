@@ -42,7 +42,6 @@ class Graph:
     dx, dr: gradients of the gates' two parts, ds: of h and the states before the step, dp: of the vectors.
     """
 
-    arguments: tuple[str, ...]
     outputs: dict[str, Value]
     saved: tuple[Node, ...]
     dx: dict[str, Value]

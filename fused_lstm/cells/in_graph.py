@@ -4,13 +4,12 @@ look: it would write out all T steps. What they keep cannot leave an operator: b
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import vmap
 from ..call import Options
 from ..operators import Operator
-from ..paths.in_graph import recording
+from ..paths.in_graph import recomputed, recomputed_fake
 from ..records import record
 from .definition import by_key
 from .layers import CellCall, composed_layer
@@ -75,20 +74,11 @@ def _forward_fake(a: Args) -> list[Tensor]:
 
 
 def _backward(b: BackwardArgs) -> list[Tensor]:
-    tensors = b.args.tensors()
-    asked = [k for k, needed in enumerate(b.needs) if needed]
-    with recording():
-        detached = {k: tensors[k].detach().requires_grad_() for k in asked}
-        outputs = b.args.run(*(detached.get(k, tensor) for k, tensor in enumerate(tensors)))
-        pairs = [pair for pair in zip(outputs, b.cotangents, strict=True) if pair[0].requires_grad]
-        results, by = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(results, list(detached.values()), by, materialize_grads=True)
-    return [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
+    return recomputed(b.args.run, b.args.tensors(), b.needs, b.cotangents)
 
 
 def _backward_fake(b: BackwardArgs) -> list[Tensor]:
-    pairs = zip(b.args.tensors(), b.needs, strict=True)
-    return [tensor.new_empty(tensor.shape) for tensor, needed in pairs if needed]
+    return recomputed_fake(b.args.tensors(), b.needs)
 
 
 forward = Operator("cell", Args, "Tensor[]", _forward, _forward_fake)

@@ -11,9 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from ..call import Options
 from ..composed import Step, unrolled
 from ..kernels.layout import Layout, accumulator
-from ..route import autocast_dtype
 from ..sequence import Sequence
-from ..tensors import check_same
+from ..tensors import check_same, in_autocast
 from .definition import Cell
 from .weights import Weights
 
@@ -53,11 +52,9 @@ Layer = Callable[[CellCall], tuple[list[Tensor], list[Tensor]]]
 
 def prepared(call: CellCall) -> CellCall:
     """The call with everything in autocast's dtype, and checked."""
-    tensors = [call.input, *call.hx, *call.weights]
     if torch._C._is_any_autocast_enabled():
-        tensors = [tensor.to(autocast_dtype(tensor)) for tensor in tensors]
-    n = 1 + len(call.hx)
-    call = call._replace(input=tensors[0], hx=tuple(tensors[1:n]), weights=tensors[n:])
+        tensors, n = in_autocast([call.input, *call.hx, *call.weights]), 1 + len(call.hx)
+        call = call._replace(input=tensors[0], hx=tuple(tensors[1:n]), weights=tensors[n:])
     time_first = call.batch_sizes is not None or not call.options.batch_first
     check_same(call.input, call.input.shape[0 if time_first else 1], call.hx, call.weights)
     return call

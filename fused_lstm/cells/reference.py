@@ -68,10 +68,10 @@ def forward(
         flat = [x.new_zeros(len(of_x), H, dtype=acc if k else dtype) for k in range(len(states))]
         kept = x.new_zeros(len(of_x), len(graph.saved) * H)
         p = inputs_of(graph, "p", cell.params, (vector[d].to(acc) for vector in vectors))
-        for rows, active in steps_of(x, B, reverse or d == 1, of_direction(layout, d)):
+        for rows, active in steps_of(x, B, reverse or d == 1, layout.of_direction(d)):
             s = [state[active] for state in states]
             if layout.starts is not None and resets is not None:
-                start = of_direction(layout, d).starts.reshape(-1)[rows, None]  # type: ignore[union-attr]
+                start = layout.of_direction(d).starts.reshape(-1)[rows, None]  # type: ignore[union-attr]
                 s = [
                     torch.where(start, reset[d][active].to(acc), state) for reset, state in zip(resets, s, strict=True)
                 ]
@@ -124,7 +124,7 @@ def backward(
         dresets = [torch.zeros_like(state) for state in ds]
         dp = [torch.zeros_like(ds[0]) for _ in vectors]
         p = inputs_of(graph, "p", cell.params, (vector[d].to(acc) for vector in vectors))
-        order = list(steps_of(steps[0], B, reverse or d == 1, of_direction(layout, d)))
+        order = list(steps_of(steps[0], B, reverse or d == 1, layout.of_direction(d)))
         for k in reversed(range(len(order))):
             rows, active = order[k]
             before = [state[d].to(acc, copy=True) for state in initial]
@@ -137,7 +137,7 @@ def backward(
                 torch.zeros(len(rows), 1, dtype=torch.bool, device=dh.device),
             )
             if layout.starts is not None and resets is not None:
-                start = of_direction(layout, d).starts.reshape(-1)[rows, None]  # type: ignore[union-attr]
+                start = layout.of_direction(d).starts.reshape(-1)[rows, None]  # type: ignore[union-attr]
                 s = [
                     torch.where(start, reset[d][active].to(acc), state) for reset, state in zip(resets, s, strict=True)
                 ]
@@ -168,9 +168,3 @@ def backward(
     of_states = [torch.stack(tensors) for tensors in every[2:]]
     dinitial, dresets, dp = of_states[:n], of_states[n : 2 * n], of_states[2 * n :]
     return dr, dx if graph.apart else None, dinitial, None if resets is None else dresets, dp
-
-
-def of_direction(layout: Layout, d: int) -> Layout:
-    if layout.starts is not None and layout.starts.dim() == 3:
-        return layout._replace(starts=layout.starts[d])
-    return layout

@@ -28,15 +28,14 @@ def run(call: CellCall) -> tuple[Any, ...]:
     call, context = prepared(call), Context.of(call.input, *call.hx, *call.weights)
     # In a graph the states' sizes are symbols, a parameter's are none.
     D, x, B, H = call.options.directions, call.input, call.hx[0].shape[1], call.weights[1].shape[1]
-    plan = plan_of(call.cell, context, x.dtype, B, H, x.device, D)
     layer: Layer = composed_layer
-    if call.record is not None:
-        pass  # it asks for what no kernel keeps
-    elif plan.mode != "composed":
+    if call.record is not None:  # it asks for what no kernel keeps
+        return layer_by_layer(call, layer)
+    if plan_of(call.cell, context, x.dtype, B, H, x.device, D).mode != "composed":
         layer = partial(kernel_layer, save=context.saves, ieee=full_precision())
     elif context.compiled and not context.recorded:
         layer = layer_in_graph
-    if (chunk := chunk_of(call.options, context, x.dtype, B, H, x.device)) and call.record is None:
+    if chunk := chunk_of(call.options, context, x.dtype, B, H, x.device):
         layer = partial(in_chunks, layer=layer, length=chunk)
     return layer_by_layer(call, layer)
 

@@ -227,9 +227,7 @@ def traced(on_flat: Callable[..., tuple[Tensor, ...]], arguments: tuple[str, ...
         return {name[2:]: value for name, value in by_name.items() if name.startswith(kind)}
 
     after = dict(zip(states, map(valued, outputs), strict=True))
-    return Graph(
-        arguments, after, least_saved(after.values(), by_name.values()), *map(of_kind, ("x.", "r.", "s.", "p."))
-    )
+    return Graph(after, least_saved(after.values(), by_name.values()), *map(of_kind, ("x.", "r.", "s.", "p.")))
 
 
 def valued(value: Any) -> Value:

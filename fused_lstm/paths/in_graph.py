@@ -5,7 +5,7 @@ torch.compile breaks at torch's own LSTM, or takes T for a constant. As an opera
 it keeps for its backward cannot leave an operator, so that of a graph runs its forward pass again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -144,26 +144,36 @@ def recording() -> Iterator[None]:
         yield
 
 
-def _backward(b: BackwardArgs) -> list[Tensor]:
-    cotangents, needs, args = b
-    cuts, tensors = args.cuts(), args.call.tensors()
-    asked = [k for k, needed in enumerate(needs) if needed]
-
-    def outputs(*differentiated: Tensor) -> tuple[Tensor, ...]:
-        every = dict(enumerate(tensors)) | dict(zip(asked, differentiated, strict=True))
-        return args.of(*every.values()).run(cuts)[: len(cotangents)]
-
+def recomputed(
+    run: Callable[..., Iterable[Tensor]], tensors: list[Tensor], needs: list[bool], cotangents: list[Tensor]
+) -> list[Tensor]:
+    """The gradients of those tensors that need one, within an operator; run: forward, which is run once more."""
     with recording():
-        detached = [tensors[k].detach().requires_grad_() for k in asked]
-        pairs = [pair for pair in zip(outputs(*detached), cotangents, strict=True) if pair[0].requires_grad]
+        given = [t.detach().requires_grad_() if needed else t for t, needed in zip(tensors, needs, strict=True)]
+        pairs = [pair for pair in zip(run(*given), cotangents, strict=True) if pair[0].requires_grad]
         results, by = zip(*pairs, strict=True)
-        grads = torch.autograd.grad(results, detached, by, materialize_grads=True)
+        asked = [tensor for tensor, needed in zip(given, needs, strict=True) if needed]
+        grads = torch.autograd.grad(results, asked, by, materialize_grads=True)
     return [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
 
 
+def recomputed_fake(tensors: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    """recomputed() of tensors without data."""
+    return [tensor.new_empty(tensor.shape) for tensor, needed in zip(tensors, needs, strict=True) if needed]
+
+
+def _backward(b: BackwardArgs) -> list[Tensor]:
+    cotangents, needs, args = b
+    cuts = args.cuts()
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return args.of(*tensors).run(cuts)[: len(cotangents)]
+
+    return recomputed(run, args.call.tensors(), needs, cotangents)
+
+
 def _backward_fake(b: BackwardArgs) -> list[Tensor]:
-    pairs = zip(b.args.call.tensors(), b.needs, strict=True)
-    return [tensor.new_empty(tensor.shape) for tensor, needed in pairs if needed]
+    return recomputed_fake(b.args.call.tensors(), b.needs)
 
 
 forward = Operator("on_torch", Args, "(Tensor, Tensor, Tensor, Tensor)", _forward, _forward_fake)
