@@ -18,7 +18,23 @@ from triton.compiler import CompiledKernel
 from fused_lstm import cells
 from fused_lstm.cells.compiled import compiled
 from fused_lstm.kernels import cell as hand_written
-from fused_lstm.kernels import elementwise, launch, matmul, recurrent_backward, recurrent_forward, rows, slots, sync
+from fused_lstm.kernels import (
+    elementwise,
+    latency_backward,
+    latency_forward,
+    launch,
+    matmul,
+    operands,
+    polling,
+    recurrent_backward,
+    recurrent_forward,
+    recurrent_latency_backward,
+    recurrent_latency_forward,
+    rows,
+    slots,
+    states,
+    sync,
+)
 from fused_lstm.kernels.equations import Equations
 from fused_lstm.kernels.plan import Plan
 from fused_lstm.kernels.plan_of_cell import plan_on
@@ -41,9 +57,16 @@ from .offline import (
 Row = dict[str, Any]
 
 CELLS = "vanilla", "cifg", "gru", "slstm"
-KERNELS: dict[str, Any] = {
-    "forward": recurrent_forward.recurrent_forward_kernel,
-    "backward": recurrent_backward.recurrent_backward_kernel,
+# With W_hh in shared memory, and in registers.
+KERNELS: dict[str, tuple[Any, Any]] = {
+    "forward": (
+        recurrent_forward.recurrent_forward_kernel,
+        recurrent_latency_forward.recurrent_latency_forward_kernel,
+    ),
+    "backward": (
+        recurrent_backward.recurrent_backward_kernel,
+        recurrent_latency_backward.recurrent_latency_backward_kernel,
+    ),
 }
 # Devices, dtypes, H and B.
 CASES = [
@@ -68,25 +91,27 @@ def compile_row(row: Row, save: bool = True, resets: bool = False, lengths: bool
     """Compiles the kernel of a row as its launcher would. save: with what backward needs."""
     tiles = Tiles(**row["tiles"])
     plan = Plan(row["mode"], tiles, tiles, 0, row["precision"], "")
-    cell, kernel = compiled(getattr(cells, row["cell"])), KERNELS[row["kernel"]]
-    made = launch.specialized(
-        kernel, plan, tiles, row["H"], row["H"], DIRECTIONS=row.get("directions", 1), REVERSE=False, CELL=cell
-    )
-    types = types_of(cell, DTYPES[row["dtype"]][0], save, resets, lengths, row["mode"] == "grid")
-    return compile_typed(DEVICES[row["device"]], kernel, types, made.constants, made.options)
+    cell, device = compiled(getattr(cells, row["cell"])), DEVICES[row["device"]]
+    in_registers = launch.weight_in_registers(plan, tiles)
+    kernel = KERNELS[row["kernel"]][in_registers]
+    form = {"DIRECTIONS": row.get("directions", 1), "REVERSE": False, "CELL": cell}
+    form["PAIRS"] = launch.compares_pairs(device.capability)
+    made = launch.specialized(kernel, plan, tiles, row["H"], row["H"], **form)
+    present = {"lengths": lengths, "order": lengths, "starts": resets}
+    present |= {"flags": row["mode"] == "grid" and not in_registers, "zeros": in_registers and (lengths or resets)}
+    types = types_of(cell, DTYPES[row["dtype"]][0], save, present)
+    return compile_typed(device, kernel, types, made.constants, made.options)
 
 
-def types_of(
-    cell: Equations, dtype: torch.dtype, save: bool, resets: bool, lengths: bool, flags: bool
-) -> dict[str, Any]:
-    """By an argument of either kernel its type, or those of its tensors; None: it is not there."""
+def types_of(cell: Equations, dtype: torch.dtype, save: bool, present: dict[str, bool]) -> dict[str, Any]:
+    """By an argument of any of the kernels its type, or those of its tensors; None: it is not there. present: of the
+    records' tensors those that are there."""
     own = POINTERS[dtype]
     others = ("*fp32",) * (cell.states - 1)
-    states, wide = (own, *others), ("*fp32",) * cell.states
-    present = {"lengths": lengths, "order": lengths, "starts": resets, "flags": flags}
-    integers = {name: INTEGER_POINTERS[name] if is_there else None for name, is_there in present.items()}
+    of_states, wide = (own, *others), ("*fp32",) * cell.states
+    types = {name: INTEGER_POINTERS.get(name, own) if is_there else None for name, is_there in present.items()}
     records = {
-        name: record(*(integers.get(field) for field in record._fields))
+        name: record(*(types.get(field) for field in record._fields))
         for name, record in RECORDS.items()
         if name in ("layout", "sync")
     }
@@ -95,17 +120,17 @@ def types_of(
         "weight_hh": own,
         "bias_hh": own if cell.apart else None,
         "vectors": (own,) * cell.vectors or None,
-        "initial": states,
-        "resets": states if resets else None,
-        "steps": states if save else (own, *(None for _ in others)),
+        "initial": of_states,
+        "resets": of_states if present["starts"] else None,
+        "steps": of_states if save else (own, *(None for _ in others)),
         "kept": own if cell.kept and save else None,
-        "ends": states,
+        "ends": of_states,
         "dsteps": (own, *(None for _ in others)),
-        "dends": states,
+        "dends": of_states,
         "dr": own,
         "dx": own if cell.apart else None,
         "dinitial": wide,
-        "dresets": wide if resets else None,
+        "dresets": wide if present["starts"] else None,
         "dvectors": ("*fp32",) * cell.vectors or None,
     }
 
@@ -135,8 +160,9 @@ def key(row: Row) -> str:
 @cache
 def source() -> str:
     """A hash of the code that the kernels are compiled of, beside a cell's equations."""
-    own = recurrent_backward, recurrent_forward, slots
-    return hash_of((*own, hand_written, elementwise, launch, matmul, rows, sync))
+    own = recurrent_backward, recurrent_forward, recurrent_latency_backward, recurrent_latency_forward, slots, states
+    shared = elementwise, hand_written, latency_backward, latency_forward, launch, matmul, operands, polling, rows, sync
+    return hash_of(own + shared)
 
 
 def tabulate(results: Path) -> bool:
@@ -166,8 +192,8 @@ def table(results: Path) -> list[str]:
     head = "cell | device | dtype | pass | form | H | B | tiles | registers | spills | shared KiB | instructions"
     lines = ["", "## Any cell", ""]
     lines += [
-        "The kernels of `kernels/recurrent_forward.py` and `recurrent_backward.py`, which take a cell's equations: of",
-        f"some that come with fused_lstm, at chosen sizes, with Triton {', '.join(files)}. Tiles as above.",
+        "The kernels of `kernels/recurrent_*.py`, which take a cell's equations: of some that come with fused_lstm, at",
+        f"chosen sizes, with Triton {', '.join(files)}. Tiles as above.",
         "",
         f"| {head} | simulated µs |",
         "| --- " * (head.count("|") + 2) + "|",
@@ -177,6 +203,7 @@ def table(results: Path) -> list[str]:
         tiles = row["tiles"]
         shape = [str(tiles[name]) for name in ("batch", "units", "chunk", "warps")]
         shape += [f"kept {tiles['kept']}"] if tiles["kept"] else []
+        shape += ["polled"] if tiles["poll"] else []
         cells_of = [
             *(str(row[name]) for name in ("cell", "device", "dtype", "kernel", "mode", "H", "B")),
             ", ".join(shape),

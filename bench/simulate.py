@@ -589,8 +589,8 @@ def simulate(
         program: its ids; the second program of the first axis if left out.
         steps: simulated; the first two do not count.
         exchange: wait for the other programs; without, all that they hand over is there.
-        handed: names of pointers to what its spins look at, beside flags; if left out dgates and products, or y and
-            dropped.
+        handed: names of pointers to what its spins look at, beside flags; if left out dgates and products, dr, or y,
+            dropped and the first of steps.
         handover: of several exchanges in a step, the one that an access belongs to; by its pointer if left out.
         clocks: Clocks() if left out.
 
@@ -601,7 +601,10 @@ def simulate(
     if arch // 10 not in ARGUMENTS:
         raise NotSimulated(f"sm_{arch}: its tensor memory and its matrix instructions are not known")
     constants, regions = arguments(kernel, sizes)
-    names = handed or ({"dgates", "products"} if "dgates" in regions else {"y", "dropped"})
+    of_pass = (
+        {"dgates", "products", "dr"} if regions.keys() & {"dgates", "dr"} else {"y", "dropped", "steps", "steps.0"}
+    )
+    names = handed or of_pass
     return simulate_code(
         sass.parse(sass.disassemble(kernel.asm["cubin"])),
         constants,

@@ -87,7 +87,7 @@ def alloc_exchange_buffer(like: Tensor, shape: tuple[int, ...], tiles: Tiles, la
 
 
 def weight_in_registers(plan: Plan, tiles: Tiles) -> bool:
-    """Whether a pass runs in a kernel of latency_forward.py or latency_backward.py, which has W_hh in registers."""
+    """Whether a pass runs in a kernel that has W_hh in registers: of a file with `latency` in its name."""
     return tiles.poll or plan.mode == "local"
 
 
@@ -233,7 +233,7 @@ class Prepared:
         recurrences = states.shape[0] if states.dim() == 3 else 1
         unit_blocks, batch_groups = programs_of(tiles, H, B)
         form: dict[str, Any] = {"DIRECTIONS": 1 if stacked else recurrences, "REVERSE": reverse, "CELL": cell}
-        in_registers = weight_in_registers(plan, tiles) and cell is None
+        in_registers = weight_in_registers(plan, tiles)
         if in_registers:
             form["PAIRS"] = device.type == "cuda" and compares_pairs(cuda_device(device).capability)
         blocks = {"": unit_blocks}
@@ -324,7 +324,7 @@ def launch(
     if prepared.flags is not None:
         flags = torch.zeros((*prepared.flags, T), dtype=torch.int32, device=device)
     if prepared.zeros:
-        zeros = first.new_empty(4 * shape[-1])
+        zeros = first.new_empty((4 if cell is None else cell.gates) * shape[-1])
     if prepared.bounded:
         timeout_info = torch.zeros(4, dtype=torch.int32, device=device)
     args_and_sync = *args, Sync(flags, timeout_info, zeros)

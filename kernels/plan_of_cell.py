@@ -7,6 +7,7 @@ compiles with registers in memory, makes way for the next at the next call.
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -18,19 +19,23 @@ from .findings import Refused, alike
 from .plan import disable_grid, follow, grid_disabled, hardware_of, why_torch
 from .planned import Plan, composed, name
 from .slots import padded
-from .tiles import Device, Problem, Tiles, ceil_div
+from .tiles import POLLED, Device, Problem, Tiles, ceil_div
 
-# Batch rows, units and warps of a program that shares a step with others, or has a launch for it; forward, backward.
-SHARED = [(16, 16, 4), (32, 16, 8), (16, 32, 8), (32, 32, 8)], [(16, 16, 4), (16, 16, 8), (32, 16, 8), (32, 32, 8)]
+# Behind flags: batch rows, units and warps of a program that shares a step with others; forward, backward.
+FLAGS = [(16, 16, 4), (32, 16, 8), (16, 32, 8), (32, 32, 8)], [(16, 16, 4), (16, 16, 8), (32, 16, 8), (32, 32, 8)]
 KEPT = (96, 64, 48, 32, 24)  # KiB of W_hh on chip where not all fits
 STEP = [(32, 16, 4)]
-# One program with all units: units and warps.
-LOCAL = [(16, 4), (32, 4), (64, 8)]
-CHUNK = {"local": 128, "grid": 256, "step": 128}  # bytes of a row of W_hh; in full precision 128
+CHUNK = {"grid": 256, "step": 128}  # bytes of a row of W_hh; in full precision 128
 # Chunks that backward keeps on chip in full precision: the loop is written out for these, and takes registers for each.
 MOST_KEPT = 24
 # Up to so many numbers of a unit backward has registers for the larger tiles of a thread.
 FEW = 5
+# With W_hh in registers: of all units in one program, units and warps, each for 8 batch rows and for 16.
+LOCAL = [(16, 4), (32, 4), (64, 8), (128, 8)]
+MOST_UNITS = 64  # ... where programs that poll can have these, which then take less
+# Of a thread's 255 registers those that may be counted on for W_hh, what is polled and sums. What a cell takes beside
+# them nobody knows ahead.
+MOST_REGISTERS = 208
 
 
 class Use(NamedTuple):
@@ -62,25 +67,48 @@ def bytes_on_chip(tiles: Tiles, problem: Problem, gates: int) -> int:
     return (count * rows * problem.size + tiles.batch * problem.itemsize) * tiles.chunk
 
 
-def listed(mode: str, problem: Problem, cell: Equations, device: Device) -> Iterator[Tiles]:
-    """The tiles that a pass can have in a form."""
+def in_registers(tiles: Tiles, problem: Problem, gates: int) -> int:
+    """Registers of a thread that W_hh takes; where programs poll, with what is polled and the sums."""
+    slots, threads = padded(gates), 32 * tiles.warps
+    if not tiles.poll:
+        return slots * tiles.units * tiles.units * problem.size // (4 * threads)
+    rows = tiles.units * (1 if problem.backward else slots)
+    columns = (gates if problem.backward else 1) * ceil_div(problem.H, tiles.chunk) * tiles.chunk
+    taken = rows * columns * problem.size + tiles.batch * columns * problem.itemsize
+    return taken // (4 * threads) + max(rows * tiles.batch // 32, 2 * tiles.batch)
+
+
+def local(problem: Problem, gates: int) -> Iterator[Tiles]:
+    """The tiles of one program with all units. Each warp has a part of W_hh, of at least 16 rows, and each slot of the
+    gates as many parts."""
+    slots = padded(gates)
+    for (units, warps), batch in product(LOCAL, (8, 16)):
+        split = max(slots, min(warps, slots * units // 16))
+        few = units <= MOST_UNITS or not problem.wide
+        if few and units >= problem.H and slots * units >= 16 * split:
+            yield Tiles(batch, units, units, split, split=split)
+
+
+def polled(problem: Problem, gates: int) -> Iterator[Tiles]:
+    """The tiles of programs that poll h, or dr. Forward has the rows of all gates' slots, backward of one."""
+    for (batch, units), warps in POLLED if problem.wide else ():
+        units = units if problem.backward else max(8, min(units, units * 4 // padded(gates)))
+        if units * (1 if problem.backward else padded(gates)) >= 16:
+            yield Tiles(batch, units, 64 // problem.itemsize * warps, warps, split=warps, poll=True)
+
+
+def behind_flags(mode: str, problem: Problem, cell: Equations) -> Iterator[Tiles]:
+    """The tiles of programs that wait for flags, or have a launch a step."""
     gates = cell.gates
     # Masks of a last chunk that is not whole take registers, too.
     masked = problem.H % (CHUNK[mode] // problem.size) > 0
     long = CHUNK[mode] if problem.kind != "fp32" and not (masked and problem.backward) else 128
     many = cell.vectors + cell.states + cell.kept > FEW or problem.kind == "fp32" or masked
-    if mode == "local":
-        units = next(((units, warps) for units, warps in LOCAL if units >= problem.H), None)
-        shapes = [] if units is None else [(16, *units)]
-    else:
-        shapes = STEP if mode == "step" else SHARED[problem.backward]
-    for batch, units, warps in shapes:
+    for batch, units, warps in STEP if mode == "step" else FLAGS[problem.backward]:
         if mode == "grid" and problem.backward and many and (warps < 8 or units > 16):
             continue
         chunk = long // problem.size
-        if mode == "local":
-            chunk = min(chunk, units)
-        elif gates > 4:
+        if gates > 4:
             units = max(16, units * 4 // padded(gates))  # as many rows of W_hh
         tiles = Tiles(batch, units, chunk, warps)
         kept = [0]
@@ -90,9 +118,21 @@ def listed(mode: str, problem: Problem, cell: Equations, device: Device) -> Iter
             kept += [count for size in KEPT if 0 < (count := size * 1024 // of_chunk) < chunks]
             if problem.backward and problem.kind == "fp32":
                 kept = [count for count in kept if (count or chunks) <= MOST_KEPT]
-        for each in (replace(tiles, kept=count) for count in dict.fromkeys(kept)):
-            if mode == "step" or bytes_on_chip(each, problem, gates) <= device.shared:
-                yield each
+        for each in dict.fromkeys(kept):
+            yield replace(tiles, kept=each)
+
+
+def listed(mode: str, problem: Problem, cell: Equations, device: Device) -> Iterator[Tiles]:
+    """The tiles that a pass can have in a form, as far as can be counted."""
+    registers = {"local": local, "grid": polled}
+    if mode in registers:
+        for tiles in dict.fromkeys(registers[mode](problem, cell.gates)):
+            if in_registers(tiles, problem, cell.gates) <= MOST_REGISTERS:
+                yield tiles
+    if mode != "local":
+        for tiles in behind_flags(mode, problem, cell):
+            if mode == "step" or bytes_on_chip(tiles, problem, cell.gates) <= device.shared:
+                yield tiles
 
 
 def ranked(mode: str, problem: Problem, B: int, cell: Equations, device: Device) -> list[Tiles]:

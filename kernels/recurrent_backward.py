@@ -1,56 +1,22 @@
 """The backward recurrence of any cell: the same loop backwards in time, and its launcher."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .equations import Equations
-from .launch import SIZES, alloc_exchange_buffer, launch
+from .launch import SIZES, alloc_exchange_buffer, launch, weight_in_registers
 from .layout import DENSE, Layout, accumulator
 from .matmul import Weight, load_chunks, recurrent_matmul, shape
 from .plan import Plan
+from .recurrent_latency_backward import recurrent_latency_backward_kernel
 from .rows import Sizes, locate_neighbours, rows_of_program, without_starts
-from .slots import add_each, load_each, load_slots, select_each, store_each, store_slots
+from .slots import add_each, cast_each, load_each, load_slots, select_each, store_each, store_slots, zeros_like_each
+from .states import load_after, load_before
 from .sync import publish, wait_if
-
-
-@triton.constexpr_function
-def takes(states, k):
-    return k in states
-
-
-@triton.jit
-def load_before(
-    CELL: tl.constexpr, steps, initial, resets, at, before, layout, rows, units, mask, H, ACC: tl.constexpr
-):
-    """The states before a step, as far as backward takes them: those after the step before, the initial ones for a
-    row's first step, or the reset's."""
-    STATES: tl.constexpr = CELL.states
-    states = ()
-    for k in tl.static_range(STATES):
-        if takes(CELL.before, k):
-            tensor, row = tl.where(before.mask, steps[k], initial[k]), tl.where(before.mask, before.rows, rows.states)
-            if layout.starts is not None:
-                tensor, row = tl.where(at.start, resets[k], tensor), tl.where(at.start, rows.states, row)
-            pointers = (tensor + row * H)[None, :] + units[:, None]
-            states = states + (tl.load(pointers, mask=mask, other=0.0).to(ACC),)
-        else:
-            states = states + (tl.zeros(mask.shape, ACC),)
-    return states
-
-
-@triton.jit
-def load_after(CELL: tl.constexpr, steps, at, mask, ACC: tl.constexpr):
-    """The states after a step, as far as backward takes them."""
-    STATES: tl.constexpr = CELL.states
-    states = ()
-    for k in tl.static_range(STATES):
-        if takes(CELL.after, k):
-            states = states + (tl.load(steps[k] + at, mask=mask, other=0.0).to(ACC),)
-        else:
-            states = states + (tl.zeros(mask.shape, ACC),)
-    return states
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -85,7 +51,7 @@ def recurrent_backward_kernel(
     H: tl.constexpr,
     # Form
     CELL: tl.constexpr,  # Equations
-    MODE: tl.constexpr,  # "local": one program has all units; "grid": programs hand dr to each other; "step"
+    MODE: tl.constexpr,  # "grid": programs hand dr to each other; "step": one launch a step
     DIRECTIONS: tl.constexpr,  # D; of two the second ran from the last step to the first
     REVERSE: tl.constexpr,  # a single direction ran so, and this pass runs from the first
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
@@ -101,7 +67,7 @@ def recurrent_backward_kernel(
     BLOCK_B: tl.constexpr = TILES.batch
     BLOCK_H: tl.constexpr = TILES.units
     OF_OWN: tl.constexpr = shape(H, H, TILES.chunk, True, G)
-    RESIDENT: tl.constexpr = (TILES.kept if TILES.kept > 0 else OF_OWN.CHUNKS) if MODE != "step" else 0
+    RESIDENT: tl.constexpr = (TILES.kept if TILES.kept > 0 else OF_OWN.CHUNKS) if MODE == "grid" else 0
     recurrence = 0
     if DIRECTIONS > 1:
         recurrence = (first_recurrence + tl.program_id(2)).to(tl.int64)
@@ -141,8 +107,8 @@ def recurrent_backward_kernel(
         values = ()
         if kept is not None:
             values = load_slots(kept + of_rows * KEPT + units[:, None], active, H, KEPT, ACC)
-        s = load_before(CELL, steps, initial, resets, at, before, layout, rows, units, active, H, ACC)
-        now = load_after(CELL, steps, hidden, active, ACC)
+        s = load_before(CELL, steps, initial, resets, at, before, layout, rows, units, active, H)
+        s, now = cast_each(s, ACC), cast_each(load_after(CELL, steps, hidden, active), ACC)
         dy = load_each(dsteps, hidden, active, STATES, ACC)
         dh_end = tl.load(dends[0] + state, mask=active & (~after.mask)[None, :], other=0.0).to(ACC)
         if MODE == "grid":
@@ -161,8 +127,6 @@ def recurrent_backward_kernel(
         store_slots(dr + of_rows * G + units[:, None], dr_t, active, H)
         if MODE == "grid":
             publish(step_flags + step)
-        elif MODE == "local":
-            tl.debug_barrier()  # the next step's product loads it, in other threads
         if dx is not None:
             store_slots(dx + of_rows * APART + units[:, None], dx_t, active, H)
 
@@ -171,14 +135,6 @@ def recurrent_backward_kernel(
         store_each(dresets, state, dreset, mask)
     if vectors is not None:
         store_each(dvectors, state, dp, mask)
-
-
-@triton.jit
-def zeros_like_each(tiles):
-    zeros = ()
-    for k in tl.static_range(len(tiles)):
-        zeros = zeros + (tl.zeros_like(tiles[k]),)
-    return zeros
 
 
 def recurrent_backward(
@@ -224,5 +180,8 @@ def recurrent_backward(
     if B > 0:
         inputs = dsteps, dends, weight_hh, vectors or None, initial, resets, steps, kept, layout.tensors
         args = *inputs, dr, dx, dinitial, dresets, dvectors or None
-        launch(recurrent_backward_kernel, args, plan, layout, dinitial[0], H, True, reverse, False, cell)
+        kernel: Any = recurrent_backward_kernel
+        if weight_in_registers(plan, tiles):
+            kernel = recurrent_latency_backward_kernel
+        launch(kernel, args, plan, layout, dinitial[0], H, True, reverse, False, cell)
     return dr, dx, dinitial, dresets, dvectors

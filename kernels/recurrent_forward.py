@@ -4,16 +4,20 @@ The loop of forward.py for a cell that is given as two device functions (equatio
 stacks in one launch and projections.
 """
 
+import math
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .equations import Equations
-from .launch import SIZES, alloc_exchange_buffer, launch
+from .launch import SIZES, alloc_exchange_buffer, launch, weight_in_registers
 from .layout import DENSE, Layout, accumulator
 from .matmul import Weight, load_chunks, recurrent_matmul, shape
 from .plan import Plan
+from .recurrent_latency_forward import recurrent_latency_forward_kernel
 from .rows import Sizes, locate, rows_of_program, time_before, time_of, with_starts
 from .slots import add_each, load_each, load_slots, select_each, slot_rows, split_slots, store_each, store_slots
 from .sync import publish, wait_if
@@ -47,7 +51,7 @@ def recurrent_forward_kernel(
     H: tl.constexpr,
     # Form
     CELL: tl.constexpr,  # Equations
-    MODE: tl.constexpr,  # "local": one program has all units; "grid": programs hand h to each other; "step"
+    MODE: tl.constexpr,  # "grid": programs hand h to each other; "step": one launch a step
     DIRECTIONS: tl.constexpr,  # D; of two the second runs from the last step to the first
     REVERSE: tl.constexpr,  # a single direction runs so
     PRECISION: tl.constexpr,  # of a float32 product: Plan.precision
@@ -63,7 +67,7 @@ def recurrent_forward_kernel(
     BLOCK_B: tl.constexpr = TILES.batch
     BLOCK_H: tl.constexpr = TILES.units
     OF_OWN: tl.constexpr = shape(H, G * H, TILES.chunk)
-    RESIDENT: tl.constexpr = (TILES.kept if TILES.kept > 0 else OF_OWN.CHUNKS) if MODE != "step" else 0
+    RESIDENT: tl.constexpr = (TILES.kept if TILES.kept > 0 else OF_OWN.CHUNKS) if MODE == "grid" else 0
     recurrence = 0
     if DIRECTIONS > 1:
         recurrence = (first_recurrence + tl.program_id(2)).to(tl.int64)
@@ -115,8 +119,6 @@ def recurrent_forward_kernel(
         tl.store(y + hidden, h, mask=active)
         if MODE == "grid":
             publish(step_flags + step)
-        elif MODE == "local":
-            tl.debug_barrier()  # the next step's product loads it, in other threads
         after = (h.to(ACC),) + others
         states = select_each(active, after, states)
         if kept is not None:
@@ -126,6 +128,13 @@ def recurrent_forward_kernel(
                 tl.store(steps[k] + hidden, after[k], mask=active)
 
     store_each(ends, state, states, mask)
+
+
+def pollable(states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same states, of which h lies at whole 16 bytes and is nowhere the SENTINEL."""
+    h, *others = states
+    words = h.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[h.itemsize])
+    return h.masked_fill(words == -1, math.nan), *others
 
 
 def recurrent_forward(
@@ -174,6 +183,13 @@ def recurrent_forward(
         kept = x.new_empty((*lead, cell.kept * width)) if cell.kept else None
     ends = tuple(torch.empty_like(state, dtype=acc if k else None) for k, state in enumerate(initial))
     if B > 0:
+        kernel: Any = recurrent_forward_kernel
+        if weight_in_registers(plan, tiles):
+            kernel = recurrent_latency_forward_kernel
+            if tiles.poll and (layout.lengths is not None or initial[0].data_ptr() % 16):
+                initial = pollable(initial)
+            if tiles.poll and resets is not None:
+                resets = pollable(resets)
         args = x, weight_hh, bias_hh, vectors or None, initial, resets, layout.tensors, (y, *others), kept, ends
-        launch(recurrent_forward_kernel, args, plan, layout, initial[0], H, False, reverse, False, cell)
+        launch(kernel, args, plan, layout, initial[0], H, False, reverse, False, cell)
     return (y, *others) if save else (y,), ends, kept  # type: ignore[return-value]

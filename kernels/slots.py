@@ -25,11 +25,15 @@ def slot_rows(H: tl.constexpr, BLOCK_H: tl.constexpr, SLOTS: tl.constexpr):
 def split_slots(x, SLOTS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
     """(padded(SLOTS) * UNITS, ROWS) with the slots of a unit side by side, to so many tiles (UNITS, ROWS)."""
     PADDED: tl.constexpr = padded(SLOTS)
-    every = split_last(tl.permute(tl.reshape(x, (UNITS, PADDED, ROWS)), (0, 2, 1)), PADDED)
-    slots = ()
-    for k in tl.static_range(SLOTS):
-        slots = slots + (every[k],)
-    return slots
+    return first_of(split_last(tl.permute(tl.reshape(x, (UNITS, PADDED, ROWS)), (0, 2, 1)), PADDED), SLOTS)
+
+
+@triton.jit
+def first_of(tiles, COUNT: tl.constexpr):
+    first = ()
+    for k in tl.static_range(COUNT):
+        first = first + (tiles[k],)
+    return first
 
 
 @triton.jit
@@ -47,11 +51,31 @@ def split_last(x, COUNT: tl.constexpr):
 
 
 @triton.jit
+def join_last(tiles, COUNT: tl.constexpr):
+    """So many tiles, COUNT a power of two, side by side in a last dimension: what split_last() takes apart."""
+    if COUNT == 1:
+        return tl.reshape(tiles[0], (tiles[0].shape[0], tiles[0].shape[1], 1))
+    else:
+        evens, odds = (), ()
+        for k in tl.static_range(COUNT // 2):
+            evens = evens + (tiles[2 * k],)
+            odds = odds + (tiles[2 * k + 1],)
+        x = tl.join(join_last(evens, COUNT // 2), join_last(odds, COUNT // 2))
+        return tl.reshape(x, (x.shape[0], x.shape[1], COUNT))
+
+
+@triton.jit
+def as_type(x, TYPE: tl.constexpr):
+    return x if TYPE is None else x.to(TYPE)
+
+
+@triton.jit
 def load_slots(pointers, mask, H: tl.constexpr, SLOTS: tl.constexpr, TYPE: tl.constexpr):
-    """So many tiles, of which the first lies at the pointers."""
+    """So many tiles, of which the first lies at the pointers. TYPE: theirs, or None: as they lie there, so that nothing
+    waits for them yet."""
     slots = ()
     for k in tl.static_range(SLOTS):
-        slots = slots + (tl.load(pointers + k * H, mask=mask, other=0.0).to(TYPE),)
+        slots = slots + (as_type(tl.load(pointers + k * H, mask=mask, other=0.0), TYPE),)
     return slots
 
 
@@ -63,13 +87,13 @@ def store_slots(pointers, slots, mask, H: tl.constexpr):
 
 @triton.jit
 def load_each(tensors, at, mask, COUNT: tl.constexpr, TYPE: tl.constexpr):
-    """A tile of each of so many tensors, all at one place; a tensor that is None has zeros."""
+    """A tile of each of so many tensors, all at one place; a tensor that is None has zeros. TYPE: as load_slots()."""
     tiles = ()
     for k in tl.static_range(COUNT):
         if tensors[k] is None:
-            tiles = tiles + (tl.zeros(at.shape, TYPE),)
+            tiles = tiles + (tl.zeros(at.shape, tl.float32 if TYPE is None else TYPE),)
         else:
-            tiles = tiles + (tl.load(tensors[k] + at, mask=mask, other=0.0).to(TYPE),)
+            tiles = tiles + (as_type(tl.load(tensors[k] + at, mask=mask, other=0.0), TYPE),)
     return tiles
 
 
@@ -95,3 +119,43 @@ def add_each(a, b):
     for k in tl.static_range(len(a)):
         tiles = tiles + (a[k] + b[k],)
     return tiles
+
+
+@triton.jit
+def cast_each(tiles, TYPE: tl.constexpr):
+    cast = ()
+    for k in tl.static_range(len(tiles)):
+        cast = cast + (tiles[k].to(TYPE),)
+    return cast
+
+
+@triton.jit
+def zeros_like_each(tiles):
+    zeros = ()
+    for k in tl.static_range(len(tiles)):
+        zeros = zeros + (tl.zeros_like(tiles[k]),)
+    return zeros
+
+
+@triton.jit
+def without_sentinel(x):
+    """x to be polled: a NaN that has all bits one, which says that nothing has come (polling.py), becomes another. A
+    cell may choose between numbers without the arithmetic that gives none such."""
+    if x.dtype.primitive_bitwidth == 16:
+        bits = x.to(tl.int16, bitcast=True)
+        bits = tl.where(bits == -1, tl.full((), 0x7FFF, tl.int16), bits)
+    elif x.dtype.primitive_bitwidth == 32:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(bits == -1, tl.full((), 0x7FFFFFFF, tl.int32), bits)
+    else:
+        bits = x.to(tl.int64, bitcast=True)
+        bits = tl.where(bits == -1, tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64), bits)
+    return bits.to(x.dtype, bitcast=True)
+
+
+@triton.jit
+def without_sentinel_each(tiles):
+    each = ()
+    for k in tl.static_range(len(tiles)):
+        each = each + (without_sentinel(tiles[k]),)
+    return each

@@ -69,6 +69,8 @@ PADDED = "test_kernels.py::test_layouts[cpu-lengths-False-local]"
 RESET = "test_kernels.py::test_layouts[cpu-reset-False-local]"
 RESET_STEP = "test_kernels.py::test_layouts[cpu-reset-False-step]"
 OF_CELL = "test_recurrent_kernels.py::test_forms[cpu-widest-step-gru]"
+OF_CELL_LOCAL = "test_recurrent_kernels.py::test_forms[cpu-widest-local-gru]"
+CELL_RESET_LOCAL = "test_recurrent_kernels.py::test_layouts[cpu-slstm-lengths and reset]"
 CELL_RESET = "test_recurrent_kernels.py::test_layouts[cpu-five_gates-lengths and reset]"
 PRINTED = "test_cells.py::test_the_print_is_the_function_and_its_derivative[slstm-dtype1]"
 OF_LAYER = "test_recurrent.py::test_every_state_and_gradient[gru-dense]"
@@ -342,6 +344,27 @@ FAULTS = {
     "kernels/recurrent_backward.py": {
         "what the cell hands back to h is lost": ("(dh + dh_end + ds[0],)", "(dh + dh_end,)", OF_CELL),
         "a reset's gradient goes on": ("select_each(start, zeros_like_each(ds_t), ds_t)", "ds_t", CELL_RESET),
+    },
+    "kernels/recurrent_latency_forward.py": {
+        "one gate of each unit": ("(slots * H + units) * H + columns", "(units) * H + columns", OF_CELL_LOCAL),
+        "h of a reset row": ("tl.where(after.start[:, None], reset_to[0], h)", "h", CELL_RESET_LOCAL),
+        "states of rows that have ended": ("select_each(active, ended, states)", "ended", CELL_RESET_LOCAL),
+    },
+    "kernels/recurrent_latency_backward.py": {
+        "a unit's gates in each other's place": (
+            "rows % PADDED, rows // PADDED",
+            "(rows + 1) % PADDED, rows // PADDED",
+            OF_CELL_LOCAL,
+        ),
+        "dr across a reset": ("active & ~at.start[:, None]", "active", CELL_RESET_LOCAL),
+        "what the cell hands back to h is lost": (
+            "(dh + dh_end.to(ACC) + ds[0],)",
+            "(dh + dh_end.to(ACC),)",
+            OF_CELL_LOCAL,
+        ),
+    },
+    "kernels/states.py": {
+        "the state before that of a reset": ("tl.where(at.start, resets[k], tensor)", "tensor", CELL_RESET),
     },
     "kernels/slots.py": {
         "gates in each other's place": ("every + (evens[k], odds[k])", "every + (odds[k], evens[k])", OF_CELL),

@@ -417,12 +417,21 @@ from bench import cells
 from bench.offline import resources
 
 for row in cells.rows_of("gru"):
-    if (row["device"], row["dtype"], row["H"], row["B"]) != ("H100", "bf16", 130, 16):
+    if (row["device"], row["dtype"], row["B"]) != ("H100", "bf16", 16) or row["H"] not in (130, 512):
         continue
     for flags in ({}, {"resets": True, "lengths": True}, {"save": False}):
         if row["kernel"] == "forward" or "save" not in flags:
             print(json.dumps(row | {"flags": flags, "resources": asdict(resources(cells.compile_row(row, **flags)))}))
 """
+
+
+def waits_as_it_should(row, found):
+    """Whether a kernel of any cell has its flags, or polls: then what a warp multiplies passes no shared memory, and
+    nothing is looked for before the own is written."""
+    polled = row["tiles"]["poll"]
+    flags = row["mode"] == "grid" and not polled
+    waits = found["acquires"] == found["releases"] == flags and found["read_only"] == 0
+    return waits and not (polled and (found["early"] > 0 or found["barriers"] > 2))
 
 
 @pytest.mark.parametrize("version", TRITONS)
@@ -436,7 +445,7 @@ def test_the_kernels_of_any_cell_are_tabulated_and_keep_their_registers(version)
         assert (found["source"], found["equations"]) == (of_cells.source(), row["equations"]), of_cells.key(row)
         taken = found["resources"]
         assert taken["spills"] == 0 and taken["shared"] <= DEVICES[row["device"]].shared and taken["matrix"]
-        assert taken["read_only"] == 0 and taken["acquires"] == taken["releases"] == (row["mode"] == "grid")
+        assert waits_as_it_should(row, taken), of_cells.key(row)
 
 
 def test_a_kernel_of_any_cell_compiled_anew_is_no_worse():
@@ -445,12 +454,12 @@ def test_a_kernel_of_any_cell_compiled_anew_is_no_worse():
         [sys.executable, "-c", OF_CELLS], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     rows = [json.loads(line) for line in process.stdout.splitlines()]
-    assert len(rows) == 5, process.stderr[-2000:]
+    assert len(rows) == 10, process.stderr[-2000:]
     known = {of_cells.key(row): row["resources"] for row in read(RESULTS / f"cells-{triton.__version__}.jsonl")}
     for row in rows:
         found = row["resources"]
         # With lengths and resets, the most that a kernel has, a few loads a step: a device then takes the next tiles.
         assert found["spills"] <= (8 if "resets" in row["flags"] else 0)
-        assert found["acquires"] == found["releases"] == 1 and found["read_only"] == 0
+        assert waits_as_it_should(row, found), row
         if not row["flags"]:
             assert found == known[of_cells.key(row)]

@@ -12,12 +12,13 @@ import torch
 from fused_lstm import Recurrent, cell, cells
 from fused_lstm.cells import operators, reference
 from fused_lstm.cells.compiled import compiled
-from fused_lstm.kernels import plan_of_cell
+from fused_lstm.kernels import plan_of_cell, recurrent_latency_backward, recurrent_latency_forward
 from fused_lstm.kernels import recurrent_backward as backward_module
 from fused_lstm.kernels import recurrent_forward as forward_module
+from fused_lstm.kernels.choice import kind_of
 from fused_lstm.kernels.findings import Refused
 from fused_lstm.kernels.plan import Plan
-from fused_lstm.kernels.tiles import Tiles
+from fused_lstm.kernels.tiles import Problem, Tiles
 from fused_lstm.sequence import Sequence
 
 from .explorer import SCHEDULES, Broken, explore
@@ -36,9 +37,26 @@ def five_gates(x, r, s, p):
 CELLS = {made.__name__: made for made in (cells.gru, cells.slstm, cells.vanilla, cells.rnn_tanh, five_gates)}
 # Tiles that divide neither B nor H of the cases below, and several programs; what has no room is loaded at every step.
 STEP = Plan("step", Tiles(16, 16, 32, 4), Tiles(16, 16, 16, 4), 0, "ieee", "")
-LOCAL = replace(STEP, mode="local", forward=Tiles(16, 32, 16, 4), backward=Tiles(16, 32, 32, 4))
 GRID = Plan("grid", Tiles(2, 2, 8, 4), Tiles(2, 2, 8, 4), resident=6, precision="ieee", why="")
 STREAMING = replace(GRID, forward=Tiles(2, 2, 2, 4, kept=1), backward=Tiles(2, 2, 2, 4, kept=3))
+FEW = Tiles(2, 2, 16, 2, split=2, poll=True)
+POLLING = replace(GRID, forward=FEW, backward=FEW)
+
+
+def local(made, H, dtype=torch.float32):
+    """The local form's first tiles."""
+    forward, backward = (
+        next(plan_of_cell.local(Problem(kind_of(dtype, True), H, back), len(made.gates))) for back in (False, True)
+    )
+    return replace(STEP, mode="local", forward=forward, backward=backward)
+
+
+def polled(made, H, dtype):
+    """The polled form's first tiles."""
+    forward, backward = (
+        next(plan_of_cell.polled(Problem(kind_of(dtype, True), H, back), len(made.gates))) for back in (False, True)
+    )
+    return replace(STEP, mode="grid", forward=forward, backward=backward, resident=132)
 
 
 def inputs_of(cell, T, B, H, D, form, dtype, seed=0, device="cpu"):
@@ -124,22 +142,24 @@ def check(cell, plan, T, B, H, D=1, form="dense", dtype=torch.float64, device="c
 
 
 @pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize("plan", [STEP, LOCAL], ids=["step", "local"])
+@pytest.mark.parametrize("form", ["step", "local"])
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16], ids=["widest", "float32", "bfloat16"])
-def test_forms(name, plan, dtype, device):
+def test_forms(name, form, dtype, device):
+    plan = STEP if form == "step" else local(CELLS[name], 20)
     check(CELLS[name], plan, 3, 17, 20, dtype=dtype or WIDEST[device], device=device)
 
 
 @pytest.mark.parametrize("form", NAMES)
 @pytest.mark.parametrize("name", ["slstm", "five_gates"])
 def test_layouts(name, form, device):
-    check(CELLS[name], LOCAL if name == "slstm" else STEP, 4, 5, 18, 2, form, WIDEST[device], device)
+    made = CELLS[name]
+    check(made, local(made, 18) if name == "slstm" else STEP, 4, 5, 18, 2, form, WIDEST[device], device)
 
 
 @pytest.mark.parametrize("H", [1, 130])
 def test_sizes(H, device):
     check(cells.gru, STEP, 2, 3, H, dtype=WIDEST[device], device=device)
-    check(cells.gru, LOCAL if H == 1 else STEP, 1, 1, H, dtype=WIDEST[device], device=device)
+    check(cells.gru, local(cells.gru, H) if H == 1 else STEP, 1, 1, H, dtype=WIDEST[device], device=device)
 
 
 def run(schedule, seed, made, plan=GRID, form="dense", D=1, strict=False, modules=(forward_module, backward_module)):
@@ -158,6 +178,30 @@ def test_schedules(schedule):
     run(schedule, 1, cells.gru, STREAMING, "packed", 2)
     run(schedule, 2, cells.slstm, STREAMING)
     run(schedule, 3, cells.slstm, GRID, "lengths", 2)
+    run(schedule, 4, cells.gru, POLLING, strict=True)
+    run(schedule, 5, five_gates, POLLING, "lengths and reset", 2)
+    run(schedule, 6, cells.slstm, POLLING, "packed", 2)
+
+
+@cell(gates="a")
+def chosen(x, r, s, p):
+    """It hands on numbers without arithmetic, which would give another NaN."""
+    return torch.where(r.a > 0, r.a, x.a)
+
+
+@pytest.mark.parametrize("form", ["lengths", "reset"])
+def test_a_nan_that_looks_as_if_nothing_had_come_is_taken_for_one(form):
+    nothing = torch.tensor(-1).view(torch.float64)
+    inputs = inputs_of(chosen, 3, 3, 4, 2, form, torch.float64)
+    (x, *_), (_, (h0,)), options, ((dy,), _) = inputs
+    x[:, 0, ::2] = nothing
+    for tensor in (h0 if form == "lengths" else options["resets"][0], dy):
+        tensor[..., ::2] = nothing
+    with explore("uniform"):
+        ours = both_passes(chosen, POLLING, *inputs)
+    for (name, own), (_, other) in zip(flat(ours), flat(by_reference(chosen, *inputs, ours[0])), strict=True):
+        if name != "kept 0":
+            torch.testing.assert_close(own, other, rtol=0, atol=1e-11, equal_nan=True)
 
 
 def planted(module, old, new, folder):
@@ -182,6 +226,39 @@ def test_a_wait_that_is_skipped_is_found(which, tmp_path):
     with pytest.raises(Broken):
         for seed in range(3):
             run("uniform", seed, cells.gru, modules=modules)
+
+
+FAULTS_OF_POLLING = {
+    "forward": {
+        "not awaited": ('sync, FORM, "await"', 'sync, FORM, "load"'),
+        "h of a row that begins late": ("tl.where(going_on, h_rows, initial_rows)", "h_rows"),
+        "h of a reset row": ("tl.where(after.start, reset_rows, h_rows)", "h_rows"),
+        "the states of a reset row": ("select_each(at.start[:, None], reset_to, states)", "states"),
+        "the initial h of a reset row": (
+            "tl.where(at.start[None, None, :],",
+            "tl.where(at.start[None, None, :] & False,",
+        ),
+    },
+    "backward": {
+        "not awaited": ('sync, FORM, "await"', 'sync, FORM, "load"'),
+        "dr across a reset or an end": ("fetch(of_next, next_mask,", "fetch(of_next, None,"),
+        "the gradient of a row's end": ("mask=active & ~after.mask[:, None]", "mask=active & False"),
+    },
+}
+MODULES = {"forward": recurrent_latency_forward, "backward": recurrent_latency_backward}
+
+
+@pytest.mark.parametrize(
+    ("which", "fault"), [(which, fault) for which, of in FAULTS_OF_POLLING.items() for fault in of]
+)
+def test_a_planted_fault_in_polling_is_found(which, fault, tmp_path, monkeypatch):
+    module = MODULES[which]
+    kernel = f"{module.__name__.rpartition('.')[2]}_kernel"
+    made = planted(module, *FAULTS_OF_POLLING[which][fault], tmp_path)
+    monkeypatch.setattr((forward_module, backward_module)[which == "backward"], kernel, getattr(made, kernel))
+    with pytest.raises((AssertionError, Broken)):
+        for seed in range(3):
+            run("uniform", seed, five_gates, POLLING, "lengths and reset", 2)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["forward", "backward"])
