@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from ..gradients import by_source
 from ..kernels.layout import Layout, accumulator
+from ..operators import unwatched
 from ..products import matmul_precision
 from ..records import flatten, record, unflatten
 from ..recurrence import layout_of
@@ -96,7 +97,8 @@ def forward(how: How, inputs: Inputs) -> list[Tensor]:
     with matmul_precision(inputs.x, how.ieee):
         pre = linear(inputs.x, cat([w.weight_ih for w in weights], 0), bias)
     flags = how.cell, how.sequence.reverse, how.save, how.ieee
-    return operators.forward(operators.ForwardArgs(pre, weight_hh, bias_hh, vectors, initial, resets, layout, *flags))
+    args = operators.ForwardArgs(pre, weight_hh, bias_hh, vectors, initial, resets, layout, *flags)
+    return operators.forward(args, unwatched(inputs.flat))
 
 
 class CellFunction(torch.autograd.Function):
@@ -222,7 +224,7 @@ def gradients(
     saved = weight_hh, vectors, initial, resets, steps, kept
     with matmul_precision(x, how.ieee):
         args = *of_outputs, *saved, layout, how.cell, how.sequence.reverse, how.ieee
-        found = iter(operators.backward(operators.BackwardArgs(*args)))
+        found = iter(operators.backward(operators.BackwardArgs(*args), unwatched([*inputs.flat, *dsteps, *ends])))
         every_dr, every_apart = next(found), next(found)
         dstates, dresets, dvectors = (list(islice(found, count)) for count in (len(initial), len(resets), len(vectors)))
         of_weights: list[Tensor | None] = []
