@@ -25,6 +25,7 @@ class Case:
     lengths: of uneven rows: "spread" (evenly from T to T / 8), "uniform" (at random from 1 to T) or "one long" (a row
         of T among rows of T / 50).
     proj: features of a projection, as proj_size of torch.nn.LSTM; 0: none.
+    cell: of fused_lstm.cells, in a fused_lstm.Recurrent of one layer and direction; "": nn.LSTM's.
     """
 
     mode: str
@@ -38,6 +39,7 @@ class Case:
     form: str = "dense"
     lengths: str = "spread"
     proj: int = 0
+    cell: str = ""
 
     @property
     def out(self) -> int:
@@ -56,8 +58,8 @@ class Case:
 
     @property
     def shape(self) -> str:
-        """All sizes but B, in words; what goes without saying (I = H, one layer, one direction, lengths spread) is left
-        out."""
+        """All sizes but B, and the cell, in words; what goes without saying (I = H, one layer, one direction, lengths
+        spread, nn.LSTM's cell) is left out."""
         parts = [f"T{self.T}", f"H{self.H}"]
         parts += [f"I{self.I}"] if self.I != self.H else []
         parts += [f"P{self.proj}"] if self.proj else []
@@ -65,6 +67,7 @@ class Case:
         parts += [f"D{self.directions}"] if self.directions > 1 else []
         parts += [self.form] if self.form != "dense" else []
         parts += [self.lengths] if self.lengths != "spread" else []
+        parts += [self.cell] if self.cell else []
         return " ".join(parts)
 
 
@@ -109,6 +112,12 @@ _ORDERED = [
         Case(mode, T=512, B=16, I=512, H=H, dtype=dtype, proj=512)
         for H, dtype, mode in product([2048, 4096], _MAIN, BOTH)
     ),
+    *(
+        Case(mode, T=512, B=16, I=512, H=512, dtype=dtype, cell=cell)
+        for cell, dtype, mode in product(["gru", "vanilla", "slstm", "cifg", "rnn_tanh"], _MAIN, BOTH)
+    ),
+    *(Case(mode, T=512, B=16, I=64, H=64, dtype="bf16", cell=cell) for cell, mode in product(["gru", "slstm"], BOTH)),
+    *(Case(mode, T=512, B=64, I=512, H=512, dtype="bf16", form="packed", cell="gru") for mode in BOTH),
     *(_square(64, H, B, dtype, "one step") for H, B, dtype in product([512, 1024], [1, 16], ("bf16", "fp16", "tf32"))),
     *(
         _square(64, H, B, *rest)
@@ -161,5 +170,7 @@ DRY = [
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", layers=4) for mode in BOTH),
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", layers=3, form="alternating") for mode in BOTH),
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", proj=3) for mode in BOTH),
+    *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", cell=cell) for cell, mode in product(["gru", "slstm"], BOTH)),
+    Case("forward+backward", T=5, B=3, I=5, H=7, dtype="fp32", form="packed", cell="gru"),
     *_LONG_IF_DRY,
 ]

@@ -61,6 +61,9 @@ FORMS = {
     "resets": ("fused_lstm", _form(512, 64, form="reset")),
     "packed": ("fused_lstm", _form(512, 64, form="packed")),
     "recompute": ("fused_lstm, recompute", _form(512, 16)),
+    "any cell, local": ("fused_lstm", _form(64, 16, cell="gru")),
+    "any cell, grid polled": ("fused_lstm", _form(512, 16, cell="slstm")),
+    "any cell, packed": ("fused_lstm", _form(512, 64, form="packed", cell="gru")),
 }
 
 
@@ -75,7 +78,7 @@ def smoke(form: str, dry: bool) -> None:
 
     provider, case = FORMS[form]
     if dry:
-        H = 20 if form == "local" else 70
+        H = 20 if "local" in form else 70
         case = replace(case, T=3, B=3, I=5, H=H, proj=min(case.proj, 8))
     device = torch.device("cpu" if dry else "cuda")
     with measure.precision(case.dtype):

@@ -1,4 +1,5 @@
-"""What a call costs the host, beside nn.LSTM's whole call: `python -m bench.host`, without a GPU.
+"""What a call costs the host, beside nn.LSTM's whole call, and a Recurrent's beside nn.GRU's: `python -m bench.host`,
+without a GPU.
 
 The kernels are compiled for an H100 and launched by Triton as there; only the driver is missing, so what remains is
 Python and torch around it. nn.LSTM's call is its CPU path at a size where there is next to nothing to compute. Medians
@@ -17,14 +18,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fused_lstm import LSTM
-from fused_lstm.kernels import plan
+from fused_lstm import LSTM, Recurrent, cells
+from fused_lstm.kernels import plan, plan_of_cell
 from fused_lstm.kernels.tiles import H100
 from fused_lstm.route import known_route
 
 from .absent import gpu_target
 from .timing import Call
 
+CACHED = known_route, plan.choose, plan_of_cell.choose_for
 SIZES = {"T": 2, "B": 1, "I": 32, "H": 32}
 
 
@@ -61,17 +63,17 @@ def without_driver() -> Iterator[NoDriver]:
     driver = NoDriver()
     triton.runtime.driver.set_active(driver)
     with patch.object(plan, "interpreted", lambda: True):
-        for cached in (known_route, plan.choose):
+        for cached in CACHED:
             cached.cache_clear()
         yield driver
-    for cached in (known_route, plan.choose):
+    for cached in CACHED:
         cached.cache_clear()
 
 
 def calls(module: torch.nn.Module) -> dict[str, Call]:
     """By name, what is timed."""
-    x = torch.randn(SIZES["T"], SIZES["B"], SIZES["I"])
-    hx = torch.zeros(1, SIZES["B"], SIZES["H"]), torch.zeros(1, SIZES["B"], SIZES["H"])
+    x, zeros = torch.randn(SIZES["T"], SIZES["B"], SIZES["I"]), torch.zeros(1, SIZES["B"], SIZES["H"])
+    hx = (zeros, zeros) if module.mode == "LSTM" else zeros
 
     def both() -> None:
         y, _ = module(x, hx)
@@ -91,20 +93,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2000)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    ours, theirs = calls(LSTM(SIZES["I"], SIZES["H"])), calls(torch.nn.LSTM(SIZES["I"], SIZES["H"]))
-    print(f"{SIZES}, one thread, {rounds} rounds", f"{'':24}nn.LSTM     ours  difference", sep="\n")
+    sizes = SIZES["I"], SIZES["H"]
+    print(f"{SIZES}, one thread, {rounds} rounds")
+    pairs = (torch.nn.LSTM(*sizes), LSTM(*sizes)), (torch.nn.GRU(*sizes), Recurrent(cells.gru, *sizes))
     with without_driver() as driver:
-        for name in ours:
-            ours[name]()  # compiles
-            times: tuple[list[float], list[float]] = [], []
-            for _ in range(rounds):
-                for call, of in zip((theirs[name], ours[name]), times, strict=True):
-                    begin = time.perf_counter()
-                    call()
-                    of.append(1e6 * (time.perf_counter() - begin))
-                driver.launched.clear()
-            base, own = map(median, times)
-            print(f"{name:24}{base:7.0f} {own:8.0f} {own - base:+11.0f}")
+        for modules in pairs:
+            theirs, ours = map(calls, modules)
+            print(f"{'':24}nn.{modules[0].mode:4}     ours  difference")
+            for name in ours:
+                ours[name]()  # compiles
+                times: tuple[list[float], list[float]] = [], []
+                for _ in range(rounds):
+                    for call, of in zip((theirs[name], ours[name]), times, strict=True):
+                        begin = time.perf_counter()
+                        call()
+                        of.append(1e6 * (time.perf_counter() - begin))
+                    driver.launched.clear()
+                base, own = map(median, times)
+                print(f"{name:24}{base:7.0f} {own:8.0f} {own - base:+11.0f}")
 
 
 if __name__ == "__main__":

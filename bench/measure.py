@@ -1,4 +1,5 @@
-"""One row: a provider on a case, held to the parity rule first and then timed beside nn.LSTM."""
+"""One row: a provider on a case, held to the parity rule first and then timed beside nn.LSTM, or torch's own module of
+the case's cell."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from tests import parity
 
 from . import memory, store
 from .cases import Case
-from .providers import BASELINE, PROVIDERS
+from .providers import OF_CELL, PROVIDERS, Looped, baseline_of
 from .timing import Call, alternate, on_host
 
 # Gold is float64 on the CPU: at the full T it would take longer than the measurement.
@@ -75,9 +76,9 @@ class Alternating(nn.Module):
 
 def build(
     case: Case, device: torch.device, drawn: torch.device | None = None
-) -> tuple[nn.Module, Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-    """Returns nn.LSTM, or Alternating, with the case's weights, the input x (T, B, I), packed if the case is, and hx =
-    (h0, c0), the same at every call.
+) -> tuple[nn.Module, Tensor | PackedSequence, tuple[Tensor, ...]]:
+    """Returns nn.LSTM, Alternating or Recurrent, with the case's weights, the input x (T, B, I), packed if the case is,
+    and hx = (h0, c0) or the states of its cell, the same at every call.
 
     drawn: where the random numbers come from; the CPU by default, whose numbers gold has too.
     """
@@ -87,16 +88,44 @@ def build(
     if case.form == "alternating":
         features = [case.I, *[case.H] * (case.layers - 1)]
         lstm = Alternating([nn.LSTM(columns, case.H, **options) for columns in features])
+    elif case.cell:
+        lstm = fused_lstm.Recurrent(getattr(fused_lstm.cells, case.cell), case.I, case.H, device=drawn)
     else:
         lstm = nn.LSTM(case.I, case.H, case.layers, **options)
     # In training mode cuDNN would write in the forward what only a backward reads.
     lstm = lstm.to(device, case.torch_dtype).train(case.mode == "forward+backward")
-    cells = case.layers * case.directions, case.B
-    sizes = (case.T, case.B, case.I), (*cells, case.out), (*cells, case.H)
-    x, h0, c0 = (torch.randn(size, device=drawn).to(device, case.torch_dtype) for size in sizes)
+    rows = case.layers * case.directions, case.B
+    sizes = [(case.T, case.B, case.I), (*rows, case.out)]
+    sizes += [(*rows, case.H)] * (len(lstm.cell.states) if case.cell else 1)
+    x, h0, *others = (torch.randn(size, device=drawn).to(device, case.torch_dtype) for size in sizes)
+    if case.cell:  # of which one may be a normaliser, and is above zero
+        others = [state.abs() + 0.5 for state in others]
     if case.form == "packed":
-        return lstm, pack_padded_sequence(x, lengths_of(case), enforce_sorted=False), (h0, c0)
-    return lstm, x, (h0, c0)
+        return lstm, pack_padded_sequence(x, lengths_of(case), enforce_sorted=False), (h0, *others)
+    return lstm, x, (h0, *others)
+
+
+def theirs(case: Case, module: nn.Module) -> nn.Module:
+    """What a provider is held to, with the weights of a module of build(): nn.LSTM, torch's own module of a cell, or a
+    loop over it in torch operations."""
+    if not case.cell:
+        return module
+    if case.cell not in OF_CELL:
+        return Looped(module, False)
+    weight = next(module.parameters())
+    own = OF_CELL[case.cell][1](case.I, case.H).to(weight.device, weight.dtype)
+    own.load_state_dict(module.state_dict())
+    return own.train(module.training)
+
+
+def baseline(case: Case, module: nn.Module, hx: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """What a provider is timed beside, and its hx: baseline_of(case), with the weights of a module of build() where it
+    can have them."""
+    if not case.cell or case.cell in OF_CELL:
+        return theirs(case, module), hx
+    weight = next(module.parameters())
+    lstm = nn.LSTM(case.I, case.H).to(weight.device, weight.dtype)
+    return lstm.train(module.training), (hx[0], torch.zeros_like(hx[0]))
 
 
 def lengths_of(case: Case) -> Tensor:
@@ -118,11 +147,12 @@ def resets_of(case: Case) -> Tensor:
 @lru_cache(maxsize=4)
 def _gold(case: Case) -> dict[str, Tensor]:
     lstm, x, hx = build(case, torch.device("cpu"))
-    return parity.run(called(case, parity.twin(lstm, torch.float64)), x.double(), tuple(s.double() for s in hx))
+    twin = parity.twin(theirs(case, lstm), torch.float64)
+    return parity.run(called(case, twin), x.double(), tuple(s.double() for s in hx))
 
 
 def gold(case: Case) -> dict[str, Tensor]:
-    """Every output and gradient of nn.LSTM in float64, computed once for each shape and torch dtype."""
+    """Every output and gradient of theirs() in float64, computed once for each shape and torch dtype."""
     dtype = "fp32" if case.dtype == "tf32" else case.dtype
     mode = case.mode if case.mode == "one step" else "forward+backward"
     return _gold(replace(case, mode=mode, dtype=dtype))
@@ -165,10 +195,20 @@ class Keywords(Called):
         return self.module(x, hx, **self.keywords)
 
 
+class States(Called):
+    """With all states in a tuple, h alone too, as nn.LSTM has them."""
+
+    def forward(self, x: Tensor | PackedSequence, hx: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+        y, ends = self.module(x, hx if len(hx) > 1 else hx[0])
+        return y, (ends,) if isinstance(ends, Tensor) else ends
+
+
 def called(case: Case, module: nn.Module) -> nn.Module:
-    """The module as the case's mode and form have it called."""
+    """The module as the case's mode, form and cell have it called."""
     device = next(module.parameters()).device
     ours = isinstance(module, fused_lstm.LSTM)
+    if case.cell:
+        return States(module)
     if case.mode == "one step":
         return OneByOne(module)
     if case.form == "lengths":
@@ -191,17 +231,17 @@ def check(case: Case, provider: str, device: torch.device) -> None:
         module.recompute = CHECKED_STEPS // 2  # what goes by chunks is checked in a second one too
     backward = case.mode == "forward+backward"
     with torch.set_grad_enabled(backward):
-        theirs = parity.run(called(case, lstm), x, hx, backward=backward)
+        other = parity.run(called(case, theirs(case, lstm)), x, hx, backward=backward)
         ours = parity.run(called(case, module), x, hx, backward=backward)
     try:
-        assert ours.keys() == theirs.keys(), f"results {sorted(ours)}, nn.LSTM's are {sorted(theirs)}"
-        for name in theirs:
-            parity.assert_close(name, ours[name], theirs[name], gold(case)[name], case.torch_dtype)
+        assert ours.keys() == other.keys(), f"results {sorted(ours)}, nn.LSTM's are {sorted(other)}"
+        for name in other:
+            parity.assert_close(name, ours[name], other[name], gold(case)[name], case.torch_dtype)
     except AssertionError as broken:
         raise Refused(str(broken)) from None
 
 
-def step(case: Case, module: nn.Module, x: Tensor | PackedSequence, hx: tuple[Tensor, Tensor]) -> Call:
+def step(case: Case, module: nn.Module, x: Tensor | PackedSequence, hx: tuple[Tensor, ...]) -> Call:
     """Returns the call to time, as the case's mode has it."""
     if case.mode != "forward+backward":
         return torch.no_grad()(lambda: module(x, hx))
@@ -240,10 +280,11 @@ def weight_copy(lstm: nn.LSTM) -> Call:
 
 
 class Steps(NamedTuple):
-    """What is timed on one case: the calls of the provider and of nn.LSTM on the same input, by name, and the modules
-    with the same weights which they call; the provider's Plan as a dict, None if it has none. Where nn.LSTM copies its
-    weights, the copy is timed with them, as COPY."""
+    """What is timed on one case: the calls of the provider and of the baseline on the same input, by name, and the
+    modules which they call, with the same weights but for baseline(); the provider's Plan as a dict, None if it has
+    none. Where the baseline copies its weights, the copy is timed with them, as COPY."""
 
+    baseline: str
     calls: dict[str, Call]
     modules: dict[str, nn.Module]
     plan: dict[str, Any] | None
@@ -251,7 +292,7 @@ class Steps(NamedTuple):
     def memory(self, provider: str, device: torch.device) -> dict[str, int | None]:
         """The part of a row that says what both take of memory."""
         found: dict[str, int | None] = {}
-        for prefix, name in (("", provider), ("baseline_", BASELINE)):
+        for prefix, name in (("", provider), ("baseline_", self.baseline)):
             call, weights = self.calls[name], list(self.modules[name].parameters())
             found[f"{prefix}memory"] = memory.peak(call, device)
             found[f"{prefix}kept"] = memory.beside(memory.kept(call)[0], weights)
@@ -264,11 +305,11 @@ def steps(case: Case, provider: str, device: torch.device) -> Steps:
     lstm, x, hx = build(case, device, drawn=device)
     module = PROVIDERS[provider].build(lstm)
     plan = asdict(module.plan(x)) if hasattr(module, "plan") else None
-    modules = {provider: module, BASELINE: lstm}
-    calls = {name: step(case, called(case, each), x, hx) for name, each in modules.items()}
+    name, (other, other_hx) = baseline_of(case), baseline(case, lstm, hx)
+    calls = {provider: step(case, called(case, module), x, hx), name: step(case, called(case, other), x, other_hx)}
     if copies_weights(case, device):
-        calls[COPY] = weight_copy(lstm)
-    return Steps(calls, modules, plan)
+        calls[COPY] = weight_copy(other)
+    return Steps(name, calls, {provider: module, name: other}, plan)
 
 
 def row(
@@ -278,13 +319,13 @@ def row(
 
     status is "ok", or "refused" (broke the parity rule) or "failed", then with the reason in why. A row that is ok, and
     a refused one unless its why says that it was not timed, holds plan; ms and baseline_ms, the Times of the provider
-    and of nn.LSTM in milliseconds, timed side by side; host_ms and baseline_host_ms, the medians of on_host(), which
+    and of the baseline in milliseconds, side by side; host_ms and baseline_host_ms, the medians of on_host(), which
     are not in them (None on a CPU); copy_ms, the median of one copy of nn.LSTM's weights (None where it makes none);
     memory and baseline_memory, their peaks in bytes (None on a CPU); kept and baseline_kept, the bytes that their
     forward pass keeps for backward, input and output included and weights not; and clock, the GPU's in MHz after the
     last round.
     """
-    key = {"case": asdict(case), "provider": provider, "baseline": BASELINE, "environment": environment}
+    key = {"case": asdict(case), "provider": provider, "baseline": baseline_of(case), "environment": environment}
     return key | {"status": status, "why": why} | measured
 
 
@@ -312,7 +353,7 @@ def measure(
         if why:
             return row(case, provider, environment, status, f"{why}; not timed: {failure}")
         return row(case, provider, environment, "failed", failure)
-    measured = {"ms": asdict(times[provider]), "baseline_ms": asdict(times[BASELINE])}
-    measured |= {"host_ms": hosts.get(provider), "baseline_host_ms": hosts.get(BASELINE)}
+    measured = {"ms": asdict(times[provider]), "baseline_ms": asdict(times[timed.baseline])}
+    measured |= {"host_ms": hosts.get(provider), "baseline_host_ms": hosts.get(timed.baseline)}
     measured["copy_ms"] = times[COPY].median if COPY in times else None
     return row(case, provider, environment, status, why, plan=timed.plan, **measured, **taken, clock=clock)

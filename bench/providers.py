@@ -1,10 +1,12 @@
-"""What is measured: each provider turns an nn.LSTM into a module with the same weights and the same call."""
+"""What is measured: each provider turns an nn.LSTM, or a Recurrent, into a module with the same weights and the same
+call."""
 
 import copy
 import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +22,22 @@ from .cases import MEMORY, Case
 from .timing import graphed
 
 BASELINE = "nn.LSTM"
+# torch's own modules of a cell.
+OF_CELL = {"gru": ("nn.GRU", nn.GRU), "rnn_tanh": ("nn.RNN", nn.RNN)}
 
 # Ours are the kernels, also where the model says that cuDNN would be faster.
 route.LARGE = math.inf
 
 
+def baseline_of(case: Case) -> str:
+    """What stands beside a provider in the table: torch's own module of the cell, or where it has none nn.LSTM."""
+    return OF_CELL[case.cell][0] if case.cell in OF_CELL else BASELINE
+
+
 @dataclass(frozen=True)
 class Provider:
-    """build: makes a module of an nn.LSTM, called as module(x, hx) -> y, (hn, cn), with nn.LSTM's parameter names.
+    """build: makes a module of an nn.LSTM, called as module(x, hx) -> y, (hn, cn), with nn.LSTM's parameter names; or
+    of a Recurrent, called as that.
     runs: whether it can run a case at all. package: what must be installed for it."""
 
     build: Callable[[nn.LSTM], nn.Module]
@@ -38,7 +48,7 @@ class Provider:
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
-def copied(lstm: nn.LSTM) -> nn.LSTM:
+def copied(lstm: nn.RNNBase) -> nn.RNNBase:
     """A copy with its weights in one buffer: deepcopy() parts them, and cuDNN then copies all of them at each call."""
     module = copy.deepcopy(lstm)
     module.flatten_parameters()
@@ -46,7 +56,7 @@ def copied(lstm: nn.LSTM) -> nn.LSTM:
 
 
 def fused(lstm: nn.LSTM) -> nn.Module:
-    """fused_lstm.LSTM with the weights of `lstm`."""
+    """fused_lstm.LSTM with the weights of `lstm`; of a Recurrent a copy."""
     module = copied(lstm)
     fused_lstm.swap(module)
     return module
@@ -158,6 +168,40 @@ class CompiledCell(Stack):
         return torch.stack(y), h, c
 
 
+class Looped(nn.Module):
+    """The same for any cell: a Python loop over the function of a Recurrent of one layer and direction."""
+
+    def __init__(self, recurrent: fused_lstm.Recurrent, compiled: bool) -> None:
+        super().__init__()
+        self.cell, self.compiled = recurrent.cell, None
+        for name, parameter in recurrent.named_parameters():
+            self.register_parameter(name, nn.Parameter(parameter.detach().clone()))
+        if compiled:
+            torch.compiler.reset()  # as above
+            self.compiled = torch.compile(self.step, fullgraph=True, dynamic=False)
+
+    def step(self, of_input: Tensor, states: tuple[Tensor, ...], weight_hh: Tensor, bias_hh: Tensor, vectors: Any):
+        """h and the other states after a step."""
+        cell = self.cell
+        x, r = (part.chunk(len(cell.gates), -1) for part in (of_input, F.linear(states[0], weight_hh, bias_hh)))
+        found = cell.function(cell.X(*x), cell.R(*r), cell.S(*states), cell.P(*vectors))
+        return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+    def forward(self, x: Tensor, hx: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Any]:
+        weight_ih, weight_hh, bias_ih, bias_hh, *vectors = self.parameters()
+        step, y = self.compiled or self.step, []
+        states = (hx[0],) if isinstance(hx, Tensor) else tuple(state[0] for state in hx)
+        for of_input in F.linear(x, weight_ih, bias_ih):
+            states = step(of_input, states, weight_hh, bias_hh, vectors)
+            y.append(states[0])
+        ends = tuple(state[None] for state in states)
+        return torch.stack(y), ends if self.cell.states else ends[0]
+
+
+def compiled_cell(module: nn.RNNBase) -> nn.Module:
+    return Looped(module, True) if isinstance(module, fused_lstm.Recurrent) else CompiledCell(module)
+
+
 class TorchRL(Stack):
     """The Triton kernels behind LSTMModule(recurrent_backend="triton"): batch first, a reset value for each step."""
 
@@ -199,7 +243,7 @@ def _step_on_cuda(case: Case) -> bool:
 
 
 def _one_layer(case: Case) -> bool:
-    return case.form == "dense" and case.layers == case.directions == 1 and not case.proj
+    return case.form == "dense" and case.layers == case.directions == 1 and not (case.proj or case.cell)
 
 
 PROVIDERS = {
@@ -208,7 +252,7 @@ PROVIDERS = {
     "nn.LSTM, checkpointed": Provider(checkpointed, runs=_remembers),
     "fused_lstm, CUDA graph": Provider(lambda lstm: Graphed(fused(lstm)), _step_on_cuda),
     "nn.LSTM, CUDA graph": Provider(lambda lstm: Graphed(copied(lstm)), _step_on_cuda),
-    "compiled cell": Provider(CompiledCell, lambda case: case.form == "dense" and not (case.proj or _remembers(case))),
+    "compiled cell": Provider(compiled_cell, lambda case: case.form == "dense" and not (case.proj or _remembers(case))),
     "TorchRL": Provider(TorchRL, lambda case: _one_layer(case) and case.torch_dtype == torch.float32, "torchrl"),
     "FlashRNN": Provider(FlashRNN, lambda case: _one_layer(case) and case.dtype != "tf32", "flashrnn"),
 }

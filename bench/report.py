@@ -40,6 +40,7 @@ def share_of_floor(row: Row, measured: dict[str, float]) -> float | None:
         or row["plan"]["mode"] == "torch"
         or case.form != "dense"
         or case.proj
+        or case.cell
         or case.mode == "one step"
     ):
         return None
@@ -95,7 +96,8 @@ LEGEND = (
     "the part of nn.LSTM's time in which torch copies its weights, as it does at each call in bf16. Samples: steps of "
     "batch rows. Host: until a call returns, its work queued; on a GPU that is not in the other times. Kept: what "
     "forward leaves for backward, input and output included and weights not. Peak: beyond the input, with the "
-    "gradients."
+    "gradients. A cell of fused_lstm.cells stands with the sizes; for nn.LSTM then stands nn.GRU or nn.RNN, where torch"
+    " has that cell."
 )
 
 

@@ -50,18 +50,22 @@ def assert_close(name: str, ours: Tensor, theirs: Tensor | None, gold: Tensor, d
 WIDEST = {"cpu": torch.float64, "cuda": torch.float32}
 
 
+STATES = ("h", "c", "state 2 ", "state 3 ")
+
+
 def run(
-    module: nn.Module, x: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None, *, backward: bool = True
+    module: nn.Module, x: Tensor | PackedSequence, hx: tuple[Tensor, ...] | None, *, backward: bool = True
 ) -> dict[str, Tensor]:
-    """Every output and gradient of module(x, hx), by name; the cotangents of y, hn and cn come from a fixed seed."""
+    """Every output and gradient of module(x, hx), by name; the cotangents of y, hn, cn and what further states hx has
+    come from a fixed seed."""
     packed = isinstance(x, PackedSequence)
     data = (x.data if packed else x).detach().requires_grad_(backward)
     inputs = {"x": data}
     if hx is not None:
         hx = tuple(s.detach().requires_grad_(backward) for s in hx)
-        inputs |= {"h0": hx[0], "c0": hx[1]}
-    y, (hn, cn) = module(x._replace(data=data) if packed else data, hx)
-    outputs = {"y": y.data if packed else y, "hn": hn, "cn": cn}
+        inputs |= {f"{name}0": state for name, state in zip(STATES, hx, strict=False)}
+    y, ends = module(x._replace(data=data) if packed else data, hx)
+    outputs = {"y": y.data if packed else y} | {f"{name}n": end for name, end in zip(STATES, ends, strict=False)}
     results = {name: value.detach() for name, value in outputs.items()}
     if backward:
         inputs |= dict(module.named_parameters())

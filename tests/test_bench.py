@@ -17,7 +17,7 @@ from torch import nn
 from bench import cases, fit, measure, memory, report, run, store, timing, worker
 from bench.model import TERMS, floor, predicted, terms_of
 from bench.offline import KERNELS
-from bench.providers import PROVIDERS, Provider, checkpointed, fused
+from bench.providers import PROVIDERS, Provider, checkpointed, copied, fused
 from fused_lstm.kernels.choice import candidates, choose_kernel
 from fused_lstm.kernels.tiles import H100, Problem
 
@@ -101,6 +101,24 @@ def test_what_breaks_parity_is_timed_and_marked(path, monkeypatch):
     for row in rows:
         ratio, low, high = report.speed_up(row)
         assert f"| wrong | {ratio:.2f} ({low:.2f}-{high:.2f}), refused |" in printed
+
+
+@pytest.mark.parametrize(("cell", "baseline"), [("gru", "nn.GRU"), ("slstm", "nn.LSTM")])
+def test_a_cell_is_held_to_its_own_equations_and_timed_beside_a_module_of_torchs(cell, baseline, monkeypatch):
+    def wrong(module):
+        module = copied(module)
+        with torch.no_grad():
+            module.weight_hh_l0 *= 1.5
+        return module
+
+    monkeypatch.setitem(PROVIDERS, "wrong", Provider(wrong))
+    case = next(case for case in cases.DRY if case.cell == cell and case.mode == "forward+backward")
+    rows = [measure.measure(case, name, CPU, HERE, 0.0) for name in ("fused_lstm", "wrong")]
+    assert [(row["status"], row["baseline"]) for row in rows] == [("ok", baseline), ("refused", baseline)]
+    assert "the rule allows" in rows[1]["why"]
+    for row in rows:
+        assert row["plan"]["mode"] == "local" and row["baseline_ms"]["median"] > 0
+    assert f"| T3 H7 I5 {cell} B2 | wrong |" in report.table(rows, {})
 
 
 def test_what_is_refused_and_cannot_be_timed_says_both(path, monkeypatch):
@@ -369,10 +387,10 @@ def test_rows_say_what_is_kept_for_backward(no_packages):
 
 def test_what_a_call_costs_the_host():
     command = [sys.executable, "-m", "bench.host", "--rounds", "2"]
-    _, head, *rows = subprocess.run(
-        command, cwd=store.ROOT, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    assert head.split() == ["nn.LSTM", "ours", "difference"] and len(rows) == 4
+    _, *lines = subprocess.run(command, cwd=store.ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    heads, rows = lines[::5], [line for k, line in enumerate(lines) if k % 5]
+    assert [head.split() for head in heads] == [[theirs, "ours", "difference"] for theirs in ("nn.LSTM", "nn.GRU")]
+    assert len(rows) == 8
     for row in rows:
         theirs, ours, difference = map(float, row.split()[-3:])
         assert theirs > 0 < ours and abs(ours - theirs - difference) <= 1.5
@@ -505,7 +523,7 @@ def test_rows_from_before_lengths_differed_are_read():
 def test_bf16_is_never_measured_without_fp16():
     at = {case: number for number, case in enumerate(cases.GPU)}
     bf16 = [case for case in cases.GPU if case.dtype == "bf16"]
-    assert len(bf16) == 98 and all(replace(case, dtype="fp16") in at for case in bf16)
+    assert len(bf16) == 114 and all(replace(case, dtype="fp16") in at for case in bf16)
     square = [case for case in bf16 if replace(case, T=0, B=0, H=0, I=0, mode="") == PLAIN and case not in cases.MEMORY]
     assert len([case for case in square if case.I == case.H]) == 62
     assert all(0 < at[replace(case, dtype="fp16")] - at[case] <= 4 for case in square if case.I == case.H)

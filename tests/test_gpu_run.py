@@ -11,6 +11,9 @@ import pytest
 from bench import cases, gpu, measure, store
 from bench.gpu import FORMS, Part
 from bench.providers import PROVIDERS, fused
+from fused_lstm import cells as cells_of_ours
+from fused_lstm.cells.compiled import compiled
+from fused_lstm.kernels import plan_of_cell
 from fused_lstm.kernels.plan import choose_kernel, grouped, projects
 from fused_lstm.kernels.tiles import H100
 
@@ -237,6 +240,17 @@ def test_a_form_is_what_an_h100_takes_in_its_sizes(form):
     plan = plan_of(*FORMS[form])
     assert plan.mode == {"local": "local", "projection in the loop": "step"}.get(form, "grid")
     assert all(TAKES[form](plan, tiles) for tiles in (plan.forward, plan.backward))
+
+
+@pytest.mark.parametrize(
+    ("form", "mode", "polled"),
+    [("any cell, local", "local", False), ("any cell, grid polled", "grid", True), ("any cell, packed", "grid", True)],
+)
+def test_a_form_of_any_cell_is_what_an_h100_takes_in_its_sizes(form, mode, polled):
+    case = FORMS[form][1]
+    made = compiled(getattr(cells_of_ours, case.cell))
+    plan = plan_of_cell.plan_on(H100, made, case.torch_dtype, case.B, case.H, False, 1)
+    assert plan.mode == mode and plan.forward.poll == plan.backward.poll == polled
 
 
 def test_a_form_that_breaks_the_rule_says_so(monkeypatch):

@@ -51,14 +51,6 @@ def local(made, H, dtype=torch.float32):
     return replace(STEP, mode="local", forward=forward, backward=backward)
 
 
-def polled(made, H, dtype):
-    """The polled form's first tiles."""
-    forward, backward = (
-        next(plan_of_cell.polled(Problem(kind_of(dtype, True), H, back), len(made.gates))) for back in (False, True)
-    )
-    return replace(STEP, mode="grid", forward=forward, backward=backward, resident=132)
-
-
 def inputs_of(cell, T, B, H, D, form, dtype, seed=0, device="cpu"):
     """What both launchers take, by name, with cotangents."""
     layout, lead = layout_of(form, T, B, device)
@@ -156,10 +148,28 @@ def test_layouts(name, form, device):
     check(made, local(made, 18) if name == "slstm" else STEP, 4, 5, 18, 2, form, WIDEST[device], device)
 
 
-@pytest.mark.parametrize("H", [1, 130])
+@pytest.mark.parametrize("H", [1, 100, 130])
 def test_sizes(H, device):
     check(cells.gru, STEP, 2, 3, H, dtype=WIDEST[device], device=device)
     check(cells.gru, local(cells.gru, H) if H == 1 else STEP, 1, 1, H, dtype=WIDEST[device], device=device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["dense", "lengths and reset", "packed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", CELLS)
+def test_grid_on_a_device(name, dtype, form):
+    """Of which schedules are the twin."""
+    made, H = CELLS[name], 136
+    tiles = []
+    for back in (False, True):
+        problem = Problem(kind_of(dtype, True), H, back, 2)
+        polled = next(plan_of_cell.polled(problem, len(made.gates)))
+        tiles.append((polled, next(plan_of_cell.behind_flags("grid", problem, compiled(made)))))
+    for forward, backward in zip(*tiles, strict=True):
+        precision = "ieee" if dtype == torch.bfloat16 else "tf32x3"
+        plan = Plan("grid", forward, backward, 64, precision, "", 2)
+        check(made, plan, 5, 17, H, 2, form, dtype, "cuda")
 
 
 def run(schedule, seed, made, plan=GRID, form="dense", D=1, strict=False, modules=(forward_module, backward_module)):
