@@ -105,6 +105,12 @@ def build(
     return lstm, x, (h0, *others)
 
 
+def placed(module: nn.Module, like: nn.Module) -> nn.Module:
+    """A module in the dtype and mode and on the device of another."""
+    weight = next(like.parameters())
+    return module.to(weight.device, weight.dtype).train(like.training)
+
+
 def theirs(case: Case, module: nn.Module) -> nn.Module:
     """What a provider is held to, with the weights of a module of build(): nn.LSTM, torch's own module of a cell, or a
     loop over it in torch operations."""
@@ -112,10 +118,9 @@ def theirs(case: Case, module: nn.Module) -> nn.Module:
         return module
     if case.cell not in OF_CELL:
         return Looped(module, False)
-    weight = next(module.parameters())
-    own = OF_CELL[case.cell][1](case.I, case.H).to(weight.device, weight.dtype)
+    own = placed(OF_CELL[case.cell][1](case.I, case.H), module)
     own.load_state_dict(module.state_dict())
-    return own.train(module.training)
+    return own
 
 
 def baseline(case: Case, module: nn.Module, hx: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -123,9 +128,7 @@ def baseline(case: Case, module: nn.Module, hx: tuple[Tensor, ...]) -> tuple[nn.
     can have them."""
     if not case.cell or case.cell in OF_CELL:
         return theirs(case, module), hx
-    weight = next(module.parameters())
-    lstm = nn.LSTM(case.I, case.H).to(weight.device, weight.dtype)
-    return lstm.train(module.training), (hx[0], torch.zeros_like(hx[0]))
+    return placed(nn.LSTM(case.I, case.H), module), (hx[0], torch.zeros_like(hx[0]))
 
 
 def lengths_of(case: Case) -> Tensor:

@@ -117,14 +117,19 @@ class Graphed(nn.Module):
             place.copy_(state)
 
 
+def copy_parameters(module: nn.Module, of: nn.Module) -> None:
+    """Gives a module parameters of the same names and values as another one's."""
+    for name, parameter in of.named_parameters():
+        module.register_parameter(name, nn.Parameter(parameter.detach().clone()))
+
+
 class Stack(nn.Module):
     """Layers and directions over a recurrence of one layer, which each subclass has its own of; dense input."""
 
     def __init__(self, lstm: nn.LSTM) -> None:
         super().__init__()
         self.layers, self.directions = lstm.num_layers, 2 if lstm.bidirectional else 1
-        for name, parameter in lstm.named_parameters():
-            self.register_parameter(name, nn.Parameter(parameter.detach().clone()))
+        copy_parameters(self, lstm)
 
     def layer(self, x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (T, B, I), h0 and c0 (B, H) and weight_ih, weight_hh, bias_ih, bias_hh to y (T, B, H), hn and cn (B, H)."""
@@ -174,18 +179,16 @@ class Looped(nn.Module):
     def __init__(self, recurrent: fused_lstm.Recurrent, compiled: bool) -> None:
         super().__init__()
         self.cell, self.compiled = recurrent.cell, None
-        for name, parameter in recurrent.named_parameters():
-            self.register_parameter(name, nn.Parameter(parameter.detach().clone()))
+        copy_parameters(self, recurrent)
         if compiled:
             torch.compiler.reset()  # as above
             self.compiled = torch.compile(self.step, fullgraph=True, dynamic=False)
 
     def step(self, of_input: Tensor, states: tuple[Tensor, ...], weight_hh: Tensor, bias_hh: Tensor, vectors: Any):
         """h and the other states after a step."""
-        cell = self.cell
-        x, r = (part.chunk(len(cell.gates), -1) for part in (of_input, F.linear(states[0], weight_hh, bias_hh)))
-        found = cell.function(cell.X(*x), cell.R(*r), cell.S(*states), cell.P(*vectors))
-        return tuple(found) if isinstance(found, tuple | list) else (found,)
+        parts = of_input, F.linear(states[0], weight_hh, bias_hh)
+        x, r = (part.chunk(len(self.cell.gates), -1) for part in parts)
+        return self.cell.on_flat(*x, *r, *states, *vectors)
 
     def forward(self, x: Tensor, hx: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Any]:
         weight_ih, weight_hh, bias_ih, bias_hh, *vectors = self.parameters()

@@ -7,7 +7,6 @@ import torch
 
 from . import measure, run, store, timing
 from .cases import CPU
-from .providers import BASELINE
 
 DEVICE = torch.device("cpu")
 WARMUP, ROUNDS = 2, 30
@@ -25,7 +24,7 @@ def test_provider(benchmark, case, provider):
     # One round of nn.LSTM before each of the provider: what drifts on the machine hits both alike.
     benchmark.pedantic(
         timed.calls[provider],
-        setup=lambda: baseline.append(timing.host(timed.calls[BASELINE])),
+        setup=lambda: baseline.append(timing.host(timed.calls[timed.baseline])),
         rounds=ROUNDS,
         warmup_rounds=WARMUP,
     )

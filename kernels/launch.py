@@ -17,7 +17,7 @@ from . import plan_of_cell
 from .environment import DEBUG
 from .equations import Equations
 from .findings import Candidate, Refused
-from .layout import Layout
+from .layout import Layout, words
 from .plan import cuda_device, kind_of, note_spills
 from .planned import Plan
 from .sync import Sync
@@ -81,8 +81,7 @@ def alloc_exchange_buffer(like: Tensor, shape: tuple[int, ...], tiles: Tiles, la
     if not tiles.poll:
         return like.new_zeros(shape) if layout.padded else like.new_empty(shape)
     buffer = like.new_empty(shape)
-    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[buffer.itemsize]
-    buffer.view(words).fill_(-1)
+    words(buffer).fill_(-1)
     return buffer.masked_fill_(layout.past(buffer.shape), 0) if layout.padded else buffer
 
 

@@ -89,3 +89,8 @@ class Stack(NamedTuple):
 
 
 NO_STACK = Stack()  # one layer
+
+
+def words(x: Tensor) -> Tensor:
+    """The same memory as integers, of which -1 is the SENTINEL."""
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])

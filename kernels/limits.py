@@ -41,9 +41,21 @@ def why_not(tiles: Tiles, mode: str, problem: Problem, device: Device) -> list[s
     return reasons if most >= problem.H else [*reasons, f"{why} from H {most + 1} on"]
 
 
+def registers_of_whole(tiles: Tiles, problem: Problem, gates: int) -> int:
+    """Registers of a thread that W_hh takes in one program with all units."""
+    return gates * tiles.units * tiles.units * problem.size // (128 * tiles.warps)
+
+
+def registers_of_polled(tiles: Tiles, problem: Problem, rows: int, columns: int, matrices: int = 1) -> int:
+    """Registers of a thread that take so many rows and columns of as many weights, what is polled and the sums."""
+    weights, polled = matrices * rows * columns * problem.size, tiles.batch * columns * problem.itemsize
+    # A warp has all sums, or two of them for each batch row.
+    return (weights + polled) // (128 * tiles.warps) + max(rows * tiles.batch // 32, 2 * tiles.batch)
+
+
 def why_not_local(tiles: Tiles, problem: Problem, device: Device) -> list[str]:
     """One program has all units, and all of W_hh in its registers."""
-    registers = tiles.units * tiles.units * problem.size // (32 * tiles.warps)
+    registers = registers_of_whole(tiles, problem, 4)
     checks = {
         f"H {problem.H}, a program has {tiles.units} units": tiles.units < problem.H,
         f"W_hh takes {registers} of {MOST_REGISTERS} registers": registers > MOST_REGISTERS,
@@ -75,10 +87,7 @@ def why_not_grid(tiles: Tiles, problem: Problem, device: Device) -> list[str]:
         ),
     }
     if tiles.poll:
-        threads = 32 * tiles.warps
-        weights, polled = matrices * rows * columns * problem.size, tiles.batch * columns * problem.itemsize
-        # A warp has all sums, or two of them for each batch row.
-        registers = (weights + polled) // (4 * threads) + max(rows * tiles.batch // 32, 2 * tiles.batch)
+        registers = registers_of_polled(tiles, problem, rows, columns, matrices)
         checks[f"W_hh, what is polled and sums take {registers} of {MOST_REGISTERS} registers"] = (
             registers > MOST_REGISTERS
         )

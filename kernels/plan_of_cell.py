@@ -16,6 +16,7 @@ from . import model
 from .choice import kind_of, precision_of, why_mode
 from .equations import Equations
 from .findings import Refused, alike
+from .limits import registers_of_polled, registers_of_whole
 from .plan import disable_grid, follow, grid_disabled, hardware_of, why_torch
 from .planned import Plan, composed, name
 from .slots import padded
@@ -69,13 +70,12 @@ def bytes_on_chip(tiles: Tiles, problem: Problem, gates: int) -> int:
 
 def in_registers(tiles: Tiles, problem: Problem, gates: int) -> int:
     """Registers of a thread that W_hh takes; where programs poll, with what is polled and the sums."""
-    slots, threads = padded(gates), 32 * tiles.warps
+    slots = padded(gates)
     if not tiles.poll:
-        return slots * tiles.units * tiles.units * problem.size // (4 * threads)
+        return registers_of_whole(tiles, problem, slots)
     rows = tiles.units * (1 if problem.backward else slots)
     columns = (gates if problem.backward else 1) * ceil_div(problem.H, tiles.chunk) * tiles.chunk
-    taken = rows * columns * problem.size + tiles.batch * columns * problem.itemsize
-    return taken // (4 * threads) + max(rows * tiles.batch // 32, 2 * tiles.batch)
+    return registers_of_polled(tiles, problem, rows, columns)
 
 
 def local(problem: Problem, gates: int) -> Iterator[Tiles]:

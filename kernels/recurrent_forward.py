@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .equations import Equations
 from .launch import SIZES, alloc_exchange_buffer, launch, weight_in_registers
-from .layout import DENSE, Layout, accumulator
+from .layout import DENSE, Layout, accumulator, words
 from .matmul import Weight, load_chunks, recurrent_matmul, shape
 from .plan import Plan
 from .recurrent_latency_forward import recurrent_latency_forward_kernel
@@ -133,8 +133,7 @@ def recurrent_forward_kernel(
 def pollable(states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The same states, of which h lies at whole 16 bytes and is nowhere the SENTINEL."""
     h, *others = states
-    words = h.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[h.itemsize])
-    return h.masked_fill(words == -1, math.nan), *others
+    return h.masked_fill(words(h) == -1, math.nan), *others
 
 
 def recurrent_forward(
