@@ -5,7 +5,7 @@ RUN    := $(VENV)/bin/python
 
 # What runs on torch's path, too.
 ON_TORCH := $(addprefix tests/test_, contract_*.py swap.py sequences.py one_step.py trace.py graphs.py transforms.py mask.py \
-	distributed.py libraries.py module_info.py recurrent.py)
+	distributed.py libraries.py module_info.py recurrent.py session.py quantized.py)
 
 # With which a part of the tests runs, beside the pinned ones, and what runs with each.
 NEWEST := 3.9.0

@@ -120,6 +120,12 @@ _ORDERED = [
     *(Case(mode, T=512, B=64, I=512, H=512, dtype="bf16", form="packed", cell="gru") for mode in BOTH),
     *(_square(64, H, B, dtype, "one step") for H, B, dtype in product([512, 1024], [1, 16], ("bf16", "fp16", "tf32"))),
     *(
+        Case("one step", T=64, B=B, I=H, H=H, dtype=dtype, layers=layers)
+        for (layers, H), B, dtype in product([(2, 96), (3, 160), (4, 736), (2, 1024)], [1, 4, 16], ("bf16", "fp16"))
+    ),
+    *(Case("one step", T=64, B=3, I=650, H=650, dtype=dtype, layers=2, directions=2) for dtype in _MAIN),
+    *(Case("one step", T=64, B=4, I=1024, H=1024, dtype=dtype, layers=2, proj=256) for dtype in _MAIN),
+    *(
         _square(64, H, B, *rest)
         for B, H, *rest in product([4096, 1024, 8192, 256], [384, 256, 1024, 512], (*_MAIN, "fp16"), BOTH)
     ),
@@ -150,6 +156,7 @@ GPU = list(dict.fromkeys([*_ORDERED, *_IN_FP16]))
 CPU = [
     *(_square(128, H, B, "fp32", mode) for (H, B), mode in product([(256, 16), (256, 1), (64, 16)], BOTH)),
     *(_square(128, H, B, "fp32", "one step") for H, B in [(256, 1), (256, 16)]),
+    Case("one step", T=128, B=1, I=160, H=160, dtype="fp32", layers=3),
     *(Case(mode, T=64, B=8, I=64, H=128, dtype="fp32", layers=2, directions=2) for mode in BOTH),
     *(
         Case(mode, T=128, B=16, I=256, H=256, dtype="fp32", form=form)
@@ -169,6 +176,7 @@ DRY = [
     ),
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", layers=4) for mode in BOTH),
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", layers=3, form="alternating") for mode in BOTH),
+    Case("one step", T=3, B=2, I=5, H=7, dtype="fp32", layers=3),
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", proj=3) for mode in BOTH),
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", cell=cell) for cell, mode in product(["gru", "slstm"], BOTH)),
     Case("forward+backward", T=5, B=3, I=5, H=7, dtype="fp32", form="packed", cell="gru"),

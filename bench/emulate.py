@@ -101,9 +101,10 @@ class Emulator:
         return Decoded(guard, run, measure, condition, base if base in CONTROL else "")
 
     def turns(
-        self, loop: Loop, warp: int, program: tuple[int, int, int], programs: tuple[int, int, int], count: int
+        self, loop: Loop | None, warp: int, program: tuple[int, int, int], programs: tuple[int, int, int], count: int
     ) -> list[list[Row]]:
-        """What a warp runs in `count` turns of a loop, after its first; fewer if it leaves the loop before.
+        """What a warp runs in `count` turns of a loop, after its first; fewer if it leaves the loop before. Without a
+        loop all that it runs, as one turn.
 
         program, programs: its ids and how many there are, by axis.
         """
@@ -111,7 +112,7 @@ class Emulator:
         values |= {f"SR_CTAID.{axis}": at for axis, at in zip("XYZ", program, strict=True)}
         values |= {f"SR_NCTAID.{axis}": number for axis, number in zip("XYZ", programs, strict=True)}
         values |= {"SR_TID.X": 32 * warp + LANES, "SR_LANEID": LANES, "SR_CgaCtaId": 0}
-        turns: list[list[Row]] = []
+        turns: list[list[Row]] = [[]] if loop is None else []
         lanes = Lanes()
         place = 0
         for _ in range(LIMIT):
@@ -119,7 +120,7 @@ class Emulator:
             if control == "BSYNC" and lanes.wait(self.code[place].operands[0], place):
                 place = lanes.others()
                 continue
-            if place == loop.head:
+            if loop is not None and place == loop.head:
                 if len(turns) == count + 1:
                     return turns[1:]
                 turns.append([])
@@ -135,7 +136,9 @@ class Emulator:
                 taken = both_hold(active, condition(values)) if condition else active
                 target = self.code[place].target
                 if taken is None:
-                    taken = place == loop.jump  # if it hangs on what is loaded whether the loop goes on, it does
+                    taken = (
+                        loop is not None and place == loop.jump
+                    )  # if it hangs on what is loaded whether the loop goes on, it does
                     if not taken and target <= place:
                         self.undecided.add(place)
                 next_place = lanes.jump(taken, target, next_place)
@@ -146,7 +149,7 @@ class Emulator:
                     break
                 next_place = lanes.others()
             place = lanes.meet(next_place)
-        return turns[1:-1]
+        return turns if loop is None else turns[1:-1]
 
 
 class Lanes:
@@ -223,7 +226,7 @@ def is_predicate(operand: str) -> bool:
 def following(name: str) -> str:
     """The second half of a pair of registers, constants or places in local memory, by the name of the first; of zeros
     and special registers the same."""
-    numbered = re.fullmatch(r"(U?R|c\[0x0\]\[|\[R1\+)(0x[0-9a-f]+|\d+)(\]?)", name)
+    numbered = re.fullmatch(r"(U?R|c\[0x0\]\[(?:R\d+\+)?|\[R1\+)(0x[0-9a-f]+|\d+)(\]?)", name)
     if numbered is None:
         return name
     head, number, tail = numbered.groups()
@@ -248,8 +251,17 @@ def reader(operand: str) -> Read:
     if re.fullmatch(r"0x[0-9a-f]+|\d+", operand):
         number = int(operand, 0) & WORD
         return lambda values: number
+    if indexed := re.fullmatch(r"c\[0x0\]\[(R\d+)\+(0x[0-9a-f]+)\]", operand):
+        register, offset = indexed[1], int(indexed[2], 16)
+        return lambda values: at_register(values, register, offset)
     name = re.sub(r"\.(64|U32|S32)$", "", operand)
     return lambda values: values.get(name)
+
+
+def at_register(values: Values, register: str, offset: int) -> Value:
+    """The constant that lies so many bytes behind the place in a register, which must be one for all lanes."""
+    places = np.unique(values[register]) if values.get(register) is not None else ()
+    return values.get(f"c[0x0][{int(places[0]) + offset:#x}]") if len(places) == 1 else None
 
 
 def wide_reader(operand: str) -> Read:
@@ -332,8 +344,9 @@ def move(opcode: str, operands: tuple[str, ...]) -> Run:
     moves = [(name, reader(source)) for name, source in pairs[:-1]]
 
     def run(values: Values, active: Value) -> None:
-        for name, read in moves:
-            write(values, name, read(values), active)
+        # All is read before the first is written: an index may be in a register that is written.
+        for (name, _), value in zip(moves, [read(values) for _, read in moves], strict=True):
+            write(values, name, value, active)
 
     return run
 

@@ -57,6 +57,10 @@ FORMS = {
     "both directions": ("fused_lstm", _form(512, 16, directions=2)),
     "projection in the loop": ("fused_lstm", _form(4096, 16, I=512, proj=512)),
     "one step": ("fused_lstm", _form(512, 16, mode="one step")),
+    "one step of a stack": ("fused_lstm", _form(736, 1, mode="one step", layers=4)),
+    "one step, both directions": ("fused_lstm", _form(650, 3, mode="one step", layers=2, directions=2)),
+    "one step with a projection": ("fused_lstm", _form(1024, 4, "tf32", mode="one step", layers=2, proj=256)),
+    "one step in a session": ("fused_lstm, session", _form(160, 1, "fp16", mode="one step", layers=3)),
     "lengths": ("fused_lstm", _form(512, 64, form="lengths")),
     "resets": ("fused_lstm", _form(512, 64, form="reset")),
     "packed": ("fused_lstm", _form(512, 64, form="packed")),
@@ -84,7 +88,8 @@ def smoke(form: str, dry: bool) -> None:
     with measure.precision(case.dtype):
         lstm, x, _ = measure.build(case, device)
         with torch.set_grad_enabled(case.mode == "forward+backward"):
-            plan = PROVIDERS[provider].build(lstm).plan(x[:1] if case.mode == "one step" else x)
+            module = PROVIDERS[provider].build(lstm)
+            plan = getattr(module, "module", module).plan(x[:1] if case.mode == "one step" else x)
         # Before a launch that may hang.
         print(f"{plan.mode}, layers {plan.layers}, {plan.forward}, {plan.backward}", flush=True)
         measure.check(case, provider, device)
@@ -133,6 +138,8 @@ def parts(dry: bool, results: Path) -> list[Part]:
     every = ["tests", "--ignore", "tests/test_device.py", "--ignore", "tests/test_lab.py"]  # parts of their own
     device = ["tests/test_numbers.py", "-k", "same_bits"] if dry else ["tests/test_device.py"]
     forms = {form: [*python, "bench.gpu", "--smoke", form, *["--dry"] * dry] for form in FORMS}
+    latency = [*python, "bench.latency", "--results", str(results)]
+    latency += ["--sizes", "2,8", "--calls", "20"] if dry else []
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
     every_part = [
         Part("clocks", 10, {"": smi}, needs="nvidia-smi"),
@@ -141,6 +148,7 @@ def parts(dry: bool, results: Path) -> list[Part]:
         Part("parity", 110, {"": tests(*(["tests/test_recurrence.py"] if dry else every), dry=dry)}),
         # A hang of ours costs 45 s: nothing else takes so long here, not even kernels that were not compiled ahead.
         Part("sweep", 260, {"": [*run, "--providers", "fused_lstm", "--stall", "45"]}, measures=True),
+        Part("latency", 40, {"": latency}),
         Part("micro", 60, {"": [*lab, "exchange", "broadcast", "launch", "matrix"]}, measures=True),
         Part("plans", 70, {"": [*lab, "plans"]}, measures=True),
         Part("tune", 70, {"": [*lab, "tune"]}, measures=True),

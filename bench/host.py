@@ -1,5 +1,5 @@
 """What a call costs the host, beside nn.LSTM's whole call, and a Recurrent's beside nn.GRU's: `python -m bench.host`,
-without a GPU.
+without a GPU. And what a Session's costs beside one step of the module, its graph's replay left out.
 
 The kernels are compiled for an H100 and launched by Triton as there; only the driver is missing, so what remains is
 Python and torch around it. nn.LSTM's call is its CPU path at a size where there is next to nothing to compute. Medians
@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fused_lstm import LSTM, Recurrent, cells
+from fused_lstm import LSTM, Recurrent, Session, cells, session
 from fused_lstm.kernels import plan, plan_of_cell
 from fused_lstm.kernels.tiles import H100
 from fused_lstm.route import known_route
@@ -26,7 +27,7 @@ from fused_lstm.route import known_route
 from .absent import gpu_target
 from .timing import Call
 
-CACHED = known_route, plan.choose, plan_of_cell.choose_for
+CACHED = known_route, plan.choose, plan.choose_one_step, plan_of_cell.choose_for
 SIZES = {"T": 2, "B": 1, "I": 32, "H": 32}
 
 
@@ -70,9 +71,9 @@ def without_driver() -> Iterator[NoDriver]:
         cached.cache_clear()
 
 
-def calls(module: torch.nn.Module) -> dict[str, Call]:
+def calls(module: torch.nn.Module, layers: int = 1) -> dict[str, Call]:
     """By name, what is timed."""
-    x, zeros = torch.randn(SIZES["T"], SIZES["B"], SIZES["I"]), torch.zeros(1, SIZES["B"], SIZES["H"])
+    x, zeros = torch.randn(SIZES["T"], SIZES["B"], SIZES["I"]), torch.zeros(layers, SIZES["B"], SIZES["H"])
     hx = (zeros, zeros) if module.mode == "LSTM" else zeros
 
     def both() -> None:
@@ -88,6 +89,29 @@ def calls(module: torch.nn.Module) -> dict[str, Call]:
     }
 
 
+def in_session(module: LSTM) -> Session:
+    """A Session as on a CUDA device, whose replays do nothing."""
+    captured = lambda steps: ([step() for step in steps], [lambda: None] * len(steps))  # noqa: E731
+    with patch.object(session, "captured", captured), patch.object(session, "has_graphs", lambda device: True):
+        return Session(module, SIZES["B"])
+
+
+def side_by_side(named: dict[str, tuple[Call, Call]], rounds: int, driver: NoDriver) -> None:
+    """Prints the medians of pairs of calls."""
+    for name, pair in named.items():
+        for call in pair:
+            call()  # compiles
+        times: tuple[list[float], list[float]] = [], []
+        for _ in range(rounds):
+            for call, of in zip(pair, times, strict=True):
+                begin = time.perf_counter()
+                call()
+                of.append(1e6 * (time.perf_counter() - begin))
+            driver.launched.clear()
+        base, own = map(median, times)
+        print(f"{name:28}{base:7.1f} {own:8.1f} {own - base:+11.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a call costs the host, beside nn.LSTM's.")
     parser.add_argument("--rounds", type=int, default=2000)
@@ -98,19 +122,17 @@ def main() -> None:
     pairs = (torch.nn.LSTM(*sizes), LSTM(*sizes)), (torch.nn.GRU(*sizes), Recurrent(cells.gru, *sizes))
     with without_driver() as driver:
         for modules in pairs:
+            print(f"{'':28}nn.{modules[0].mode:4}     ours  difference")
             theirs, ours = map(calls, modules)
-            print(f"{'':24}nn.{modules[0].mode:4}     ours  difference")
-            for name in ours:
-                ours[name]()  # compiles
-                times: tuple[list[float], list[float]] = [], []
-                for _ in range(rounds):
-                    for call, of in zip((theirs[name], ours[name]), times, strict=True):
-                        begin = time.perf_counter()
-                        call()
-                        of.append(1e6 * (time.perf_counter() - begin))
-                    driver.launched.clear()
-                base, own = map(median, times)
-                print(f"{name:24}{base:7.0f} {own:8.0f} {own - base:+11.0f}")
+            side_by_side({name: (theirs[name], ours[name]) for name in ours}, rounds, driver)
+        stacks = {}
+        for layers in (1, 2, 4):
+            theirs, ours = (calls(cls(*sizes, layers), layers) for cls in (torch.nn.LSTM, LSTM))
+            stacks[f"one step, {layers} layers"] = theirs["one step"], ours["one step"]
+            running, x = in_session(LSTM(*sizes, layers)), torch.randn(SIZES["B"], SIZES["I"])
+            stacks[f"... in a session, {layers} layers"] = theirs["one step"], partial(running, x)
+        print(f"{'':28}nn.LSTM     ours  difference")
+        side_by_side(stacks, rounds, driver)
 
 
 if __name__ == "__main__":

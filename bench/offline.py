@@ -46,7 +46,6 @@ from fused_lstm.kernels import (
     launch,
     layout,
     matmul,
-    one_step,
     operands,
     polling,
     row_tiles,
@@ -60,7 +59,7 @@ from fused_lstm.kernels import (
     throughput_forward,
 )
 from fused_lstm.kernels.limits import class_of, target
-from fused_lstm.kernels.plan import Plan, choose_kernel, one_step_in, precision_of, projects
+from fused_lstm.kernels.plan import Plan, choose_kernel, projects
 from fused_lstm.kernels.tiles import AMD, DEVICES, H100, Device, Problem, Tiles, without_exchange
 
 from . import limits, model, simulate
@@ -257,9 +256,9 @@ SCANS = ((True, {"lengths", "offsets"}), (False, {"lengths", "starts", "c_reset"
 
 
 def beside(device: str, dtype: str, H: int) -> Iterator[Row]:
-    """What the kernels beside the recurrence take, which have tiles of their own: the scans, dropout of packed rows and
-    one step of I = H."""
-    (torch_dtype, ieee), of_device = DTYPES[dtype], ALL[device]
+    """What the kernels beside the recurrence take, which have tiles of their own: the scans, and dropout of packed
+    rows. Those of one step are in steps.py."""
+    (torch_dtype, _), of_device = DTYPES[dtype], ALL[device]
     row = {"device": device, "dtype": dtype, "H": H}
     for reverse, taken in SCANS:
         absent = {"lengths", "offsets", "starts", "order", "c_reset"} - taken
@@ -269,10 +268,6 @@ def beside(device: str, dtype: str, H: int) -> Iterator[Row]:
     constants = {"H": H, "BLOCK": dropout.BLOCK}
     kernel = compile_for(of_device, dropout.drop_kernel, torch_dtype, constants, (), {})
     yield row | {"kernel": "dropout", "takes": ["lengths", "offsets"], "usage": usage(kernel)}
-    plan = one_step_in(precision_of(torch_dtype, ieee, of_device), of_device.gcn)
-    made = launch.specialized(one_step.one_step_kernel, plan, plan.forward, H, H, I=H)
-    kernel = compile_for(of_device, made.kernel, torch_dtype, made.constants, (), made.options, in_accumulator=())
-    yield row | {"kernel": "one step", "takes": [], "usage": usage(kernel)}
 
 
 def usage(kernel: CompiledKernel) -> dict[str, int]:
@@ -564,11 +559,11 @@ def tabulate(asked: limits.Asked, fresh: bool, devices: list[str]) -> bool:
         print(f"{at}/{len(wanted)} {name} {known[name].get('resources') or known[name]['error']}", flush=True)
     rows = [*others, *(known[name] for name in wanted)]
     write(path, rows)
-    from . import cells  # which compiles as this does
+    from . import cells, steps  # which compile as this does
 
-    of_cells = cells.tabulate(results)
+    passed = [part.tabulate(results) for part in (cells, steps)]
     (results / "README.md").write_text(table(results), encoding="utf-8")
-    return of_cells and not any(map(fails, rows))
+    return all(passed) and not any(map(fails, rows))
 
 
 def is_in_turn(row: Row) -> bool:
@@ -582,7 +577,7 @@ def planned(group: Row) -> Row:
 
 def table(results: Path) -> str:
     """The Markdown table of all files of a folder, made from these alone."""
-    from . import cells
+    from . import cells, steps
 
     files = {path.stem.removeprefix("triton-"): read(path) for path in sorted(results.glob("triton-*.jsonl"))}
     rows: dict[str, dict[str, Row]] = {}
@@ -627,7 +622,7 @@ def table(results: Path) -> str:
     for of_target in TABULATED:
         lines += ["", f"## {of_target}", "", f"| {head} |", "| --- " * (head.count("|") + 1) + "|"]
         lines += [f"| {' | '.join(cells_of(row))} |" for row in rows.values() if first(row)["target"] == of_target]
-    return "\n".join([*lines, *cells.table(results)]) + "\n"
+    return "\n".join([*lines, *cells.table(results), *steps.table(results)]) + "\n"
 
 
 def bare(row: Row) -> float:

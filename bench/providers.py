@@ -117,6 +117,25 @@ class Graphed(nn.Module):
             place.copy_(state)
 
 
+class InSession(nn.Module):
+    """A module as a Session, which keeps the state from call to call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.session = module, None
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if self.session is None:
+            self.session = fused_lstm.Session(self.module, x.shape[1])
+        if hx is not self.hx:
+            self.session.hx = hx
+        y = self.session(x[0])[None].clone()
+        self.hx = self.session.hx
+        return y, self.hx
+
+    hx: Any = None
+
+
 def copy_parameters(module: nn.Module, of: nn.Module) -> None:
     """Gives a module parameters of the same names and values as another one's."""
     for name, parameter in of.named_parameters():
@@ -254,6 +273,7 @@ PROVIDERS = {
     "fused_lstm, recompute": Provider(recomputing, runs=_remembers),
     "nn.LSTM, checkpointed": Provider(checkpointed, runs=_remembers),
     "fused_lstm, CUDA graph": Provider(lambda lstm: Graphed(fused(lstm)), _step_on_cuda),
+    "fused_lstm, session": Provider(lambda lstm: InSession(fused(lstm)), lambda case: case.mode == "one step"),
     "nn.LSTM, CUDA graph": Provider(lambda lstm: Graphed(copied(lstm)), _step_on_cuda),
     "compiled cell": Provider(compiled_cell, lambda case: case.form == "dense" and not (case.proj or _remembers(case))),
     "TorchRL": Provider(TorchRL, lambda case: _one_layer(case) and case.torch_dtype == torch.float32, "torchrl"),

@@ -665,6 +665,60 @@ def simulate_code(
     )
 
 
+class Run(NamedTuple):
+    """When, in cycles since a program began, it has left what others wait for, and when it has ended."""
+
+    left: float
+    ended: float
+
+
+def simulate_once(
+    kernel: CompiledKernel,
+    sizes: Mapping[str, int],
+    programs: tuple[int, int, int],
+    program: tuple[int, int, int],
+    *,
+    arrives: float = 0.0,
+    handed: str = "exchange",
+    resident: int | None = None,
+    clocks: Clocks | None = None,
+) -> Run:
+    """Simulates a program of a kernel without a time loop, from its first instruction to its last.
+
+    Args:
+        kernel: for a capability of 8.0 or 9.0.
+        sizes: its 32-bit arguments, by name.
+        programs: of the launch, by axis. program: its ids.
+        arrives: the cycle at which what it waits for can be seen.
+        handed: the argument with what it leaves for others; of a record its first tensor.
+        resident: how many share what L2 gives; all, if left out.
+        clocks: Clocks() if left out.
+    """
+    clocks = clocks or Clocks()
+    constants, regions = arguments(kernel, sizes)
+    constants |= {f"c[0x0][{0xC + 4 * axis:#x}]": count for axis, count in enumerate(programs)}
+    code = sass.parse(sass.disassemble(kernel.asm["cubin"]))
+    emulator = emulate.Emulator(code, constants)
+    traces = [emulator.turns(None, warp, program, programs, 1) for warp in range(kernel.metadata.num_warps)]
+    bodies = {jump: code[code[jump].target : jump] for jump in emulator.undecided}
+    awaited = {one.place for body in bodies.values() for one in body if one.base in FROM_L2}
+    # Of a record Triton names its tensors alike, or by their places or their own names behind a point.
+    region = next((region for name, region in regions.items() if name.partition(".")[0] == handed), None)
+    published = {
+        place
+        for trace in traces
+        for place, access in trace[0]
+        if code[place].base == "STG" and access.space == "global" and access.region == region
+    }
+    spins = {jump: Spin(body[0].place, False, 1, 0) for jump, body in bodies.items()}
+    shared = min(clocks.l2_port, clocks.l2_bytes / min(resident or math.prod(programs), H100.multiprocessors))
+    machine = Multiprocessor(code, traces, Exchange(spins, awaited, published, lambda access: 0), clocks, shared)
+    machine.visible[0, 1] = arrives  # type: ignore[assignment]
+    machine.run()
+    left = machine.visible[0, 0]
+    return Run(left, max(warp.begins[1] or 0.0 for warp in machine.warps))
+
+
 def launches_of(plan: Plan, name: str, H: int, B: int, device: Device) -> tuple[tuple[int, int, int], int]:
     """The programs of the first launch of a plan in mode "grid", or of the only one in mode "local", and how many
     launches, or tiles in turn, follow one another. Args as simulate_plan()."""

@@ -9,11 +9,13 @@ The second training differs from the first in two lines:
     + import fused_lstm
     + fused_lstm.swap(model)
 
-Prints losses and speeds, text written by the swapped model, and whether the two agree (exit status 1 if not); draws
-both loss curves. The text is the standard library of the running Python: each version has its own numbers.
+Prints losses and speeds, text written by the swapped model, its loss with weights of 8 bits, and whether the two agree
+(exit status 1 if not); draws both loss curves. The text is the standard library of the running Python: each version has
+its own numbers.
 """
 
 import argparse
+import copy
 import math
 import os
 import re
@@ -68,24 +70,40 @@ def source(modules: str) -> str:
     return re.sub(r"((.)\2{3})\2+", r"\1", text)  # no long runs, which a young model would repeat for ever
 
 
+State = tuple[Tensor, Tensor]
+
+
+def loss_of(
+    model: CharLM, text: Tensor, step: int, state: State | None, args: argparse.Namespace
+) -> tuple[Tensor, State]:
+    """The loss of a step in bits a character, and the state for the next one."""
+    # Each row of the batch reads on where it stopped the step before; past the end, the text starts over.
+    chunks = text.unfold(0, args.length + 1, args.length)
+    rows = torch.arange(args.batch, device=args.device) * (len(chunks) // args.batch)
+    chunk = chunks[(rows + step) % len(chunks)]
+    logits, (h, c) = model(chunk[:, :-1], state)
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), chunk[:, 1:].flatten())
+    # The state goes on to the next chunk, the gradient stops here.
+    return loss / math.log(2), (h.detach(), c.detach())
+
+
+@torch.no_grad()
+def validate(model: CharLM, held_out: Tensor, args: argparse.Namespace) -> float:
+    """The mean loss of a tenth as many steps as are trained."""
+    state, losses = None, []
+    for step in range(max(1, args.steps // 10)):
+        loss, state = loss_of(model, held_out, step, state, args)
+        losses.append(loss.item())
+    return statistics.fmean(losses)
+
+
 def train(name: str, model: CharLM, text: Tensor, held_out: Tensor, args: argparse.Namespace) -> Run:
-    """Trains by truncated backpropagation through time, then validates on a tenth as many chunks."""
-
-    def loss_of(text: Tensor, step: int, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        # Each row of the batch reads on where it stopped the step before; past the end, the text starts over.
-        chunks = text.unfold(0, args.length + 1, args.length)
-        rows = torch.arange(args.batch, device=args.device) * (len(chunks) // args.batch)
-        chunk = chunks[(rows + step) % len(chunks)]
-        logits, (h, c) = model(chunk[:, :-1], state)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), chunk[:, 1:].flatten())
-        # The state goes on to the next chunk, the gradient stops here.
-        return loss / math.log(2), (h.detach(), c.detach())
-
+    """Trains by truncated backpropagation through time, then validates."""
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
     state, losses, seconds = None, [], []
     for step in (bar := trange(args.steps, desc=f"{name:10}", unit="step")):
         start = time.perf_counter()
-        loss, state = loss_of(text, step, state)
+        loss, state = loss_of(model, text, step, state, args)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -93,13 +111,8 @@ def train(name: str, model: CharLM, text: Tensor, held_out: Tensor, args: argpar
         losses.append(loss.item())  # waits for the GPU, so that the clock below is right
         seconds.append(time.perf_counter() - start)
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    state, validation = None, []
-    with torch.no_grad():
-        for step in range(max(1, args.steps // 10)):
-            loss, state = loss_of(held_out, step, state)
-            validation.append(loss.item())
     # The median leaves out what only the first steps pay: warm-up and compilation.
-    return Run(losses, statistics.fmean(validation), args.batch * args.length / statistics.median(seconds))
+    return Run(losses, validate(model, held_out, args), args.batch * args.length / statistics.median(seconds))
 
 
 @torch.no_grad()
@@ -187,6 +200,12 @@ def main() -> int:
     print(f"\n{table(theirs, ours)}\n\nWritten by the swapped model, one character at a time:")
     print(write(model, characters, min(500, 10 * args.steps), args.device))
     plot(theirs, ours, args.batch * args.length, args.png)
+    for kind in ("int8", "fp8"):
+        narrow = copy.deepcopy(model)
+        fused_lstm.quantize(narrow, kind)
+        loss = validate(narrow, data[1], args)
+        print(f"\nHeld-out loss with weights of {kind}: {loss:.4f}, {loss - ours.validation:+.4f}", end="")
+    print()
     plan = model.lstm.plan(model.embed(torch.zeros(args.batch, args.length, dtype=torch.long, device=args.device)))
     # On a GPU not even nn.LSTM repeats itself to the last bit.
     agree, numbers = compare(theirs, ours, exact=args.device == "cpu" and plan.mode == "torch")

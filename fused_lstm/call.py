@@ -35,6 +35,7 @@ class Call(NamedTuple):
     """The arguments of lstm(), checked; starts: the resets, (T, B) bool.
 
     h0: (L*D, B, Hout). c0: (L*D, B, H). weights: per layer, then direction, as nn.LSTM lists them.
+    scales: as lstm() takes them.
     """
 
     input: Tensor
@@ -47,6 +48,7 @@ class Call(NamedTuple):
     options: Options
     ieee: bool | None = None
     record: Record | None = None
+    scales: list[Tensor] | None = None
 
     @property
     def hx(self) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence as Iterable
 
+import torch
 from torch import _VF, Tensor
 
 from . import masks
@@ -11,6 +12,7 @@ from .checks import checked, checked_recompute
 from .paths import RUN
 from .route import Route, full_precision_of_cell, route_of
 from .tensors import check_tensors, prepared
+from .weights import is_wide, widened
 
 # Is shown every call before it runs: of tuning.py.
 watch: Callable[[Call], object] | None = None
@@ -37,6 +39,7 @@ def lstm(
     recompute: bool | int = False,
     ieee: bool | None = None,
     record: Record | None = None,
+    scales: list[Tensor] | None = None,
 ) -> Result:
     """Runs a stack of LSTM layers, in the form that its plan chooses.
 
@@ -68,6 +71,9 @@ def lstm(
             (T, B, 4H), or (rows, ...) packed, as they are saved for backward, zero past a row's end; only to be read:
             the kernels let no gradient through c and gates. At a skipped step gates are zero, and y and c as mask_to
             says.
+        scales: (4H,) each, in the input's dtype, of weight_ih, then weight_hh of each layer and direction: these
+            weights have 8 bits, int8 or float8_e4m3fn, and a row of them is its scale times their numbers. None: all
+            weights are of the input's dtype.
 
     Returns:
         y: as input with D*Hout features; hn, cn: as hx; the States, None without return_states.
@@ -82,7 +88,7 @@ def lstm(
     lengths, starts, mask = checked(input, batch_first, batch_sizes, lengths, reset, reset_to, mask, mask_to)
     to_hx, chunk = reset_to == "hx", checked_recompute(recompute)
     options = Options(bias, num_layers, dropout, training, bidirectional, batch_first, to_hx, return_states, chunk)
-    call = Call(input, *hx, weights, batch_sizes, lengths, starts, options, ieee, record)
+    call = Call(input, *hx, weights, batch_sizes, lengths, starts, options, ieee, record, scales)
     return run(call) if mask is None else masks.run(call, mask, mask_to, run)
 
 
@@ -95,11 +101,25 @@ def run(call: Call) -> Result:
 
 def run_on(route: Route, call: Call) -> Result:
     """run() on its route."""
+    if call.scales is not None and not takes_scales(route):
+        call = call._replace(weights=wide_weights(call), scales=None)
     if route.path != "torch":
         call = prepared(call)
     elif call.lengths is not None or call.starts is not None:
         check_tensors(call)
     return RUN[route.path](call, route)
+
+
+def takes_scales(route: Route) -> bool:
+    """Whether weights of 8 bits are multiplied as they are."""
+    return route.path == "one step" and not torch._C._is_any_autocast_enabled()
+
+
+def wide_weights(call: Call) -> list[Tensor]:
+    """The weights of a call in the dtype of the scales."""
+    assert call.scales is not None
+    scales = iter(call.scales)
+    return [weight if weight.dim() < 2 or is_wide(weight) else widened(weight, next(scales)) for weight in call.weights]
 
 
 def lstm_cell(

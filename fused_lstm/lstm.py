@@ -47,6 +47,8 @@ class LSTM(Refusing, nn.RNNBase):
 
     # Of the class too: a swapped module has no attribute of its own.
     recompute: bool | int = False
+    # To what quantize() has quantized the weights; "" for nothing.
+    quantized: str = ""
 
     # Subclassing RNNBase and not nn.LSTM: torch.compile refuses every instance of nn.LSTM.
     def __init__(
@@ -194,6 +196,10 @@ class LSTM(Refusing, nn.RNNBase):
             states.append(state)
         return states[0], states[1]
 
+    def _weights(self) -> tuple[list[Tensor], list[Tensor] | None]:
+        """The weights in nn.LSTM's order, and as lstm() takes them the scales of those that are quantized."""
+        return self._flat_weights, None  # type: ignore[return-value]
+
     def _run(
         self,
         data: Tensor,
@@ -203,10 +209,11 @@ class LSTM(Refusing, nn.RNNBase):
         options: dict[str, Any],
     ) -> tuple[Any, ...]:
         self.check_forward_args(data, hx, batch_sizes)
+        weights, scales = self._weights()
         y, hn, cn, states = lstm(
             data,
             self.permute_hidden(hx, permutation),
-            self._flat_weights,  # type: ignore[arg-type]
+            weights,
             bias=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
@@ -215,6 +222,7 @@ class LSTM(Refusing, nn.RNNBase):
             batch_first=self.batch_first and batch_sizes is None,
             batch_sizes=batch_sizes,
             recompute=self.recompute,
+            scales=scales,
             **options,
         )
         return (y, (hn, cn)) if states is None else (y, (hn, cn), states)
@@ -241,8 +249,8 @@ class LSTM(Refusing, nn.RNNBase):
             recompute=checked_recompute(self.recompute),
         )
         context, sizes = Context.of(data, *self.parameters()), (B, self.hidden_size, self.proj_size)
-        dtype, ieee = autocast_dtype(data), full_precision()
-        return plan_of(Form(options, context, data.device, dtype, *sizes, T == 1, cut=packed, ieee=ieee))
+        form = Form(options, context, data.device, autocast_dtype(data), *sizes, T == 1, packed)
+        return plan_of(form._replace(ieee=full_precision(), weights=self.quantized))
 
 
 class LSTMCell(Refusing, nn.LSTMCell):

@@ -11,10 +11,11 @@ from torch import Tensor
 from . import stand_in, vmap
 from .kernels.environment import WHY_NO_TRITON
 from .kernels.findings import Candidate, Refused, findings_on
-from .kernels.layout import Layout, Stack, accumulator
-from .kernels.plan import Plan, choose, choose_one_step, hardware_of, kind_of, refuse
+from .kernels.layout import Layout, Stack, StepWeights, accumulator
+from .kernels.plan import Plan, choose, choose_one_step, hardware_of, kind_of, kind_of_weights, refuse, step_mode
 from .kernels.tiles import Problem
 from .records import flatten, record, schema, unflatten
+from .weights import weights_of
 
 if WHY_NO_TRITON is None:
     from .kernels import backward as backward_kernel
@@ -284,47 +285,52 @@ def _dropout(a: DropoutArgs) -> Tensor:
 
 @record
 class OneStepArgs(NamedTuple):
-    """As kernels.one_step.one_step takes them; weights: of all layers in nn.LSTM's order."""
+    """As kernels.one_step.one_step takes them; weights: of all layers and directions in nn.LSTM's order. scales: of
+    weight_ih, then weight_hh of each, if these have 8 bits; otherwise none."""
 
     x: Tensor
     h0: Tensor
     c0: Tensor
     weights: list[Tensor]
+    scales: list[Tensor]
     bias: bool
+    directions: int
     ieee: bool
 
 
-def _one_step(a: OneStepArgs) -> tuple[Tensor, Tensor]:
-    x, h0, c0 = a.x, a.h0, a.c0
-    L, B, H = h0.shape
-    per_layer = 4 if a.bias else 2
-    layers = []
-    for layer in range(L):
-        weights = a.weights[per_layer * layer : per_layer * (layer + 1)]
-        weight_ih, weight_hh = weights[:2]
-        features = x.shape[-1] if layer == 0 else H
-        if weight_hh.shape != (4 * H, H) or weight_ih.shape[0] != 4 * H:
-            raise RuntimeError(
-                f"hidden size {H} takes weight_hh of size {(4 * H, H)} and {4 * H} gates, "
-                f"got {tuple(weight_hh.shape)} and {weight_ih.shape[0]}"
-            )
-        if weight_ih.shape[1] != features or c0.shape != h0.shape or x.shape[0] != B:
-            raise RuntimeError(f"{tuple(weight_ih.shape)} takes {weight_ih.shape[1]} features, got {features}")
-        tensors = [weight.contiguous() for weight in weights]
-        layers.append((*tensors, None, None) if len(tensors) == 2 else tuple(tensors))
-    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
-    plan = choose_one_step(x.dtype, H, x.device, a.ieee)
-    if plan.mode != "torch":
+def _one_step(a: OneStepArgs, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    x, h0, c0, D = a.x, a.h0, a.c0, a.directions
+    (R, B, out), H = h0.shape, c0.shape[2]
+    weights, features = weights_of(a.weights, a.bias, R), x.shape[1]
+    for k, w in enumerate(weights):
+        if k == D:
+            features = D * out
+        wanted = (4 * H, features), (4 * H, out), None if w.weight_hr is None else (out, H)
+        found = w.weight_ih.shape, w.weight_hh.shape, None if w.weight_hr is None else w.weight_hr.shape
+        if found != wanted:
+            raise RuntimeError(f"{features} features and hidden size {H} take weights of sizes {wanted}, got {found}")
+    if (w.weight_hr is None) != (out == H) or c0.shape != (R, B, H) or x.shape[0] != B or R % D:
+        raise RuntimeError(f"states of {tuple(h0.shape)} and {tuple(c0.shape)} do not go with {B} rows and the weights")
+    narrow = kind_of_weights(a.weights[0].dtype)
+    if bool(narrow) != bool(a.scales) or (a.scales and [scale.shape for scale in a.scales] != [(4 * H,)] * (2 * R)):
+        raise RuntimeError(f"weights of {a.weights[0].dtype} do not go with {len(a.scales)} scales")
+    sizes = x.dtype, B, H, x.device, a.ieee, D, R // D, out if out < H else 0, narrow
+    while (plan := choose_one_step(*sizes)).mode != "torch":
         try:
-            return one_step_kernel.one_step(x, h0, c0, layers, plan=plan)
+            states = x.contiguous(), h0.contiguous(), c0.contiguous()
+            return one_step_kernel.one_step(*states, StepWeights.of(weights, a.scales), plan=plan, keep=keep)
         except Refused as refused:
-            candidate = Candidate.of(Problem(kind_of(x.dtype, a.ieee), H), plan.mode, plan.tiles(False))
+            problem = Problem(kind_of(x.dtype, a.ieee), H, False, D, plan.layers, out if out < H else 0)
+            candidate = Candidate.of(problem, step_mode(narrow), plan.tiles(False))
+            if candidate in findings_on(hardware_of(x.device)).refused:
+                raise  # the plan has it all the same
             refuse(x.device, candidate, refused)
-    return stand_in.one_step(x, h0, c0, layers)
+    return stand_in.one_step(x, h0, c0, weights, a.scales, D)
 
 
-def _one_step_fake(a: OneStepArgs) -> tuple[Tensor, Tensor]:
-    return a.h0.new_empty(a.h0.shape), a.c0.new_empty(a.c0.shape)
+def _one_step_fake(a: OneStepArgs) -> tuple[Tensor, Tensor, Tensor]:
+    y = a.x.new_empty(a.x.shape[0], a.directions * a.h0.shape[2])
+    return y, a.h0.new_empty(a.h0.shape), a.c0.new_empty(a.c0.shape)
 
 
 _FORWARD = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -332,10 +338,10 @@ _FORWARD = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 forward = Operator("forward", ForwardArgs, _FORWARD, _launched, _forward_fake, {"over_input": True})
 backward = Operator("backward", BackwardArgs, "(Tensor, Tensor, Tensor, Tensor)", _launched, _backward_fake)
 dropout = Operator("dropout", DropoutArgs, "Tensor", _dropout, lambda a: a.y.new_empty(a.y.shape))
-one_step = Operator("one_step", OneStepArgs, "(Tensor, Tensor)", _one_step, _one_step_fake)
+one_step = Operator("one_step", OneStepArgs, "(Tensor, Tensor, Tensor)", _one_step, _one_step_fake, {"keep": True})
 
 # y, c and gates, and dgates and dh_steps, have all steps.
 forward.custom.register_vmap(vmap.as_more_rows(forward.overload, of_all_steps=(True, False, False, True, True)))
 backward.custom.register_vmap(vmap.as_more_rows(backward.overload, of_all_steps=(True, False, False, True)))
-one_step.custom.register_vmap(vmap.as_more_rows(one_step.overload, of_all_steps=(False, False)))
+one_step.custom.register_vmap(vmap.as_more_rows(one_step.overload, of_all_steps=(False, False, False)))
 dropout.custom.register_vmap(vmap.one_by_one(dropout.overload))

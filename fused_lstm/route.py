@@ -25,6 +25,7 @@ from .kernels.plan import (
     hardware_of,
     in_kernel,
     kind_of,
+    kind_of_weights,
     layers_together,
 )
 from .kernels.planned import on_torch, with_memory_estimate
@@ -45,6 +46,7 @@ class Form(NamedTuple):
     one_step: T is 1. cut: rows have lengths or resets, or are packed. record: all is asked for.
     time_first: the memory of the input has time in front, whatever batch_first says.
     ieee: float32 products in full precision.
+    weights: "int8" or "fp8", of which weight_ih and weight_hh are; "" for the dtype.
     """
 
     options: Options
@@ -59,6 +61,7 @@ class Form(NamedTuple):
     record: bool = False
     time_first: bool = True
     ieee: bool = True
+    weights: str = ""
 
 
 class Route(NamedTuple):
@@ -94,6 +97,7 @@ def form_of(call: Call) -> Form:
         call.record is not None,
         not options.batch_first or input.transpose(0, 1).is_contiguous(),
         full_precision() if call.ieee is None else call.ieee,
+        "" if call.scales is None else kind_of_weights(call.weights[0].dtype),
     )
 
 
@@ -227,16 +231,23 @@ def compiled_plan(dtype: torch.dtype, H: int, device: torch.device, directions: 
 def takes_one_step(form: Form) -> bool:
     """Whether the kernel of one step serves a call on the kernels' path."""
     options = form.options
-    several = options.bidirectional or form.P > 0 or options.use_dropout
-    if not form.one_step or several or form.context.saves or form.cut or form.record or options.return_states:
+    if not form.one_step or options.use_dropout or form.context.saves or form.cut or form.record:
         return False
-    return has_one_step(form.dtype, form.H, form.device, form.ieee)
+    return not options.return_states and one_step_plan(form).mode != "torch"
+
+
+def one_step_plan(form: Form) -> Plan:
+    """The plan of one step; in a graph that for a middling B."""
+    B = form.B if type(form.B) is int and not form.context.compiled else COMPILED_B
+    directions, layers = form.options.directions, form.options.num_layers
+    sizes = directions, layers, form.P, form.weights
+    return known_one_step(form.dtype, B, form.H, form.device, form.ieee, *sizes)
 
 
 @constant
-def has_one_step(dtype: torch.dtype, H: int, device: torch.device, ieee: bool) -> bool:
-    """Whether the kernel of one step runs."""
-    return choose_one_step(dtype, H, device, ieee).mode != "torch"
+def known_one_step(*form: Any) -> Plan:
+    """choose_one_step()."""
+    return choose_one_step(*form)
 
 
 def chunk_of(form: Form) -> int:
@@ -282,7 +293,7 @@ def plan_of(form: Form) -> Plan:
     if (plan := torch_plan(form)) is not None:
         return plan
     if takes_one_step(form):
-        return choose_one_step(form.dtype, form.H, form.device, form.ieee)
+        return one_step_plan(form)
     options, chunk = form.options, chunk_of(form)
     groups = groups_of(form, bool(form.P or chunk or options.bidirectional))
     proj = form.P if form.P and projects_in_kernel(form) else 0

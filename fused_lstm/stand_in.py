@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from . import reference
 from .kernels.layout import DENSE, NO_STACK, Layout, Stack, accumulator
-from .weights import cat
+from .weights import Weights, cat, widened
 
 
 def forward(
@@ -150,14 +150,25 @@ def uniform(seed: Tensor, *counter: Tensor) -> Tensor:
     return signed.to(torch.float32) * 4.6566127342e-10
 
 
-def one_step(x: Tensor, h0: Tensor, c0: Tensor, weights: list[Any]) -> tuple[Tensor, Tensor]:
-    """As kernels.one_step.one_step."""
-    ends = []
-    for h, c, (weight_ih, weight_hh, bias_ih, bias_hh) in zip(h0, c0, weights, strict=True):
-        ends.append(torch.lstm_cell(x, (h, c), weight_ih, weight_hh, bias_ih, bias_hh))
-        x = ends[-1][0]
+def one_step(
+    x: Tensor, h0: Tensor, c0: Tensor, weights: tuple[Weights, ...], scales: list[Tensor], directions: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As kernels.one_step.one_step; scales: as operators.OneStepArgs has them."""
+    ends: list[tuple[Tensor, Tensor]] = []
+    for k, (h, c, w) in enumerate(zip(h0, c0, weights, strict=True)):
+        if scales:
+            both = zip((w.weight_ih, w.weight_hh), scales[2 * k : 2 * k + 2], strict=True)
+            weight_ih, weight_hh = (widened(*each) for each in both)
+            w = w._replace(weight_ih=weight_ih, weight_hh=weight_hh)
+        gates = linear(x, w.weight_ih, w.bias_ih) + linear(h, w.weight_hh, w.bias_hh)
+        i, f, g, o = gates.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        ends.append((h if w.weight_hr is None else linear(h, w.weight_hr), c))
+        if (k + 1) % directions == 0:
+            x = torch.cat([h for h, _ in ends[-directions:]], -1)
     hn, cn = (torch.stack(states) for states in zip(*ends, strict=True))
-    return hn, cn
+    return x, hn, cn
 
 
 def scan(

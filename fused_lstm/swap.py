@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from .lstm import LSTM, LSTMCell
+from .quantized import QuantizedLSTM
 
 
 def swap(model: nn.Module, back: bool = False) -> int:
@@ -17,7 +18,8 @@ def swap(model: nn.Module, back: bool = False) -> int:
 
     Args:
         model: any module.
-        back: turn fused_lstm's into torch's instead.
+        back: turn fused_lstm's into torch's instead, also what quantize() has quantized, whose weights are then what
+            their 8 bits stand for.
 
     Returns:
         How many modules were turned.
@@ -26,13 +28,19 @@ def swap(model: nn.Module, back: bool = False) -> int:
         RuntimeError: a module whose forward has been replaced by a function that holds the old one, so that it would
             still run; the error names it, and nothing is turned.
     """
-    pairs = [(LSTM, nn.LSTM), (LSTMCell, nn.LSTMCell)] if back else [(nn.LSTM, LSTM), (nn.LSTMCell, LSTMCell)]
+    pairs = (
+        [(LSTM, nn.LSTM), (QuantizedLSTM, nn.LSTM), (LSTMCell, nn.LSTMCell)]
+        if back
+        else [(nn.LSTM, LSTM), (nn.LSTMCell, LSTMCell)]
+    )
     turned = []
     for name, module in model.named_modules():
         for old, new in pairs:
             if (cls := turned_class(type(module), old, new)) is not None:
                 turned.append((module, cls, rebound(name, module, old, new)))
     for module, cls, methods in turned:
+        if isinstance(module, QuantizedLSTM):
+            module.dequantize()
         module.__class__ = cls
         vars(module).update(methods)
     return len(turned)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .call import Call
 from .route import autocast_dtype
+from .weights import is_wide
 
 
 def prepared(call: Call) -> Call:
@@ -23,7 +24,10 @@ def in_autocast(tensors: list[Tensor]) -> list[Tensor]:
 
 def check_tensors(call: Call) -> None:
     """Raises for what torch's own LSTM refuses and the module does not check."""
-    check_same(call.input, call.steps, (call.h0, call.c0), call.weights)
+    weights = call.weights
+    if call.scales is not None:
+        weights = [*call.scales, *filter(is_wide, weights)]
+    check_same(call.input, call.steps, (call.h0, call.c0), weights)
 
 
 def check_same(input: Tensor, steps: int, hx: tuple[Tensor, ...], weights: list[Tensor]) -> None:

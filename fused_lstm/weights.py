@@ -36,6 +36,17 @@ def weights_of(flat: list[Tensor], bias: bool, count: int) -> tuple[Weights, ...
     return tuple(found)
 
 
+def is_wide(weight: Tensor) -> bool:
+    """Whether a weight is none of 8 bits."""
+    return weight.itemsize > 1
+
+
+def widened(q: Tensor, scale: Tensor) -> Tensor:
+    """A weight of 8 bits, scale * q, in the scale's dtype. q: (rows, columns). scale: (rows,)."""
+    exact = torch.promote_types(scale.dtype, torch.float32)
+    return (q.to(exact) * scale.to(exact)[:, None]).to(scale.dtype)
+
+
 def projections(weights: tuple[Weights, ...]) -> list[Tensor]:
     """W_hr (P, H) of each; none without."""
     return [w.weight_hr for w in weights if w.weight_hr is not None]

@@ -20,7 +20,7 @@ from .findings import Candidate, Refused
 from .layout import Layout, words
 from .plan import cuda_device, kind_of, note_spills
 from .planned import Plan
-from .sync import Sync
+from .sync import Sync, raise_if_stuck
 from .tiles import Problem, Tiles, ceil_div, in_turn, max_coresident, programs_of
 
 # Of every kernel: later Tritons have another default, and other sums.
@@ -174,6 +174,11 @@ def arguments_key(args: Args, sizes: tuple[int, ...]) -> Any:
     if max(sizes) >= 2**31:
         key.append(tuple(size < 2**31 for size in sizes))
     return tuple(key)
+
+
+def aligned(key: Any) -> bool:
+    """Whether all tensors of an arguments_key() are aligned to 16 bytes."""
+    return type(key[-1]) is not bool
 
 
 def flat(args: Args) -> Iterator[Tensor | None]:
@@ -338,9 +343,4 @@ def launch(
                     numbers = *sizes, first_recurrence, row_begin, begin, end
                     of_phase.launch(programs, args_and_sync, numbers, code)
     if timeout_info is not None:
-        stuck, program, group, step_of_wait = timeout_info.tolist()
-        if stuck:
-            raise RuntimeError(
-                f"program {program} of batch group {group} waited in vain for step {step_of_wait - 1} of the others, "
-                f"in {kernel.__name__} under {plan!r}"
-            )
+        raise_if_stuck(timeout_info, kernel.__name__, plan)

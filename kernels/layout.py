@@ -1,5 +1,6 @@
 """Where a sequence lies among the rows of a tensor, and what leads from layer to layer: what every launcher takes."""
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,33 @@ class Stack(NamedTuple):
 
 
 NO_STACK = Stack()  # one layer
+
+
+class StepWeights(NamedTuple):
+    """Of each layer and direction, layer by layer: weight_ih (4H, I or D*O), weight_hh (4H, O), bias_ih and bias_hh
+    (4H), weight_hr (P, H) of a projection; O is P with one, H without. All contiguous, and of one dtype; but weight_ih
+    and weight_hh may have 8 bits, and then scale_ih and scale_hh (4H) say what a 1 in each row stands for."""
+
+    weight_ih: tuple[Tensor, ...]
+    weight_hh: tuple[Tensor, ...]
+    bias_ih: tuple[Tensor, ...] | None
+    bias_hh: tuple[Tensor, ...] | None
+    weight_hr: tuple[Tensor, ...] | None
+    scale_ih: tuple[Tensor, ...] | None = None
+    scale_hh: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def of(cls, recurrences: Iterable[tuple[Tensor | None, ...]], scales: Sequence[Tensor] = ()) -> "StepWeights":
+        """Of the first five of each layer and direction; scales: of weight_ih and weight_hh of each, if they have 8
+        bits."""
+        columns = zip(*recurrences, strict=True)
+        of_all = [None if column[0] is None else tuple(weight.contiguous() for weight in column) for column in columns]
+        of_rows = [tuple(scale.contiguous() for scale in scales[k::2]) or None for k in range(2)]
+        return cls(*of_all, *of_rows)  # type: ignore[arg-type]
+
+    def part(self, first: int, end: int) -> "StepWeights":
+        """Those of some of the layers and directions."""
+        return StepWeights(*(None if each is None else each[first:end] for each in self))  # type: ignore[arg-type]
 
 
 def words(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import plan_of_step
 from .choice import candidates, choose_kernel, grouped, kind_of, plans, precision_of, projects, ranked
 from .environment import ROCM, WHY_NO_TRITON, interpreted
 from .findings import Candidate, Findings, Refused, file_for, findings_on, rounded, shipped_for, warn
@@ -163,29 +164,47 @@ def in_kernel(dtype: torch.dtype, B: int, H: int, P: int, device: torch.device, 
     return projects(dtype, B, H, P, hardware_of(device), ieee, directions)
 
 
-def choose_one_step(dtype: torch.dtype, H: int, device: torch.device, ieee: bool) -> Plan:
-    """Returns the plan for one step of inference, the input's product included.
+@lru_cache(256)
+def choose_one_step(
+    dtype: torch.dtype,
+    B: int,
+    H: int,
+    device: torch.device,
+    ieee: bool,
+    directions: int = 1,
+    layers: int = 1,
+    proj: int = 0,
+    weights: str = "",
+) -> Plan:
+    """Returns the plan for one step of inference of a stack, the input's product included.
 
-    Args: as in choose().
+    Args: as in choose(); layers: of the stack; weights: as kind_of_weights() says.
     """
     why = why_torch(dtype, device)
     if why is not None:
         return on_torch(why)
     hardware = hardware_of(device)
-    plan = one_step_in("ieee" if device.type == "cpu" else precision_of(dtype, ieee, hardware), hardware.gcn)
-    problem, found = Problem(kind_of(dtype, ieee), H), findings_on(hardware)
-    if found.usable(problem, plan.mode, [plan.tiles(False)]):
-        return plan
+    if weights == "fp8" and device.type == "cuda" and (hardware.gcn or hardware.capability < (8, 9)):
+        return on_torch("weights of fp8 take a GPU of NVIDIA's of compute capability 8.9 and more")
+    problem, found = Problem(kind_of(dtype, ieee), H, False, directions, layers, proj), findings_on(hardware)
+    precision = "ieee" if device.type == "cpu" else precision_of(dtype, ieee, hardware)
+    for most in (layers, 1):
+        plan = plan_of_step.plan_for(precision, problem, B, dtype.itemsize, hardware, most)
+        if plan.mode == "torch":
+            return plan
+        if found.usable(problem._replace(layers=plan.layers), step_mode(weights), [plan.tiles(False)]):
+            return plan
     return replace(on_torch("the kernel of one step does not run here"), refused=found.about(problem))
 
 
-@cache
-def one_step_in(precision: str, gcn: str = "") -> Plan:
-    """The plan of one step in a precision; one object, with which launch.py keeps what it has prepared."""
-    # A gfx11 has no registers for longer chunks.
-    tiles = Tiles(batch=16, units=16, chunk=16 if gcn.startswith("gfx11") else 64, warps=4)
-    why = "one step without gradients: one launch a layer, which writes the new state alone"
-    return Plan("one step", tiles, None, 0, precision, why)
+def kind_of_weights(dtype: torch.dtype) -> str:
+    """ "int8" or "fp8" of weights of 8 bits, "" of others."""
+    return {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(dtype, "")
+
+
+def step_mode(weights: str) -> str:
+    """The mode of a candidate for one step, with weights as kind_of_weights() says: other kernels each."""
+    return f"one step, weights of {weights}" if weights else "one step"
 
 
 _grid_disabled: dict[torch.device, str] = {}
@@ -242,7 +261,7 @@ def cuda_device(device: torch.device) -> Device:
     return hardware
 
 
-_CACHED = choose, choose_interpreted, grouped, projects, choose_kernel
+_CACHED = choose, choose_one_step, choose_interpreted, grouped, projects, choose_kernel
 _followers: list[Callable[[], None]] = []
 
 

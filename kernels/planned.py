@@ -12,7 +12,7 @@ MODES = {
     "local": "each program has all of W_hh; a launch runs the whole sequence",
     "grid": "W_hh is spread over programs, which hand h to each other; a launch runs the whole sequence",
     "step": "a launch runs one step",
-    "one step": "a launch runs one step of a layer, the product of its input included",
+    "one step": "a launch runs one step of a layer or of several, the products of their inputs included",
     "torch": "torch's own LSTM",
     "composed": "torch operations, step by step",
 }

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 class Sync(NamedTuple):
@@ -65,3 +66,13 @@ def record_timeout(step, timeout_info):
         tl.store(timeout_info + 1, tl.program_id(0))
         tl.store(timeout_info + 2, tl.program_id(1))
         tl.store(timeout_info + 3, step)
+
+
+def raise_if_stuck(timeout_info: Tensor, kernel: str, plan: object) -> None:
+    """Raises RuntimeError for a program that has written to timeout_info."""
+    stuck, program, group, step = timeout_info.tolist()
+    if stuck:
+        raise RuntimeError(
+            f"program {program} of batch group {group} waited in vain for step {step - 1} of the others, in {kernel} "
+            f"under {plan!r}"
+        )

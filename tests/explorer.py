@@ -255,11 +255,14 @@ class Explorer:
     launch: Launch | None = None
 
     def execute(self, original: Callable[..., Any], executor: Any, *tensors: Any, **options: Any) -> Any:
-        """In place of GridExecutor.__call__, for a kernel in grid mode."""
+        """In place of GridExecutor.__call__, for a kernel whose programs wait for one another."""
         named = dict(zip(executor.arg_names, tensors, strict=False))
-        if options.get("MODE") != "grid":
+        of_step = named.get("exchange")  # of the kernel of one step
+        if options.get("MODE") != "grid" and (of_step is None or of_step.own is None):
             return original(executor, *tensors, **options)
         self.bounded = options["MAX_SPINS"] > 0
+        if of_step is not None:
+            return self.together(original, executor, [of_step.own], tensors, options)
         names = "y", "dropped", "dgates", "products", "dr"
         exchanged = [named[name] for name in names if named.get(name) is not None]
         exchanged += [named["steps"][0]] if "ends" in named else []  # the forward kernel of any cell
@@ -269,6 +272,12 @@ class Explorer:
             own = () if flags is None else flags.view(-1, *flags.shape[-2:])[first : first + count]
             if len(own) and own[:, group : group + groups].any():
                 raise self._named(Broken("the flags are not zero at launch"))
+        return self.together(original, executor, exchanged, tensors, options)
+
+    def together(
+        self, original: Callable[..., Any], executor: Any, exchanged: list[torch.Tensor], tensors: Any, options: Any
+    ) -> Any:
+        """Runs the programs of a launch by turns; exchanged: the tensors by which they hand data on."""
 
         def start(programs: list[tuple[int, int, int]], body: Callable[[], None]) -> None:
             self.launch = Launch(self, exchanged, programs)

@@ -72,8 +72,8 @@ def archive(tmp_path_factory):
 def test_in_another_tree_and_another_cache_only_a_changed_kernel_misses(archive, moved, tmp_path):
     path = moved / "kernels/one_step.py"
     text = path.read_text()
-    assert text.count("rows < B\n") == 1
-    path.write_text(text.replace("rows < B\n", "rows <= B - 1\n"))
+    assert text.count("batch < B, states") == 1
+    path.write_text(text.replace("batch < B, states", "batch <= B - 1, states"))
     said, compiled = filled(moved, tmp_path / "cache", archive, "unpack")
     assert "some are compiled anew: not the same the kernels' source" in said
     assert compiled == "one_step_kernel"

@@ -45,7 +45,7 @@ def test_opcheck_of_the_recurrence(form, projects):
 
 def test_opcheck_of_one_step():
     x, h0, c0, *weights = tensors((B, I), (1, B, H), (1, B, H), (4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
-    opcheck(torch.ops.fused_lstm.one_step.default, (x, h0, c0, weights, True, True))
+    opcheck(torch.ops.fused_lstm.one_step.default, (x, h0, c0, weights, [], True, 1, True))
 
 
 @pytest.fixture

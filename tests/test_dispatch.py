@@ -124,7 +124,8 @@ def test_amd_is_asked_for_and_runs_step_by_step(device, monkeypatch, request):
     for (dtype, ieee), H, B in product(KERNEL_DTYPES, (1, 20, 37, 512, 1027, 2048), (1, 64)):
         chosen = choose(dtype, B, H, cuda, ieee)
         assert chosen.mode == "step" and chosen.precision == "ieee" and chosen.forward.batch >= 16
-        assert choose_one_step(dtype, H, cuda, ieee).precision == "ieee"
+        step = choose_one_step(dtype, B, H, cuda, ieee, layers=2)
+        assert step.precision == "ieee" and step.layers == 1 and step.forward.batch >= 16
         assert layers_together(dtype, B, H, 2, cuda, ieee) == [1, 1] and not in_kernel(dtype, B, H, 8, cuda, ieee, 1)
 
 
@@ -249,8 +250,9 @@ def test_the_plan_knows_a_call_of_one_step():
     with torch.no_grad():
         assert module.plan(x).mode == "one step"
         assert module.plan(x.expand(2, 4, 5)).mode == "local"
-        assert LSTM(5, 20, bidirectional=True).plan(x).mode == "local"
-        assert LSTM(5, 20, proj_size=3).plan(x).mode == "local"
+        both = LSTM(5, 20, 3, bidirectional=True, proj_size=3).plan(x)
+        assert (both.mode, both.layers, both.directions) == ("one step", 3, 2) and "all 3 layers" in both.why
+        assert LSTM(5, 20, 2).plan(x.expand(1, 65, 4, 5)[0].reshape(1, 260, 5)).layers == 1  # they do not wait
         assert LSTM(5, 20, batch_first=True).plan(x).mode == "local"
         assert LSTM(5, 20, batch_first=True).plan(x.transpose(0, 1)).mode == "one step"
 

@@ -52,6 +52,18 @@ REFUSED = "test_refusals.py::test_the_next_candidate_runs[forward-too large-1]"
 CHECKED = "test_refusals.py::test_spills_before_the_first_step_count_where_no_step_was_checked[capability1-True]"
 RESIDENT = "test_dispatch.py::test_what_keeps_tiles_from_a_device_is_said_in_words"
 LARGE = "test_dispatch.py::test_a_large_batch_goes_where_the_model_says[16-options0-grid]"
+STACKED_STEP = "test_one_step.py::test_one_step_of_a_stack[cpu-(4, 1, 0, 33, 9, 7)-dtype2]"
+NARROW_STEP = "test_step_kernel.py::test_16_byte_loads_are_for_rows_that_they_divide[dtype1-20-8]"
+MISALIGNED_STEP = "test_step_kernel.py::test_16_byte_loads_are_for_aligned_tensors"
+LONG_STEP = "test_one_step.py::test_one_step_of_a_stack[cpu-(2, 1, 0, 150, 2, 700)-dtype3]"
+NEAREST = "test_quantized.py::test_integers_are_the_nearest[dtype2]"
+EIGHT_BITS = (
+    "test_quantized.py::test_equals_nn_lstm_with_the_weights_that_they_stand_for"
+    "[cpu-(2, 2, 0, 24, 9, 40)-int8-dtype2-1]"
+)
+STEP_SCHEDULE = "test_step_kernel.py::test_no_schedule_breaks_a_stack[round_robin-(4, 1, 0, 9, 2)]"
+IN_SESSION = "test_session.py::test_equals_the_model_step_by_step[graph-cpu-LSTM]"
+DROPOUT_IN_SESSION = "test_session.py::test_equals_the_model_step_by_step[no graph-cpu-nn.LSTM]"
 ONE_ROW = "test_kernels.py::test_awkward_shapes[cpu-9-1-16]"
 TF32 = "test_tf32.py::test_no_product_cuts_its_operands[step]"
 SWITCH = "test_tf32.py::test_each_class_asks_the_switch_of_the_one_that_it_replaces[LSTMCell-False]"
@@ -266,6 +278,29 @@ FAULTS = {
         "the layers' masks the same": ("zero + layer.to(tl.uint32)", "zero", MASKS),
         "what is kept not scaled": ("x.to(share.dtype) / share", "x.to(share.dtype)", MASKS),
     },
+    "kernels/one_step.py": {
+        "the slot of another layer": ("NET.first_output + at.layer - 1", "NET.first_output", STACKED_STEP),
+        "a bias is left out": ("add_gates(cast_gates(bias, ACC), other_bias)", "cast_gates(bias, ACC)", STACKED_STEP),
+        "16 bytes of rows that they do not divide": ("row * size % 16 == 0", "row * size % 4 == 0", NARROW_STEP),
+        "16 bytes from where they are not aligned": ("[aligned(code)]", "[True]", MISALIGNED_STEP),
+    },
+    "kernels/step_products.py": {
+        "chunks of a loop": (
+            "FIRST: tl.constexpr = looped(FORM, BITS, NET.at_once)",
+            "FIRST: tl.constexpr = 0",
+            LONG_STEP,
+        ),
+        "the chunks that are held": ("(held[k],)", "(held[0],)", LONG_STEP),
+    },
+    "fused_lstm/quantized.py": {
+        "the nearest integer": ("q.round()", "q.trunc()", NEAREST),
+    },
+    "kernels/exchange.py": {"the halves take no turns": ("self.turn = 1 -", "self.turn = 0 *", STEP_SCHEDULE)},
+    "fused_lstm/session.py": {
+        "a reset of all rows": ("torch.where(which, initial, state)", "initial", IN_SESSION),
+        "a state that stays": ("self.turn = 1 - turn", "self.turn = turn", IN_SESSION),
+        "training mode": ("module.training = False", "pass", DROPOUT_IN_SESSION),
+    },
     "kernels/scan.py": {
         "order of the reverse direction": ("t = length - 1 - step if REVERSE else step", "t = step", RECOMPUTED),
         "a reset that keeps c": ("tl.load(layout.starts + row) != 0, c_reset_tile", "False, c_reset_tile", RECOMPUTED),
@@ -282,6 +317,7 @@ FAULTS = {
         "loads of the next step before its flag": ('"num_stages": 1', '"num_stages": 3', COMPILED),
     },
     "kernels/layout.py": {
+        "scales of the other weight": ("scales[k::2]", "scales[1 - k :: 2]", EIGHT_BITS),
         "rows dealt as they come": ("argsort(descending=True)", "new_ones(0).argsort().new_tensor(range(4))", DEALT),
     },
     "fused_lstm/recurrence.py": {

@@ -14,8 +14,10 @@ from bench.providers import PROVIDERS, fused
 from fused_lstm import cells as cells_of_ours
 from fused_lstm.cells.compiled import compiled
 from fused_lstm.kernels import plan_of_cell
+from fused_lstm.kernels.choice import kind_of
 from fused_lstm.kernels.plan import choose_kernel, grouped, projects
-from fused_lstm.kernels.tiles import H100
+from fused_lstm.kernels.plan_of_step import plan_for
+from fused_lstm.kernels.tiles import H100, Problem
 
 ABOUT = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.0"}
 # Its child hangs as it does, and outlives neither.
@@ -233,6 +235,15 @@ def test_a_form_has_the_sizes_of_a_case_in_the_sweep(form):
     """Whose kernels are compiled ahead."""
     provider, case = FORMS[form]
     assert any(replace(case, T=other.T) == other and PROVIDERS[provider].runs(other) for other in cases.GPU)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("one step")])
+def test_a_form_of_one_step_has_all_layers_in_a_launch(form):
+    case = FORMS[form][1]
+    kind, itemsize = kind_of(case.torch_dtype, case.dtype == "fp32"), case.torch_dtype.itemsize
+    problem = Problem(kind, case.H, False, case.directions, case.layers, case.proj)
+    plan = plan_for("ieee", problem, case.B, itemsize, H100)
+    assert (plan.mode, plan.layers, plan.directions) == ("one step", case.layers, case.directions)
 
 
 @pytest.mark.parametrize("form", TAKES)

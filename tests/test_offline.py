@@ -20,6 +20,7 @@ import triton
 
 from bench import cells as of_cells
 from bench import limits
+from bench import steps as of_steps
 from bench.cells import CELLS, rows_of
 from bench.offline import (
     ALL,
@@ -384,7 +385,7 @@ def test_bounded_waits(monkeypatch):
 
 
 def test_kernels_beside_the_recurrence():
-    """The scan of recompute, dropout and the kernel of one step."""
+    """The scan of recompute and dropout."""
     cases = (
         "A100:bf16:512",
         "A100:fp32:650",
@@ -394,7 +395,7 @@ def test_kernels_beside_the_recurrence():
         "RX 7900 XTX:bf16:512",
     )
     rows = offline("--beside", *cases)
-    assert len(rows) == len(cases) * (len(SCANS) + 2)
+    assert len(rows) == len(cases) * (len(SCANS) + 1)
     for row in rows:
         used = row["usage"]
         assert used["stack"] == 0 < used["registers"], row
@@ -463,3 +464,47 @@ def test_a_kernel_of_any_cell_compiled_anew_is_no_worse():
         assert waits_as_it_should(row, found), row
         if not row["flags"]:
             assert found == known[of_cells.key(row)]
+
+
+OF_STEPS = """
+import json
+
+from bench import steps
+
+for row in steps.rows_of():
+    case = row["device"], row["dtype"], row["H"], row["B"], row["weights"]
+    if case in [("H100", "bf16", 160, 1, "int8"), ("H100", "fp32", 512, 1, "")]:
+        print(json.dumps(steps.answered(row)))
+"""
+
+
+@pytest.mark.parametrize("version", TRITONS)
+def test_the_kernel_of_one_step_is_tabulated_and_keeps_its_registers(version):
+    rows = {of_steps.key(row): row for row in read(RESULTS / f"steps-{version}.jsonl")}
+    wanted = [of_steps.key(row) for row in of_steps.rows_of()]
+    assert set(rows) == set(wanted) and len(set(wanted)) == len(wanted)
+    for name, row in rows.items():
+        tiles = of_steps.plan_of(row)[0].forward
+        assert row["source"] == of_steps.source(), name
+        assert row["tiles"] == [tiles.batch, tiles.units, tiles.chunk, tiles.warps], name
+        assert row["usage"]["stack"] == 0 and row["usage"]["shared"] <= ALL[row["device"]].shared, name
+
+
+def test_what_one_step_is_simulated_to_take():
+    """Of B 1 in 16 bit what README.md aims at, in microseconds a layer."""
+    for version in TRITONS:
+        for row in read(RESULTS / f"steps-{version}.jsonl"):
+            if "simulated" in row and (row["dtype"], row["B"], row["D"]) == ("bf16", 1, 1):
+                assert row["simulated"]["all"] / 1830 / row["L"] <= (2 if row["H"] <= 512 else 3.1), of_steps.key(row)
+
+
+def test_a_kernel_of_one_step_compiled_anew_is_no_worse():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, "-c", OF_STEPS], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    rows = [json.loads(line) for line in process.stdout.splitlines()]
+    assert len(rows) == 2, process.stderr[-2000:]
+    known = {of_steps.key(row): row for row in read(RESULTS / f"steps-{triton.__version__}.jsonl")}
+    for row in rows:
+        assert row | {"source": of_steps.source()} == known[of_steps.key(row)]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fused_lstm
-from fused_lstm import LSTM, LSTMCell
+from fused_lstm import LSTM, LSTMCell, functional
 from fused_lstm.kernels.environment import interpreted
 
 from .parity import assert_close, assert_parity
@@ -27,6 +27,38 @@ def test_one_step_of_inference(B, H, options, dtype, device):
     x = torch.randn(1, B, I, dtype=torch.float64).to(device, dtype)
     with torch.no_grad():
         assert_parity(module, x, states(module.num_layers, B, H, like=x), backward=False)
+
+
+# Layers, directions, features of a projection, hidden units, batch rows, input features.
+STACKS = [(1, 1, 7, 20, 2, 5), (2, 1, 0, 150, 2, 700), (2, 2, 0, 1, 1, 1), (2, 2, 5, 20, 17, 40), (3, 1, 16, 64, 8, 64)]
+STACKS += [(4, 1, 0, 33, 9, 7), (2, 1, 0, 20, 65, 5), (40, 1, 0, 8, 3, 8), (2, 1, 0, 20, 0, 5)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", STACKS, ids=str)
+def test_one_step_of_a_stack(sizes, dtype, device):
+    """As nn.LSTM, and so call after call, each of which takes the other half of the exchanged memory."""
+    L, D, P, H, B, I = sizes  # noqa: E741
+    module = LSTM(I, H, L, bias=L != 3, bidirectional=D == 2, proj_size=P, dtype=dtype, device=device)
+    with torch.no_grad():
+        for _ in range(2 if H == 150 else 3):
+            x, c0 = (torch.randn(size, dtype=torch.float64).to(device, dtype) for size in ((1, B, I), (L * D, B, H)))
+            h0 = torch.randn(L * D, B, P or H, dtype=torch.float64).to(c0)
+            assert_parity(module, x, (h0, c0), backward=False)
+
+
+def test_misaligned_weights(device):
+    """The views of one flat parameter, as sharding libraries make them, that 16-byte loads cannot take."""
+    module, x = LSTM(8, 16, 2, device=device), torch.randn(1, 3, 8, device=device)
+    flat = torch.cat([torch.zeros(1, device=device), *(weight.detach().flatten() for weight in module.parameters())])
+    views, at = [], 1
+    for weight in module.parameters():
+        views.append(flat[at : at + weight.numel()].view(weight.shape))
+        at += weight.numel()
+    hx = states(2, 3, 16, like=x)
+    with torch.no_grad():
+        ours, theirs = (functional.lstm(x, hx, weights, num_layers=2) for weights in (views, [*module.parameters()]))
+    torch.testing.assert_close(ours[:3], theirs[:3])
 
 
 def test_streaming_is_the_whole_sequence(device):

@@ -12,6 +12,7 @@ from triton.runtime.interpreter import interpreter_builder
 
 from bench.measure import precision
 from fused_lstm import LSTM, LSTMCell, operators
+from fused_lstm.kernels.layout import StepWeights
 from fused_lstm.kernels.matmul import operand
 from fused_lstm.kernels.one_step import one_step
 from fused_lstm.kernels.plan import choose_one_step
@@ -77,10 +78,10 @@ def test_no_product_cuts_its_operands(form, cut):
 
 
 def test_one_step_does_not(cut):
-    plan = replace(choose_one_step(torch.float32, 20, torch.device("cpu"), False), precision="tf32")
+    plan = replace(choose_one_step(torch.float32, 3, 20, torch.device("cpu"), False), precision="tf32")
     shapes = (3, 5), (1, 3, 20), (1, 3, 20), (80, 5), (80, 20), (80,), (80,)
     x, h0, c0, *weights = test_kernels.tensors(shapes, torch.float32, "cpu")
-    hn, cn = one_step(x, h0, c0, [tuple(weights)], plan=plan)
+    _, hn, cn = one_step(x, h0, c0, StepWeights(*((each,) for each in weights), None), plan=plan)
     cell = torch.nn.LSTMCell(5, 20, dtype=torch.float64)
     cell.load_state_dict(dict(zip(cell.state_dict(), weights, strict=True)))
     gold = cell(x.double(), (h0[0].double(), c0[0].double()))
@@ -98,9 +99,9 @@ def asked(monkeypatch):
         found.append(ieee)
         return choose(dtype, B, H, device, ieee, *launch)
 
-    def of_one_step(dtype, H, device, ieee):
+    def of_one_step(dtype, B, H, device, ieee, *launch):
         found.append(ieee)
-        return choose_one_step(dtype, H, device, ieee)
+        return choose_one_step(dtype, B, H, device, ieee, *launch)
 
     monkeypatch.setattr(operators, "choose", of_recurrence)
     monkeypatch.setattr(operators, "choose_one_step", of_one_step)
