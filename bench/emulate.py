@@ -136,9 +136,8 @@ class Emulator:
                 taken = both_hold(active, condition(values)) if condition else active
                 target = self.code[place].target
                 if taken is None:
-                    taken = (
-                        loop is not None and place == loop.jump
-                    )  # if it hangs on what is loaded whether the loop goes on, it does
+                    # If it hangs on what is loaded whether the loop goes on, it does.
+                    taken = loop is not None and place == loop.jump
                     if not taken and target <= place:
                         self.undecided.add(place)
                 next_place = lanes.jump(taken, target, next_place)

@@ -91,7 +91,7 @@ def calls(module: torch.nn.Module, layers: int = 1) -> dict[str, Call]:
 
 def in_session(module: LSTM) -> Session:
     """A Session as on a CUDA device, whose replays do nothing."""
-    captured = lambda steps: ([step() for step in steps], [lambda: None] * len(steps))  # noqa: E731
+    captured = lambda steps, device: ([step() for step in steps], [lambda: None] * len(steps), None)  # noqa: E731
     with patch.object(session, "captured", captured), patch.object(session, "has_graphs", lambda device: True):
         return Session(module, SIZES["B"])
 

@@ -20,10 +20,8 @@ from torch import Tensor, nn
 import fused_lstm
 
 from . import store
-from .cases import DTYPES
+from .cases import DTYPES, STACKS
 
-# Layers and hidden units: those of NVIDIA's kernels for STAC-ML, and two larger ones.
-SIZES = ((2, 96), (3, 160), (4, 736), (1, 512), (2, 1024))
 Step = Callable[[Tensor], Tensor]
 
 
@@ -103,7 +101,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="a folder in which the rows are added to latency.jsonl")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = [tuple(map(int, size.split(","))) for size in args.sizes] if args.sizes else SIZES
+    sizes = [tuple(map(int, size.split(","))) for size in args.sizes] if args.sizes else STACKS
     dtypes = args.dtype or (["fp16", "bf16"] if device.type == "cuda" else ["fp32"])
     environment, failed = store.environment(device) if args.results else {}, 0
     print("layers    H    B  dtype  way                          p50 us    p99 us")

@@ -22,13 +22,12 @@ from fused_lstm.kernels.sync import Sync
 from fused_lstm.kernels.tiles import DEVICES, H100, Device, Problem
 
 from . import simulate
+from .cases import STACKS
 from .offline import ALL, DTYPES, POINTERS, Row, compile_typed, hash_of, read, side_by_side, usage, write
 
-# Layers and hidden units: NVIDIA's of STAC-ML, and two larger ones.
-SIZES = ((2, 96), (3, 160), (4, 736), (1, 512), (2, 1024))
 CASES = [
-    *(("H100", dtype, L, H, B, 1, 0) for (L, H), dtype, B in product(SIZES, ("bf16", "tf32"), (1, 4, 16))),
-    *((device, "bf16", L, H, 1, 1, 0) for device, (L, H) in product(("A100", "B200", "L4"), SIZES)),
+    *(("H100", dtype, L, H, B, 1, 0) for (L, H), dtype, B in product(STACKS, ("bf16", "tf32"), (1, 4, 16))),
+    *((device, "bf16", L, H, 1, 1, 0) for device, (L, H) in product(("A100", "B200", "L4"), STACKS)),
     *(
         ("H100", dtype, *case)
         for dtype in ("bf16", "tf32", "fp32")
@@ -40,7 +39,7 @@ CASES = [
 ]
 # Of weights in 8 bits.
 NARROW = [
-    *(("H100", dtype, L, H, B, 1, 0) for (L, H), dtype, B in product(SIZES, ("bf16", "fp16"), (1, 16))),
+    *(("H100", dtype, L, H, B, 1, 0) for (L, H), dtype, B in product(STACKS, ("bf16", "fp16"), (1, 16))),
     *(("H100", dtype, 2, H, 16, 1, 0) for dtype in ("bf16", "tf32", "fp32") for H in (131, 650)),
     *(("H100", dtype, 2, 1024, 16, 1, 0) for dtype in ("tf32", "fp32")),
     *((device, "bf16", 2, 160, 1, 1, 0) for device in ("B200", "L4")),
@@ -54,6 +53,13 @@ def plan_of(row: Row) -> tuple[Plan, Device, Any]:
     (dtype, ieee), device = DTYPES[row["dtype"]], ALL[row["device"]]
     problem = Problem(kind_of(dtype, ieee), row["H"], False, row["D"], row["L"], row["P"])
     return plan_for(precision_of(dtype, ieee, device), problem, row["B"], dtype.itemsize, device), device, dtype
+
+
+def tiles_of(row: Row) -> list[int]:
+    """Batch rows, units, chunk and warps of a row's plan."""
+    tiles = plan_of(row)[0].forward
+    assert tiles is not None
+    return [tiles.batch, tiles.units, tiles.chunk, tiles.warps]
 
 
 def compile_row(row: Row) -> tuple[CompiledKernel, Prepared]:
@@ -104,8 +110,7 @@ def answered(row: Row) -> Row:
     """A row with what its kernel takes and, on an H100, the simulated cycles."""
     kernel, prepared = compile_row(row)
     plan, _, _ = plan_of(row)
-    tiles = plan.forward
-    found = {"tiles": [tiles.batch, tiles.units, tiles.chunk, tiles.warps], "launches": -(-row["L"] // plan.layers)}
+    found = {"tiles": tiles_of(row), "launches": -(-row["L"] // plan.layers)}
     found |= {"usage": usage(kernel), "programs": prepared.programs, "bytes": bytes_of(row)}
     if DEVICES.get(row["device"]) == H100 and plan.layers == row["L"] and row["B"] <= 16 and not row["P"]:
         found["simulated"] = simulated(row, kernel, prepared)
@@ -140,10 +145,8 @@ def tabulate(results: Path) -> bool:
     known = {key(row): row for row in read(path) if row["source"] == source()}
     found = []
     for row in rows_of():
-        plan, _, _ = plan_of(row)
-        tiles = plan.forward
         before = known.get(key(row))
-        if before is None or before["tiles"] != [tiles.batch, tiles.units, tiles.chunk, tiles.warps]:
+        if before is None or before["tiles"] != tiles_of(row):
             before = answered(row) | {"source": source()}
             print(key(before), before["usage"], before.get("simulated"), flush=True)
         found.append(before)

@@ -12,7 +12,7 @@ from .checks import checked, checked_recompute
 from .paths import RUN
 from .route import Route, full_precision_of_cell, route_of
 from .tensors import check_tensors, prepared
-from .weights import is_wide, widened
+from .weights import wide_weights
 
 # Is shown every call before it runs: of tuning.py.
 watch: Callable[[Call], object] | None = None
@@ -102,7 +102,7 @@ def run(call: Call) -> Result:
 def run_on(route: Route, call: Call) -> Result:
     """run() on its route."""
     if call.scales is not None and not takes_scales(route):
-        call = call._replace(weights=wide_weights(call), scales=None)
+        call = call._replace(weights=wide_weights(call.weights, call.scales), scales=None)
     if route.path != "torch":
         call = prepared(call)
     elif call.lengths is not None or call.starts is not None:
@@ -113,13 +113,6 @@ def run_on(route: Route, call: Call) -> Result:
 def takes_scales(route: Route) -> bool:
     """Whether weights of 8 bits are multiplied as they are."""
     return route.path == "one step" and not torch._C._is_any_autocast_enabled()
-
-
-def wide_weights(call: Call) -> list[Tensor]:
-    """The weights of a call in the dtype of the scales."""
-    assert call.scales is not None
-    scales = iter(call.scales)
-    return [weight if weight.dim() < 2 or is_wide(weight) else widened(weight, next(scales)) for weight in call.weights]
 
 
 def lstm_cell(

@@ -15,7 +15,7 @@ from .kernels.layout import Layout, Stack, StepWeights, accumulator
 from .kernels.plan import Plan, choose, choose_one_step, hardware_of, kind_of, kind_of_weights, refuse, step_mode
 from .kernels.tiles import Problem
 from .records import flatten, record, schema, unflatten
-from .weights import weights_of
+from .weights import weights_of, wide_weights
 
 if WHY_NO_TRITON is None:
     from .kernels import backward as backward_kernel
@@ -325,7 +325,7 @@ def _one_step(a: OneStepArgs, keep: bool = False) -> tuple[Tensor, Tensor, Tenso
             if candidate in findings_on(hardware_of(x.device)).refused:
                 raise  # the plan has it all the same
             refuse(x.device, candidate, refused)
-    return stand_in.one_step(x, h0, c0, weights, a.scales, D)
+    return stand_in.one_step(x, h0, c0, weights_of(wide_weights(a.weights, a.scales), a.bias, R), D)
 
 
 def _one_step_fake(a: OneStepArgs) -> tuple[Tensor, Tensor, Tensor]:

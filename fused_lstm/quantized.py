@@ -80,7 +80,6 @@ def narrow(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def to_narrow(module: Any, kind: str) -> None:
     """Turns an LSTM into a QuantizedLSTM."""
     wide = {name: getattr(module, name) for name in weight_names(module)}
-    training = module.training
     for name in wide:
         del module._parameters[name]
     module.__class__ = QuantizedLSTM
@@ -94,7 +93,6 @@ def to_narrow(module: Any, kind: str) -> None:
     names = [[name + SCALE if name in wide else name for name in layer] for layer in module._all_weights]
     module._all_weights, module._flat_weights_names = names, [name for layer in names for name in layer]
     module._init_flat_weights()
-    module.training = training
 
 
 class QuantizedLSTM(LSTM):

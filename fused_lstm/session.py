@@ -126,7 +126,8 @@ class Session:
         """Sets the state of batch rows to that of the beginning.
 
         Args:
-            rows: which, as (B,) bool, as a list or a tensor of numbers, or as one number; None: all.
+            rows: which, as (B,) bool, as a list or a tensor of numbers, or as one number; None: all. Numbers on a CUDA
+                device are looked at, which waits for it; bool is not.
 
         Raises:
             ValueError, IndexError: rows that there are not.
@@ -150,7 +151,8 @@ class Session:
         first, second = self.states
         steps = [self.step_between(*both) for both in ((first, second), (second, first))]
         try:
-            self.outputs, self.replays = captured(steps)
+            self.outputs, self.replays, memory = captured(steps, self.x.device)
+            self.kept = steps, memory  # what the graphs read and write, beside the states, stays with the session
         except RuntimeError as error:
             self.why = f"no CUDA graph of this model ({str(error).partition(chr(10))[0]}): each call runs it"
             warnings.warn(f"fused_lstm.Session: {self.why}", stacklevel=3)
@@ -175,24 +177,26 @@ def has_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def captured(steps: list[Callable[[], Any]]) -> tuple[list[Any], list[Callable[[], None]]]:
-    """What steps return, as CUDA graphs, and the replays of these, which have to be called in turn."""
+def captured(steps: list[Callable[[], Any]], device: torch.device) -> tuple[list[Any], list[Callable[[], None]], Any]:
+    """What steps on a device return, as CUDA graphs, the replays of these, which have to be called in turn, and memory
+    that they take, which must stay as long."""
     kept: exchange.Kept = {}
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    # Once each before the capture, which can load no kernel. Between captures nothing may run: launches take turns in
-    # the memory by which they exchange.
-    with torch.cuda.stream(stream), exchange.owned(kept):
-        for step in steps * 2:
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
     graphs, outputs = [], []
-    for step in steps:
-        graph = torch.cuda.CUDAGraph()
-        with exchange.owned(kept), torch.cuda.graph(graph):
-            outputs.append(step())
-        graphs.append(graph)
-    return outputs, [graph.replay for graph in graphs]
+    with torch.cuda.device(device), exchange.owned(kept):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # Before the capture, which can load no kernel. Between captures nothing may run: launches take turns in the
+        # memory by which they exchange.
+        with torch.cuda.stream(stream):
+            for step in steps * 2:
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        for step in steps:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs.append(step())
+            graphs.append(graph)
+    return outputs, [graph.replay for graph in graphs], kept
 
 
 def in_place(model: Any, x: Tensor, states: list[Tensor], to: list[Tensor]) -> Callable[[], Tensor] | None:
@@ -253,16 +257,17 @@ def rows_of(rows: Any, batch: int, device: torch.device) -> Tensor:
     """(B,) bool of rows as Session.reset() takes them."""
     if rows is None:
         return torch.ones(batch, dtype=torch.bool, device=device)
-    rows = torch.as_tensor(rows, device=device)
+    rows = torch.as_tensor(rows)
     if rows.dtype == torch.bool:
         if rows.shape != (batch,):
             raise ValueError(f"rows as bool have shape ({batch},), got {tuple(rows.shape)}")
-        return rows
+        return rows.to(device)
     if rows.is_floating_point() or rows.is_complex():
         raise ValueError(f"rows are bool or integers, got {rows.dtype}")
-    which = torch.zeros(batch, dtype=torch.bool, device=device)
-    which[rows.flatten()] = True
-    return which
+    # On the host: a number that is out of range would end the CUDA context.
+    which = torch.zeros(batch, dtype=torch.bool)
+    which[rows.flatten().cpu()] = True
+    return which.to(device)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from . import reference
 from .kernels.layout import DENSE, NO_STACK, Layout, Stack, accumulator
-from .weights import Weights, cat, widened
+from .weights import Weights, cat
 
 
 def forward(
@@ -151,15 +151,11 @@ def uniform(seed: Tensor, *counter: Tensor) -> Tensor:
 
 
 def one_step(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: tuple[Weights, ...], scales: list[Tensor], directions: int
+    x: Tensor, h0: Tensor, c0: Tensor, weights: tuple[Weights, ...], directions: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As kernels.one_step.one_step; scales: as operators.OneStepArgs has them."""
+    """As kernels.one_step.one_step, of weights that are all of the dtype of x."""
     ends: list[tuple[Tensor, Tensor]] = []
     for k, (h, c, w) in enumerate(zip(h0, c0, weights, strict=True)):
-        if scales:
-            both = zip((w.weight_ih, w.weight_hh), scales[2 * k : 2 * k + 2], strict=True)
-            weight_ih, weight_hh = (widened(*each) for each in both)
-            w = w._replace(weight_ih=weight_ih, weight_hh=weight_hh)
         gates = linear(x, w.weight_ih, w.bias_ih) + linear(h, w.weight_hh, w.bias_hh)
         i, f, g, o = gates.chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()

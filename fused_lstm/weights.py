@@ -47,6 +47,12 @@ def widened(q: Tensor, scale: Tensor) -> Tensor:
     return (q.to(exact) * scale.to(exact)[:, None]).to(scale.dtype)
 
 
+def wide_weights(flat: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
+    """The weights as nn.LSTM has them in a row, with those of 8 bits widened; scales: of these, in their order."""
+    of_narrow = iter(scales)
+    return [weight if is_wide(weight) else widened(weight, next(of_narrow)) for weight in flat]
+
+
 def projections(weights: tuple[Weights, ...]) -> list[Tensor]:
     """W_hr (P, H) of each; none without."""
     return [w.weight_hr for w in weights if w.weight_hr is not None]

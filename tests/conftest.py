@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 from bench.measure import precision
 from fused_lstm import route, stand_in
 from fused_lstm.kernels import findings
-from fused_lstm.kernels.plan import choose
+from fused_lstm.kernels.plan import choose, choose_one_step
 from fused_lstm.route import known_route
 
 torch.set_num_threads(1)  # one worker a core: more threads would only wait for each other
@@ -36,11 +36,12 @@ def no_graphs_of_other_tests():
 @pytest.fixture(autouse=True)
 def no_routes_of_other_tests():
     """Routes and plans depend on nothing that changes as a process runs, but on much that tests replace."""
-    known_route.cache_clear()
-    choose.cache_clear()
+    caches = known_route, choose, choose_one_step
+    for cached in caches:
+        cached.cache_clear()
     yield
-    known_route.cache_clear()
-    choose.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 @pytest.fixture(autouse=True)

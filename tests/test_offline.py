@@ -410,6 +410,15 @@ def test_all_plans(of_target, variant):
     check(offline("--groups", *places, *VARIANTS[variant]), variant)
 
 
+def printed(code, count):
+    """The rows that a program prints, which compiles kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    rows = [json.loads(line) for line in process.stdout.splitlines()]
+    assert len(rows) == count, process.stderr[-2000:]
+    return rows
+
+
 OF_CELLS = """
 import json
 from dataclasses import asdict
@@ -450,12 +459,7 @@ def test_the_kernels_of_any_cell_are_tabulated_and_keep_their_registers(version)
 
 
 def test_a_kernel_of_any_cell_compiled_anew_is_no_worse():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, "-c", OF_CELLS], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    rows = [json.loads(line) for line in process.stdout.splitlines()]
-    assert len(rows) == 10, process.stderr[-2000:]
+    rows = printed(OF_CELLS, 10)
     known = {of_cells.key(row): row["resources"] for row in read(RESULTS / f"cells-{triton.__version__}.jsonl")}
     for row in rows:
         found = row["resources"]
@@ -484,9 +488,8 @@ def test_the_kernel_of_one_step_is_tabulated_and_keeps_its_registers(version):
     wanted = [of_steps.key(row) for row in of_steps.rows_of()]
     assert set(rows) == set(wanted) and len(set(wanted)) == len(wanted)
     for name, row in rows.items():
-        tiles = of_steps.plan_of(row)[0].forward
         assert row["source"] == of_steps.source(), name
-        assert row["tiles"] == [tiles.batch, tiles.units, tiles.chunk, tiles.warps], name
+        assert row["tiles"] == of_steps.tiles_of(row), name
         assert row["usage"]["stack"] == 0 and row["usage"]["shared"] <= ALL[row["device"]].shared, name
 
 
@@ -499,12 +502,7 @@ def test_what_one_step_is_simulated_to_take():
 
 
 def test_a_kernel_of_one_step_compiled_anew_is_no_worse():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, "-c", OF_STEPS], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    rows = [json.loads(line) for line in process.stdout.splitlines()]
-    assert len(rows) == 2, process.stderr[-2000:]
+    rows = printed(OF_STEPS, 2)
     known = {of_steps.key(row): row for row in read(RESULTS / f"steps-{triton.__version__}.jsonl")}
     for row in rows:
         assert row | {"source": of_steps.source()} == known[of_steps.key(row)]

@@ -1,6 +1,8 @@
 """Session: one step after another with the state inside, as the model itself takes them; also as CUDA graphs, for which
 on the CPU a stand-in repeats what was captured."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -53,7 +55,7 @@ def graph(request, monkeypatch):
     return request.param == "graph"
 
 
-def captured(steps):
+def captured(steps, device):
     outputs = [step() for step in steps]
 
     def replay_of(step, output):
@@ -64,7 +66,7 @@ def captured(steps):
 
         return replay
 
-    return outputs, [replay_of(*each) for each in zip(steps, outputs, strict=True)]
+    return outputs, [replay_of(*each) for each in zip(steps, outputs, strict=True)], None
 
 
 def module_steps(model, xs, hx, resets):
@@ -72,7 +74,9 @@ def module_steps(model, xs, hx, resets):
     step, outputs = session.step_of(model), []
     for t, x in enumerate(xs):
         for rows in resets.get(t, ()):
-            hx = tree_map(partial(torch.Tensor.index_fill, dim=-2, index=torch.tensor(rows), value=0.0), hx)
+            hx = tree_map(
+                partial(torch.Tensor.index_fill, dim=-2, index=torch.tensor(rows, device=x.device), value=0.0), hx
+            )
         y, hx = step(x, hx)
         outputs.append(y)
     return outputs
@@ -83,12 +87,13 @@ def leaves(values):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_the_model_step_by_step(name, graph, device):
+@pytest.mark.usefixtures("graph")
+def test_equals_the_model_step_by_step(name, device):
     torch.manual_seed(0)
     model, B = MODELS[name]().to(device), 3
     example = torch.zeros(B, I, device=device) if name == "Policy" else None
     running = Session(model, B, example=example)
-    assert (running.why is None) == graph and model.training  # it leaves the model as it is
+    assert (running.why is None) == session.has_graphs(running.x.device) and model.training
     xs, resets = torch.randn(9, B, I, device=device), {3: [[0]], 5: [[0, 2]], 7: [[0, 1, 2]]}
     ours = []
     for t, x in enumerate(xs):
@@ -109,7 +114,7 @@ def test_many_steps(graph, device):
     xs = torch.randn(T, 2, 2, device=device)
     resets = {t: [[t % 2]] for t in range(0, T, 37)}
     with torch.no_grad():
-        theirs = module_steps(model, xs, (torch.zeros(2, 2, 3),) * 2, resets)
+        theirs = module_steps(model, xs, (torch.zeros(2, 2, 3, device=device),) * 2, resets)
     for t, x in enumerate(xs):
         for rows in resets.get(t, ()):
             running.reset(rows)
@@ -149,8 +154,8 @@ def test_sees_what_is_written_into_the_weights(graph, device):
         assert_close(running(x), model(x[None])[0][0])
 
 
-def test_says_what_it_cannot_do(device):
-    lstm = LSTM(I, H, device=device)
+def test_says_what_it_cannot_do():
+    lstm = LSTM(I, H)
     with pytest.raises(ValueError, match="at least one batch row, got batch=0"):
         Session(lstm, 0)
     with pytest.raises(
@@ -158,7 +163,7 @@ def test_says_what_it_cannot_do(device):
     ):
         Session(Policy(), 1)
     with pytest.raises(ValueError, match=r"the batch rows, 2 of this session; got a state of \(1, 3, 20\)"):
-        Session(lstm, 2, example=torch.zeros(3, I, device=device))
+        Session(lstm, 2, example=torch.zeros(3, I))
     running = Session(lstm, 2)
     with pytest.raises(ValueError, match=r"takes torch.float32 of shape \(2, 5\), got torch.float32 of \(1, 2, 5\)"):
         running(torch.zeros(1, 2, I))
@@ -175,7 +180,7 @@ def test_says_what_it_cannot_do(device):
 
 
 def test_a_model_that_cannot_be_captured_runs_at_each_call(monkeypatch):
-    def refusing(steps):
+    def refusing(steps, device):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(session, "captured", refusing)
@@ -190,6 +195,22 @@ def test_a_model_that_cannot_be_captured_runs_at_each_call(monkeypatch):
         y, hx = model(x[None])
         assert_close(running(x), y[0])
         assert_close(running(x), model(x[None], hx)[0][0])
+
+
+@pytest.mark.parametrize("name", ["LSTM", "Policy"])
+def test_what_a_graph_reads_stays_with_the_session(name, monkeypatch):
+    stay = []
+
+    def capturing(steps, device):
+        memory = torch.zeros(1)
+        stay.extend(map(weakref.ref, [*steps, memory]))
+        return [step() for step in steps], [lambda: None] * 2, memory
+
+    monkeypatch.setattr(session, "captured", capturing)
+    monkeypatch.setattr(session, "has_graphs", lambda device: True)
+    running = Session(MODELS[name](), 1, example=torch.zeros(1, I))
+    gc.collect()
+    assert running.why is None and len(stay) == 3 and all(reference() is not None for reference in stay)
 
 
 def test_asked_for_no_graph():
