@@ -20,20 +20,11 @@ from fused_lstm.cells.compiled import compiled
 from fused_lstm.kernels import cell as hand_written
 from fused_lstm.kernels import (
     elementwise,
-    latency_backward,
-    latency_forward,
     launch,
-    matmul,
-    operands,
-    polling,
     recurrent_backward,
     recurrent_forward,
     recurrent_latency_backward,
     recurrent_latency_forward,
-    rows,
-    slots,
-    states,
-    sync,
 )
 from fused_lstm.kernels.equations import Equations
 from fused_lstm.kernels.plan import Plan
@@ -47,12 +38,12 @@ from .offline import (
     POINTERS,
     RECORDS,
     compile_typed,
-    hash_of,
     read,
     resources,
     side_by_side,
     write,
 )
+from .sources import hash_of
 
 Row = dict[str, Any]
 
@@ -160,9 +151,7 @@ def key(row: Row) -> str:
 @cache
 def source() -> str:
     """A hash of the code that the kernels are compiled of, beside a cell's equations."""
-    own = recurrent_backward, recurrent_forward, recurrent_latency_backward, recurrent_latency_forward, slots, states
-    shared = elementwise, hand_written, latency_backward, latency_forward, launch, matmul, operands, polling, rows, sync
-    return hash_of(own + shared)
+    return hash_of(*(kernel for pair in KERNELS.values() for kernel in pair), elementwise, hand_written)
 
 
 def tabulate(results: Path) -> bool:

@@ -14,8 +14,6 @@ elsewhere those that the chunk divides, powers of two with their simpler address
 """
 
 import argparse
-import ast
-import hashlib
 import json
 import re
 import sys
@@ -37,24 +35,15 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from fused_lstm.kernels import (
     backward,
-    cell,
     dropout,
     forward,
-    gates,
     latency_backward,
     latency_forward,
     launch,
     layout,
-    matmul,
     operands,
-    polling,
-    row_tiles,
-    rows,
-    saved,
     scan,
-    short_cell,
     sync,
-    team,
     throughput_backward,
     throughput_forward,
 )
@@ -65,6 +54,7 @@ from fused_lstm.kernels.tiles import AMD, DEVICES, H100, Device, Problem, Tiles,
 from . import limits, model, simulate
 from .absent import gpu_target
 from .sass import disassemble, parse, time_loop, tool, width
+from .sources import hash_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "offline"
@@ -77,11 +67,6 @@ DTYPES = {
     "tf32": (torch.float32, False),
     "fp32": (torch.float32, True),
 }
-SOURCES = (
-    *(backward, cell, dropout, forward, gates, latency_backward, latency_forward, launch, matmul, operands),
-    *(polling, rows, saved, sync, team),
-)
-IN_TURN = row_tiles, short_cell, throughput_backward, throughput_forward
 # By a kernel's argument the record that it is.
 RECORDS: dict[str, Any] = {"layout": layout.LayoutTensors, "stack": layout.Stack, "sync": sync.Sync}
 # With W_hh in shared memory, in registers, and for row tiles in turn.
@@ -151,6 +136,11 @@ class Resources:
     read_only: int  # loads past the coherent caches, which may miss what another program has just written
 
 
+def place_of(tiles: Tiles, mode: str) -> int:
+    """Where in KERNELS the kernel of a pass stands that runs under its tiles."""
+    return 2 if tiles.in_turn else int(tiles.poll or mode == "local")
+
+
 def compile_kernel(
     name: str,
     plan: Plan,
@@ -169,8 +159,8 @@ def compile_kernel(
 ) -> CompiledKernel:
     """Compiles a kernel of KERNELS as its launcher would, for a device that need not be there."""
     tiles = getattr(plan, name)
-    in_registers = launch.weight_in_registers(plan, tiles)
-    kernel: Any = KERNELS[name][2 if tiles.in_turn else in_registers]
+    in_registers = place_of(tiles, plan.mode) == 1
+    kernel: Any = KERNELS[name][place_of(tiles, plan.mode)]
     stack = plan.layers > 1
     form = {"PHASE": PHASES[half], "DIRECTIONS": plan.directions, "REVERSE": reverse}
     form["PAIRS"] = launch.compares_pairs(device.capability)
@@ -499,28 +489,27 @@ def predicted(row: Row) -> Row:
     return {"us": round(planned.us, 2), "floor": bound, "binds": planned.binds}
 
 
+def source(kernel: str, tiles: Tiles, mode: str) -> str:
+    """A hash of what the kernel of a pass is compiled of under its tiles; the plans are in the rows."""
+    return source_at(kernel, place_of(tiles, mode))
+
+
 @cache
-def source(in_turn: bool = True) -> str:
-    """A hash of the code that is compiled, without comments, docstrings and layout; the plans are in the rows. in_turn:
-    with the kernels of large batches, on which the others do not depend."""
-    return hash_of(SOURCES + (IN_TURN if in_turn else ()))
+def source_at(kernel: str, place: int) -> str:
+    return hash_of(KERNELS[kernel][place])
 
 
-def hash_of(modules: Iterable[Any]) -> str:
-    """Of the device functions in some modules, without comments, docstrings and layout."""
-    files = [Path(module.__file__ or "") for module in modules]
-    nodes = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    kernels = [node for node in functions if node.decorator_list or node.name == "specialization"]
-    for kernel in kernels:
-        if ast.get_docstring(kernel) is not None:
-            kernel.body = kernel.body[1:]
-    return hashlib.sha256("".join(map(ast.unparse, kernels)).encode()).hexdigest()[:12]
+def source_of_row(row: Row) -> str:
+    return source(row["kernel"], Tiles(**row["tiles"]), row["mode"])
 
 
+@cache
 def source_of(limit: str) -> str:
     """The source of what a limit, or an answer about all of a target, is about."""
-    return source("in turn" in limit or limit in TARGETS)
+    if limit in TARGETS:
+        return hash_of(*(kernel for kernels in KERNELS.values() for kernel in kernels))
+    kernel = "backward" if " backward, " in limit else "forward"
+    return source_at(kernel, 2 if " in turn, " in limit else " polled" in limit or " local, " in limit)
 
 
 def read(path: Path) -> list[Row]:
@@ -544,7 +533,7 @@ def tabulate(asked: limits.Asked, fresh: bool, devices: list[str]) -> bool:
     path = results / f"triton-{triton.__version__}.jsonl"
     targets = {target(ALL[device]) for device in devices}
     # A row that failed is compiled again: the failure may have been the machine's.
-    old = [row for row in read(path) if row["source"] == source(is_in_turn(row)) and not fails(row)]
+    old = [row for row in read(path) if row["source"] == source_of_row(row) and not fails(row)]
     others = [row for row in old if row["target"] not in targets]
     known = {key(row, COMPILE): row for row in old if row["target"] in targets and not fresh}
     wanted = {key(group, COMPILE): planned(group) for group in groups(devices)}
@@ -553,7 +542,7 @@ def tabulate(asked: limits.Asked, fresh: bool, devices: list[str]) -> bool:
         if name in known and ("cycles" not in known[name].get("simulated", {}) or known[name]["B"] == group["B"]):
             known[name] |= group | predicted(group)
             continue
-        known[name] = compiled(group, simulate=True) | predicted(group) | {"source": source(is_in_turn(group))}
+        known[name] = compiled(group, simulate=True) | predicted(group) | {"source": source_of_row(group)}
         asked.answered(group, why_failed(known[name]))
         write(path, [*others, *known.values()])  # each at once: a run that is cut short goes on here
         print(f"{at}/{len(wanted)} {name} {known[name].get('resources') or known[name]['error']}", flush=True)

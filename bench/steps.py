@@ -12,7 +12,7 @@ from typing import Any
 import triton
 from triton.compiler import CompiledKernel
 
-from fused_lstm.kernels import cell, exchange, gates, launch, matmul, one_step, operands, polling, step_products, sync
+from fused_lstm.kernels import one_step
 from fused_lstm.kernels.choice import kind_of, precision_of
 from fused_lstm.kernels.exchange import Exchange
 from fused_lstm.kernels.one_step import Prepared
@@ -23,7 +23,8 @@ from fused_lstm.kernels.tiles import DEVICES, H100, Device, Problem
 
 from . import simulate
 from .cases import STACKS
-from .offline import ALL, DTYPES, POINTERS, Row, compile_typed, hash_of, read, side_by_side, usage, write
+from .offline import ALL, DTYPES, POINTERS, Row, compile_typed, read, side_by_side, usage, write
+from .sources import hash_of
 
 CASES = [
     *(("H100", dtype, L, H, B, 1, 0) for (L, H), dtype, B in product(STACKS, ("bf16", "tf32"), (1, 4, 16))),
@@ -136,7 +137,7 @@ def path_of(results: Path) -> Path:
 @cache
 def source() -> str:
     """A hash of the code that the kernel is compiled of."""
-    return hash_of((cell, exchange, gates, launch, matmul, one_step, operands, polling, step_products, sync))
+    return hash_of(one_step.one_step_kernel)
 
 
 def tabulate(results: Path) -> bool:

@@ -14,12 +14,13 @@ from dataclasses import asdict
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import triton
 
 from bench import cells as of_cells
-from bench import limits
+from bench import limits, sources
 from bench import steps as of_steps
 from bench.cells import CELLS, rows_of
 from bench.offline import (
@@ -506,3 +507,38 @@ def test_a_kernel_of_one_step_compiled_anew_is_no_worse():
     known = {of_steps.key(row): row for row in read(RESULTS / f"steps-{triton.__version__}.jsonl")}
     for row in rows:
         assert row | {"source": of_steps.source()} == known[of_steps.key(row)]
+
+
+def test_a_source_is_what_a_kernel_reaches(monkeypatch, tmp_path):
+    found = {}
+    sources.reached(("latency_forward", "latency_forward_kernel"), found)
+    assert {("polling", "words"), ("operands", "multiply"), ("sync", "record_timeout")} < set(found)
+    assert ("matmul", "recurrent_matmul") not in found and ("launch", "launch") not in found
+    step = "@jit\ndef step():\n    pass\n"
+    kernel = "@jit\ndef kernel():\n    step()\n"
+    files = {"forward": f"{kernel}\n{step}", "other": "", "launch": "def specialization():\n    pass\n"}
+
+    def hash_with(**changed):
+        for name, text in (files | changed).items():
+            (tmp_path / f"{name}.py").write_text(text)
+        sources.names_of.cache_clear()
+        code = SimpleNamespace(co_filename="forward.py")
+        return sources.hash_of(SimpleNamespace(fn=SimpleNamespace(__name__="kernel", __code__=code)))
+
+    monkeypatch.setattr(sources, "KERNELS", tmp_path)
+    before, moved = hash_with(), f"from .other import step\n\n{kernel}"
+    try:
+        for same in (
+            {"forward": files["forward"] + "\n@jit\ndef beside():\n    pass\n"},
+            {"forward": files["forward"].replace("pass", '"""Says what."""\n    # why\n    pass')},
+            {"forward": moved, "other": step},
+        ):
+            assert hash_with(**same) == before, same
+        for other in (
+            {"forward": files["forward"].replace("pass", "return 1")},
+            {"forward": moved, "other": step.replace("pass", "return 1")},
+            {"launch": files["launch"].replace("pass", "return 1")},
+        ):
+            assert hash_with(**other) != before, other
+    finally:
+        sources.names_of.cache_clear()
