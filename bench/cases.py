@@ -26,6 +26,7 @@ class Case:
         of T among rows of T / 50).
     proj: features of a projection, as proj_size of torch.nn.LSTM; 0: none.
     cell: of fused_lstm.cells, in a fused_lstm.Recurrent of one layer and direction; "": nn.LSTM's.
+    weights: "int8": weights that fused_lstm.quantize() loses nothing of; "": any.
     """
 
     mode: str
@@ -40,6 +41,7 @@ class Case:
     lengths: str = "spread"
     proj: int = 0
     cell: str = ""
+    weights: str = ""
 
     @property
     def out(self) -> int:
@@ -58,8 +60,8 @@ class Case:
 
     @property
     def shape(self) -> str:
-        """All sizes but B, and the cell, in words; what goes without saying (I = H, one layer, one direction, lengths
-        spread, nn.LSTM's cell) is left out."""
+        """All sizes but B, the cell and the weights, in words; what goes without saying (I = H, one layer, one
+        direction, lengths spread, nn.LSTM's cell) is left out."""
         parts = [f"T{self.T}", f"H{self.H}"]
         parts += [f"I{self.I}"] if self.I != self.H else []
         parts += [f"P{self.proj}"] if self.proj else []
@@ -67,7 +69,7 @@ class Case:
         parts += [f"D{self.directions}"] if self.directions > 1 else []
         parts += [self.form] if self.form != "dense" else []
         parts += [self.lengths] if self.lengths != "spread" else []
-        parts += [self.cell] if self.cell else []
+        parts += [part for part in (self.cell, self.weights) if part]
         return " ".join(parts)
 
 
@@ -129,6 +131,10 @@ _ORDERED = [
     *(Case("one step", T=64, B=3, I=650, H=650, dtype=dtype, layers=2, directions=2) for dtype in _MAIN),
     *(Case("one step", T=64, B=4, I=1024, H=1024, dtype=dtype, layers=2, proj=256) for dtype in _MAIN),
     *(
+        Case("forward", T=512, B=B, I=H, H=H, dtype=dtype, weights="int8")
+        for (H, B), dtype in product([(2048, 1), (2048, 16), (1536, 16)], _MAIN)
+    ),
+    *(
         _square(64, H, B, *rest)
         for B, H, *rest in product([4096, 1024, 8192, 256], [384, 256, 1024, 512], (*_MAIN, "fp16"), BOTH)
     ),
@@ -181,6 +187,7 @@ DRY = [
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", layers=3, form="alternating") for mode in BOTH),
     Case("one step", T=3, B=2, I=5, H=7, dtype="fp32", layers=3),
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", proj=3) for mode in BOTH),
+    Case("forward", T=3, B=2, I=5, H=7, dtype="fp32", weights="int8"),
     *(Case(mode, T=3, B=2, I=5, H=7, dtype="fp32", cell=cell) for cell, mode in product(["gru", "slstm"], BOTH)),
     Case("forward+backward", T=5, B=3, I=5, H=7, dtype="fp32", form="packed", cell="gru"),
     *_LONG_IF_DRY,

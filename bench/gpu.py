@@ -52,6 +52,7 @@ FORMS = {
     "grid in TF32": ("fused_lstm", _form(512, 16, "tf32")),
     "grid in full precision": ("fused_lstm", _form(128, 16, "fp32")),
     "grid streaming W_hh": ("fused_lstm", _form(1024, 16, "fp32")),
+    "grid, W_hh in int8": ("fused_lstm, int8", _form(2048, 16, mode="forward", weights="int8")),
     "row tiles in turn": ("fused_lstm", _form(256, 8192)),
     "stack of layers": ("fused_lstm", _form(512, 16, layers=4)),
     "both directions": ("fused_lstm", _form(512, 16, directions=2)),

@@ -30,7 +30,8 @@ ALL = "all"
 def name_of(group: Row) -> str:
     """The name of the limit that a group of sizes has."""
     layers = 2 if group["stack"] else 1
-    problem = Problem(group["dtype"], group["H"], group["kernel"] == "backward", 1, layers, group["proj"])
+    of = group["kernel"] == "backward", 1, layers, group["proj"], group["weights"]
+    problem = Problem(group["dtype"], group["H"], *of)
     return limit_name(Tiles(**group["tiles"]), group["mode"], problem, group["target"])
 
 
@@ -110,7 +111,7 @@ def install(limits: Limits) -> None:
     """Lets this process plan by limits."""
     of_kernels.limits().clear()
     of_kernels.limits().update(limits)
-    for cached in (choice.candidates, choice.choose_kernel, choice.grouped, choice.projects):
+    for cached in (choice.candidates, choice.choose_kernel, choice.choose_narrow, choice.grouped, choice.projects):
         cached.cache_clear()
 
 

@@ -94,6 +94,10 @@ def build(
         lstm = nn.LSTM(case.I, case.H, case.layers, **options)
     # In training mode cuDNN would write in the forward what only a backward reads.
     lstm = lstm.to(device, case.torch_dtype).train(case.mode == "forward+backward")
+    if case.weights:  # to what 8 bits hold, and once more quantized they stay so
+        fused_lstm.swap(lstm)
+        fused_lstm.quantize(lstm, case.weights)
+        fused_lstm.swap(lstm, back=True)
     rows = case.layers * case.directions, case.B
     sizes = [(case.T, case.B, case.I), (*rows, case.out)]
     sizes += [(*rows, case.H)] * (len(lstm.cell.states) if case.cell else 1)

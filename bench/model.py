@@ -133,7 +133,7 @@ def predicted(
     """Returns what the model gives for one step under a plan, of all directions and layers of a launch: its tiles, its
     padding, its launches one after another. proj: features of a projection in it. Args and errors as floor()."""
     tiles = plan.backward if backward else plan.forward
-    problem = Problem(dtype, H, backward, plan.directions, plan.layers, proj)
+    problem = Problem(dtype, H, backward, plan.directions, plan.layers, proj, plan.weights)
     return step(known(device), plan.mode, tiles, problem, B)
 
 

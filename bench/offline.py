@@ -21,12 +21,13 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import pairwise
 from itertools import product as pairs
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ from fused_lstm.kernels import (
     throughput_backward,
     throughput_forward,
 )
+from fused_lstm.kernels.choice import choose_kernel, choose_narrow, projects
 from fused_lstm.kernels.limits import class_of, target
-from fused_lstm.kernels.plan import Plan, choose_kernel, projects
+from fused_lstm.kernels.plan import Plan
 from fused_lstm.kernels.tiles import AMD, DEVICES, H100, Device, Problem, Tiles, without_exchange
 
 from . import limits, model, simulate
@@ -83,10 +85,12 @@ KERNELS = {
     ),
 }
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-# The products, directions and layers of a launch that the table covers: fp16 has the tiles of bf16, and other numbers
-# of layers have no others.
+NARROW_POINTERS = {"int8": "*i8", "fp8": "*fp8e4nv"}
+# The products, and the directions, layers, features of a projection and weights of a launch that the table covers: fp16
+# has the tiles of bf16, fp8 those of int8, and other numbers of layers have no others.
 PRODUCTS = ("bf16", "tf32", "fp32")
-LAUNCHES = ((1, 1, 0), (1, 2, 0), (1, 4, 0))
+LaunchOf = tuple[int, int, int, str]
+LAUNCHES: tuple[LaunchOf, ...] = ((1, 1, 0, ""), (1, 2, 0, ""), (1, 4, 0, ""), (1, 1, 0, "int8"))
 # Of projections in the kernel: H, and P.
 PROJECTIONS = tuple(pairs((1800, 2560, 4096), (136, 512, 1024)))
 # The phase of a kernel that projects, by the column `half`.
@@ -111,7 +115,7 @@ SIZES = [*range(1, 131), *sorted(bound - less for bound in BOUNDS if bound <= 20
 BATCHES = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 8192)
 
 # What makes two rows of one Triton the same compile, and what names a group in the table.
-COMPILE = ("target", "dtype", "kernel", "mode", "precision", "tiles", "stack", "H", "proj", "half")
+COMPILE = ("target", "dtype", "weights", "kernel", "mode", "precision", "tiles", "stack", "H", "proj", "half")
 GROUP = (*COMPILE, "devices", "class", "H_range", "B_range")
 
 
@@ -167,7 +171,8 @@ def compile_kernel(
     made = launch.specialized(kernel, plan, tiles, H, out or H, **form)
     ragged = packed or lengths or reset
     taken = {
-        ("c", "gates"): save or name == "backward",
+        ("c", "gates"): (save and not plan.weights) or name == "backward",
+        ("scale",): plan.weights != "",
         ("lengths",): packed or lengths,
         ("offsets",): packed,
         ("order",): lengths and not packed,
@@ -186,7 +191,8 @@ def compile_kernel(
     in_accumulator = IN_ACCUMULATOR - ({"c0"} if name == "forward" else set())
     if in_registers:
         in_accumulator -= {"products"}
-    return compile_for(device, kernel, dtype, made.constants, absent, made.options, in_accumulator)
+    narrow = {"weight_hh": NARROW_POINTERS[plan.weights]} if plan.weights else {}
+    return compile_for(device, kernel, dtype, made.constants, absent, made.options, in_accumulator, narrow)
 
 
 def compile_for(
@@ -197,13 +203,14 @@ def compile_for(
     absent: Iterable[str],
     options: dict[str, Any],
     in_accumulator: Iterable[str] = IN_ACCUMULATOR,
+    others: Mapping[str, str] = MappingProxyType({}),
 ) -> CompiledKernel:
     """Compiles any kernel, with its constexpr arguments; absent: the pointers that are None, of those it has and of
-    those in its records."""
+    those in its records. others: the types of some."""
 
     def pointer(name: str) -> str | None:
         default = "*fp32" if name in in_accumulator else "*i64" if name == "products" else POINTERS[dtype]
-        return None if name in absent else INTEGER_POINTERS.get(name, default)
+        return None if name in absent else others.get(name) or INTEGER_POINTERS.get(name, default)
 
     types: dict[str, Any] = {name: pointer(name) for name in kernel.arg_names}
     types |= {name: record(*map(pointer, record._fields)) for name, record in RECORDS.items()}
@@ -334,17 +341,29 @@ TABULATED_DEVICES = [name for name, device in ALL.items() if target(device) in T
 
 
 def choices(
-    device: Device, dtype: str, H: int, batches: Iterable[int], directions: int = 1, layers: int = 1, proj: int = 0
+    device: Device,
+    dtype: str,
+    H: int,
+    batches: Iterable[int],
+    directions: int = 1,
+    layers: int = 1,
+    proj: int = 0,
+    weights: str = "",
 ) -> dict[Plan, tuple[int, int]]:
     """The plans for these batches, each with its least and its largest. proj: only where the kernels then project to so
-    many features."""
+    many features. weights: of 8 bits; only where the kernels multiply them as they are."""
     choose = choose_kernel.__wrapped__  # its cache would keep every plan
     torch_dtype, ieee = DTYPES[dtype]
     found: dict[Plan, tuple[int, int]] = {}
     for B in batches:
         if proj and not projects.__wrapped__(torch_dtype, B, H, proj, device, ieee, directions):
             continue
-        plan = choose(torch_dtype, B, H, device, ieee, directions, layers, proj)
+        if weights:
+            plan = choose_narrow.__wrapped__(torch_dtype, B, H, device, ieee, directions, weights)
+            if plan is None:
+                continue
+        else:
+            plan = choose(torch_dtype, B, H, device, ieee, directions, layers, proj)
         found[plan] = found.get(plan, (B,))[0], B
     return found
 
@@ -354,36 +373,37 @@ def groups(
     dtypes: Iterable[str] = PRODUCTS,
     sizes: Iterable[int] = SIZES,
     batches: Iterable[int] = BATCHES,
-    launches: Iterable[tuple[int, int, int]] = LAUNCHES,
+    launches: Iterable[LaunchOf] = LAUNCHES,
     projections: Iterable[tuple[int, int]] = PROJECTIONS,
 ) -> list[Row]:
     """What plan.py chooses over sizes H and batches B: a row for each kernel that differs in more than H.
 
     H is the size that stands for the group and B its smallest batch on the first of its devices; H_range and B_range
     are all that the group has, and sizes those that are compiled alike.
-    launches: how many directions and layers they have, and to how many features they project. That the members are
-    layers is a constant of the machine code, how many is not: `layers` is the fewest of a stack, 1 without.
+    launches: how many directions and layers they have, to how many features they project, and their weights, "int8" or
+    "fp8" of 8 bits. That the members are layers is a constant of the machine code, how many is not: `layers` is the
+    fewest of a stack, 1 without.
     projections: further sizes H, of one direction, and features.
     """
     found: dict[tuple[Any, ...], list[tuple[int, int, int, int, str]]] = {}
-    shapes = [*pairs(sizes, launches), *((H, (1, 1, P)) for H, P in projections)]
+    shapes = [*pairs(sizes, launches), *((H, (1, 1, P, "")) for H, P in projections)]
     batches = tuple(batches)
     for device, dtype, (H, launch_of) in pairs(devices, dtypes, shapes):
-        proj = launch_of[-1]
+        proj, weights = launch_of[2:]
         for plan, (first, last) in choices(ALL[device], dtype, H, batches, *launch_of).items():
             if plan.mode == "torch" or (plan.layers > 1 and plan.mode != "grid"):
                 continue  # they do not fit together
             # Of the step form each launch has a half of the kernel that projects.
             halves = ("CELL", "PROJECT") if proj and plan.mode == "step" else ("",)
-            for kernel, half in pairs(KERNELS, halves):
+            for kernel, half in pairs([name for name in KERNELS if getattr(plan, name)], halves):
                 tiles = getattr(plan, kernel)
-                several = plan.directions, plan.layers > 1, proj, half
+                several = plan.directions, plan.layers > 1, proj, half, weights
                 which = class_of(Problem(dtype, H, proj=proj), tiles, plan.mode)
                 same = (target(ALL[device]), dtype, kernel, plan.mode, plan.precision, tiles, *several, which)
                 found.setdefault(same, []).append((H, first, last, plan.layers, device))
     rows = []
     for same, members in found.items():
-        of_target, dtype, kernel, mode, precision, tiles, directions, stack, proj, half, which = same
+        of_target, dtype, kernel, mode, precision, tiles, directions, stack, proj, half, weights, which = same
         sizes_of, firsts, lasts, layers, on = zip(*members, strict=True)
         demand = partial(demanding, tiles.chunk, which)
         H = max(sizes_of, key=demand)
@@ -392,6 +412,7 @@ def groups(
                 "target": of_target,
                 "devices": list(dict.fromkeys(on)),
                 "dtype": dtype,
+                "weights": weights,
                 "kernel": kernel,
                 "mode": mode,
                 "precision": precision,
@@ -422,7 +443,8 @@ def compiled(group: Row, simulate: bool = False, **flags: bool) -> Row:
     simulated() says."""
     dtype, device = DTYPES[group["dtype"]][0], TARGETS[group["target"]]
     tiles = Tiles(**group["tiles"])
-    plan = Plan(group["mode"], tiles, tiles, 0, group["precision"], "", group["directions"], group["layers"])
+    several = group["directions"], group["layers"], group["weights"]
+    plan = Plan(group["mode"], tiles, tiles, 0, group["precision"], "", *several)
     try:
         halves = {"out": group["proj"], "half": group["half"]}
         kernel = compile_kernel(group["kernel"], plan, group["H"], dtype, device, **flags, **halves)
@@ -479,12 +501,13 @@ def predicted(row: Row) -> Row:
     """The model's time for one step of a row's H and B under its tiles, the floor, both in microseconds, and the term
     that sets the first."""
     tiles, backward = Tiles(**row["tiles"]), row["kernel"] == "backward"
-    plan = Plan(row["mode"], tiles, tiles, 0, row["precision"], "", row["directions"], row["layers"])
+    several = row["directions"], row["layers"], row["weights"]
+    plan = Plan(row["mode"], tiles, tiles, 0, row["precision"], "", *several)
     sizes = row["H"], row["B"], backward
     device = row["devices"][0]
     planned = model.predicted(device, row["dtype"], plan, *sizes, row["proj"])
     bound = None
-    if not row["proj"]:  # of a projection there is no floor
+    if not row["proj"] and not row["weights"]:  # of these there is no floor
         bound = round(model.floor(device, row["dtype"], row["mode"], *sizes, layers=row["layers"]).us, 2)
     return {"us": round(planned.us, 2), "floor": bound, "binds": planned.binds}
 
@@ -600,7 +623,7 @@ def table(results: Path) -> str:
         "time of the same step, and its floor, by `kernels/model.py` and `bench/model.py`, and the term that takes",
         "most of the first. Layers: the fewest that run in one launch under these tiles, a step behind each other;",
         "the time is that of a step of all of them. One direction of a layer; both have the same tiles, and addresses",
-        "that take a few registers more (`--directions 2`). fp16 has the tiles of bf16.",
+        "that take a few registers more (`--directions 2`). fp16 has the tiles of bf16, and W_hh of fp8 those of int8.",
     ]
     head = (
         "devices | dtype | pass | form | tiles | H | of H | of B | registers | spills | shared KiB | matrix | barriers"
@@ -631,7 +654,8 @@ def cells_of(versions: dict[str, Row]) -> Iterator[str]:
     """The cells of a line of the table, from the rows of one group by Triton's version."""
     row = first(versions)
     tiles, found = row["tiles"], [version.get("resources") for version in versions.values()]
-    yield from (", ".join(row["devices"]), row["dtype"], row["kernel"], ", ".join(filter(None, forms(row))))
+    dtype = f"{row['dtype']}, W_hh {row['weights']}" if row["weights"] else row["dtype"]
+    yield from (", ".join(row["devices"]), dtype, row["kernel"], ", ".join(filter(None, forms(row))))
     shape = [str(tiles[name]) for name in ("batch", "units", "chunk", "warps")]
     shape += [
         f"{name} {tiles[name]}"
@@ -688,6 +712,7 @@ def main() -> None:
     printed.add_argument("--directions", type=int, default=1)
     printed.add_argument("--layers", type=int, default=1, help="in one launch")
     printed.add_argument("--proj", type=int, default=0, help="features of a projection in the kernel")
+    printed.add_argument("--weights", choices=["", *NARROW_POINTERS], default="", help="of 8 bits, for inference")
     printed.add_argument("--reverse", action="store_true")
     printed.add_argument("--packed", action="store_true")
     printed.add_argument("--lengths", action="store_true")
@@ -714,7 +739,7 @@ def main() -> None:
         every = groups()
         chosen = [every[place] for place in args.groups]
     else:  # each size a group of its own
-        launches = [(args.directions, args.layers, args.proj)]
+        launches = [(args.directions, args.layers, args.proj, args.weights)]
         chosen = [
             group for H in args.H for B in args.B for group in groups(args.device, args.dtype, [H], [B], launches, ())
         ]

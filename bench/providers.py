@@ -69,6 +69,13 @@ def recomputing(lstm: nn.LSTM) -> nn.Module:
     return module
 
 
+def quantized(lstm: nn.LSTM) -> nn.Module:
+    """The same with weights of int8."""
+    module = fused(lstm)
+    fused_lstm.quantize(module)
+    return module
+
+
 class Checkpointed(nn.LSTM):
     """nn.LSTM on one chunk of steps after the other, each under torch.utils.checkpoint; dense input."""
 
@@ -271,6 +278,7 @@ def _one_layer(case: Case) -> bool:
 PROVIDERS = {
     "fused_lstm": Provider(fused),
     "fused_lstm, recompute": Provider(recomputing, runs=_remembers),
+    "fused_lstm, int8": Provider(quantized, lambda case: case.weights == "int8"),
     "nn.LSTM, checkpointed": Provider(checkpointed, runs=_remembers),
     "fused_lstm, CUDA graph": Provider(lambda lstm: Graphed(fused(lstm)), _step_on_cuda),
     "fused_lstm, session": Provider(lambda lstm: InSession(fused(lstm)), lambda case: case.mode == "one step"),

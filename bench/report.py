@@ -41,6 +41,7 @@ def share_of_floor(row: Row, measured: dict[str, float]) -> float | None:
         or case.form != "dense"
         or case.proj
         or case.cell
+        or case.weights
         or case.mode == "one step"
     ):
         return None

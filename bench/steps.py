@@ -23,7 +23,7 @@ from fused_lstm.kernels.tiles import DEVICES, H100, Device, Problem
 
 from . import simulate
 from .cases import STACKS
-from .offline import ALL, DTYPES, POINTERS, Row, compile_typed, read, side_by_side, usage, write
+from .offline import ALL, DTYPES, NARROW_POINTERS, POINTERS, Row, compile_typed, read, side_by_side, usage, write
 from .sources import hash_of
 
 CASES = [
@@ -46,7 +46,6 @@ NARROW = [
     *((device, "bf16", 2, 160, 1, 1, 0) for device in ("B200", "L4")),
 ]
 NAMES = "device", "dtype", "L", "H", "B", "D", "P", "weights"
-POINTERS_OF = {"int8": "*i8", "fp8": "*fp8e4nv"}
 
 
 def plan_of(row: Row) -> tuple[Plan, Device, Any]:
@@ -76,7 +75,7 @@ def compile_row(row: Row) -> tuple[CompiledKernel, Prepared]:
     types |= dict.fromkeys(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), of_all)
     types |= dict.fromkeys(("scale_ih", "scale_hh"), of_all if row["weights"] else None)
     if row["weights"]:
-        types |= dict.fromkeys(("weight_ih", "weight_hh"), (POINTERS_OF[row["weights"]],) * R)
+        types |= dict.fromkeys(("weight_ih", "weight_hh"), (NARROW_POINTERS[row["weights"]],) * R)
     types |= {"weight_hr": of_all if row["P"] else None, "sync": Sync(None, None, None)}
     types["exchange"] = Exchange(own, integers) if prepared.slots else Exchange(None, None)
     return compile_typed(device, made.kernel, types, made.constants, made.options), prepared
@@ -121,7 +120,7 @@ def answered(row: Row) -> Row:
 def rows_of() -> Iterator[Row]:
     """What is to be compiled."""
     wide = ((*case, "") for case in CASES)
-    narrow = ((*case, weights) for weights in POINTERS_OF for case in NARROW)
+    narrow = ((*case, weights) for weights in NARROW_POINTERS for case in NARROW)
     others = ("A100", "bf16", 2, 160, 1, 1, 0, "int8"), ("MI300X", "bf16", 1, 650, 16, 1, 0, "int8")
     return (dict(zip(NAMES, case, strict=True)) for case in (*wide, *narrow, *others))
 

@@ -35,7 +35,7 @@ class Call(NamedTuple):
     """The arguments of lstm(), checked; starts: the resets, (T, B) bool.
 
     h0: (L*D, B, Hout). c0: (L*D, B, H). weights: per layer, then direction, as nn.LSTM lists them.
-    scales: as lstm() takes them.
+    scales: as lstm() takes them; where weight_ih is wide, of weight_hh alone.
     """
 
     input: Tensor

@@ -68,13 +68,14 @@ class ForwardArgs(NamedTuple):
     chunk: int
     ieee: bool
     project_in_kernel: bool
+    scale: Tensor | None = None
 
     @property
     def how(self) -> Recurrence:
         """Of a chunk."""
-        in_kernel, states, ieee = self.project_in_kernel, self.states, self.ieee
         # Within an operator nobody looks.
-        return Recurrence(self.sequence, project_in_kernel=in_kernel, states=states, ieee=ieee, direct=True)
+        how = Recurrence(self.sequence, states=self.states, ieee=self.ieee, direct=True, scale=self.scale)
+        return how._replace(project_in_kernel=self.project_in_kernel)
 
     def chunks(self) -> Iterator[tuple[Sequence, slice, int]]:
         offsets = self.sequence.offsets
@@ -226,7 +227,8 @@ def _args_of_directions(how: Recurrence, inputs: Inputs) -> list[ForwardArgs]:
     x, h0, c0, weights = inputs
     options = how.states, how.chunk, how.ieee, how.project_in_kernel
     directions = zip(h0, c0, weights, how.sequences(weights), strict=True)
-    return [ForwardArgs(x, *direction, *options) for direction in directions]
+    scales = [None] * len(weights) if how.scale is None else how.scale[:, None]  # each (1, 4H)
+    return [ForwardArgs(x, *direction, *options, scales[d]) for d, direction in enumerate(directions)]
 
 
 def forward(how: Recurrence, inputs: Inputs) -> Outputs:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from collections.abc import Sequence as Iterable
 
-import torch
 from torch import _VF, Tensor
 
 from . import masks
@@ -101,8 +100,8 @@ def run(call: Call) -> Result:
 
 def run_on(route: Route, call: Call) -> Result:
     """run() on its route."""
-    if call.scales is not None and not takes_scales(route):
-        call = call._replace(weights=wide_weights(call.weights, call.scales), scales=None)
+    if call.scales is not None:
+        call = of_route(call, route)
     if route.path != "torch":
         call = prepared(call)
     elif call.lengths is not None or call.starts is not None:
@@ -110,9 +109,13 @@ def run_on(route: Route, call: Call) -> Result:
     return RUN[route.path](call, route)
 
 
-def takes_scales(route: Route) -> bool:
-    """Whether weights of 8 bits are multiplied as they are."""
-    return route.path == "one step" and not torch._C._is_any_autocast_enabled()
+def of_route(call: Call, route: Route) -> Call:
+    """A call whose weights have 8 bits with those wide that its route does not multiply as they are."""
+    assert call.scales is not None
+    if route.narrow and route.path == "one step":
+        return call
+    weights = wide_weights(call.weights, call.scales, hh=not route.narrow)
+    return call._replace(weights=weights, scales=call.scales[1::2] if route.narrow else None)
 
 
 def lstm_cell(

@@ -15,7 +15,7 @@ from .context import PLAIN, Context
 from .functional import lstm, lstm_cell
 from .interop import Refusing, as_leaf
 from .kernels.plan import Plan
-from .route import Form, autocast_dtype, full_precision, full_precision_of_cell, plan_of, why_torch
+from .route import Form, autocast_dtype, full_precision, full_precision_of_cell, plan_of, unless_autocast, why_torch
 
 
 class LSTM(Refusing, nn.RNNBase):
@@ -250,7 +250,7 @@ class LSTM(Refusing, nn.RNNBase):
         )
         context, sizes = Context.of(data, *self.parameters()), (B, self.hidden_size, self.proj_size)
         form = Form(options, context, data.device, autocast_dtype(data), *sizes, T == 1, packed)
-        return plan_of(form._replace(ieee=full_precision(), weights=self.quantized))
+        return plan_of(form._replace(ieee=full_precision(), weights=unless_autocast(self.quantized)))
 
 
 class LSTMCell(Refusing, nn.LSTMCell):

@@ -15,7 +15,7 @@ from .kernels.layout import Layout, Stack, StepWeights, accumulator
 from .kernels.plan import Plan, choose, choose_one_step, hardware_of, kind_of, kind_of_weights, refuse, step_mode
 from .kernels.tiles import Problem
 from .records import flatten, record, schema, unflatten
-from .weights import weights_of, wide_weights
+from .weights import weights_of, wide_weights, widened
 
 if WHY_NO_TRITON is None:
     from .kernels import backward as backward_kernel
@@ -101,7 +101,7 @@ def _is_plain(keys: Any) -> bool:
 
 @record
 class ForwardArgs(NamedTuple):
-    """As kernels.forward.forward takes them."""
+    """As kernels.forward.forward takes them; a weight_hh of 8 bits, with its scale, if nothing is to be saved."""
 
     input_gates: Tensor
     weight_hh: Tensor
@@ -114,15 +114,15 @@ class ForwardArgs(NamedTuple):
     reverse: bool
     save: bool
     ieee: bool
+    scale: Tensor | None = None
 
 
 def run_forward(a: ForwardArgs, launcher: Callable[..., Any], **more: Any) -> Any:
-    """launcher: kernels.forward.forward, which takes a plan, or stand_in.forward."""
+    """launcher: kernels.forward.forward, which takes a plan, or stand_in.forward, which takes no scale."""
+    if a.scale is not None:
+        more["scale"] = a.scale.contiguous()
     return launcher(
-        a.input_gates.contiguous(),
-        a.weight_hh.contiguous(),
-        a.h0.contiguous(),
-        a.c0.contiguous(),
+        *(tensor.contiguous() for tensor in (a.input_gates, a.weight_hh, a.h0, a.c0)),
         reverse=a.reverse,
         layout=_contiguous(a.layout),
         c_reset=a.c_reset,
@@ -167,13 +167,7 @@ class BackwardArgs(NamedTuple):
 def run_backward(a: BackwardArgs, launcher: Callable[..., Any], **plan: Plan) -> Any:
     """launcher: kernels.backward.backward, which takes a plan, or stand_in.backward."""
     return launcher(
-        a.dy.contiguous(),
-        a.dhn.contiguous(),
-        a.dcn.contiguous(),
-        a.weight_hh.contiguous(),
-        a.c0.contiguous(),
-        a.c.contiguous(),
-        a.gates.contiguous(),
+        *(tensor.contiguous() for tensor in (a.dy, a.dhn, a.dcn, a.weight_hh, a.c0, a.c, a.gates)),
         reverse=a.reverse,
         layout=_contiguous(a.layout),
         c_reset=a.c_reset,
@@ -202,7 +196,7 @@ def gates_of(a: Launch) -> Tensor:
     return a.input_gates if isinstance(a, ForwardArgs) else a.gates
 
 
-def sizes_of(a: Launch) -> tuple[torch.dtype, int, int, torch.device, bool, int, int, int]:
+def sizes_of(a: Launch) -> tuple[torch.dtype, int, int, torch.device, bool, int, int, int, str]:
     """What choose() takes, of the sizes of a launch. It checks them: the kernels take those of all tensors from c0, and
     would read a weight of another size out of bounds."""
     (R, B, H), weight_hh, gates = a.c0.shape, a.weight_hh, gates_of(a)
@@ -216,13 +210,17 @@ def sizes_of(a: Launch) -> tuple[torch.dtype, int, int, torch.device, bool, int,
     fits = a.weight_hr is None or (a.weight_hr.shape == (R, P, H) and P < H and not stacked)
     if not fits or (stacked and a.stack.weight_ih.shape != (R - 1, 4 * H, H)):  # type: ignore[union-attr]
         raise RuntimeError(f"hidden size {H} does not go with the other weights of the launch")
-    return gates.dtype, B, H, gates.device, a.ieee, D, R if stacked else 1, P
+    narrow, scale = kind_of_weights(weight_hh.dtype), a.scale if isinstance(a, ForwardArgs) else None
+    more = stacked or P or getattr(a, "save", False)
+    if bool(narrow) != (scale is not None) or (scale is not None and (more or scale.shape != (R, 4 * H))):
+        raise RuntimeError(f"weight_hh of {weight_hh.dtype} does not go with the scale or the rest of the launch")
+    return gates.dtype, B, H, gates.device, a.ieee, D, R if stacked else 1, P, narrow
 
 
 def problem_of(a: Launch) -> Problem:
     """What a launch multiplies."""
-    dtype, _, H, _, ieee, directions, layers, proj = sizes_of(a)
-    return Problem(kind_of(dtype, ieee), H, isinstance(a, BackwardArgs), directions, layers, proj)
+    dtype, _, H, _, ieee, directions, layers, proj, weights = sizes_of(a)
+    return Problem(kind_of(dtype, ieee), H, isinstance(a, BackwardArgs), directions, layers, proj, weights)
 
 
 def pass_of(a: Launch) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
@@ -235,12 +233,16 @@ def pass_of(a: Launch) -> tuple[Callable[..., Any], Callable[..., Any], Callable
 def _launched(a: Launch, **more: Any) -> tuple[Tensor | None, ...]:
     """Runs a launch on the best of the kernels that run. more: for these kernels' launcher."""
     run, kernels, instead = pass_of(a)
-    while (plan := choose(*sizes_of(a))).mode != "torch":
+    while True:
+        plan = choose(*sizes_of(a))
+        if isinstance(a, ForwardArgs) and a.scale is not None and not plan.weights:
+            a = a._replace(weight_hh=widened(a.weight_hh, a.scale), scale=None)
+        if plan.mode == "torch":
+            return run(a, instead)
         try:
             return run(a, kernels, plan=plan, **more)
         except Refused as refused:
             _refuse(a, plan, refused)
-    return run(a, instead)
 
 
 def _refuse(a: Launch, plan: Plan, refused: Refused) -> None:

@@ -23,12 +23,14 @@ def quantize(model: nn.Module, kind: str = "int8") -> int:
     load a checkpoint of an LSTM, too, which is then quantized. `fused_lstm.swap(model, back=True)` makes nn.LSTM of
     them, with the weights scale * q.
 
-    One step without gradients multiplies the 8 bits as they are, with sums in float32; any other call makes weights of
-    the module's dtype first.
+    Without gradients one step multiplies the 8 bits as they are, with sums in float32. So does a sequence those of
+    weight_hh, if that takes less by the model, as with few rows of so many hidden units that 16 bits do not fit on the
+    multiprocessors; plan(x).weights says so. Not with projections, states of all steps or resets to hx, nor under
+    autocast. Any other weights are made wide first.
 
     Args:
         model: any module.
-        kind: "int8" or "fp8". One step with "fp8" takes a GPU of compute capability 8.9 and more.
+        kind: "int8" or "fp8". "fp8" is multiplied as it is on GPUs of compute capability 8.9 and more.
 
     Returns:
         How many modules were quantized.

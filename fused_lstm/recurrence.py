@@ -64,6 +64,8 @@ class Recurrence(NamedTuple):
     chunk: keep the states between chunks of so many steps alone and recompute the rest in backward; 0: keep c and gates
         of every step.
     direct: operators.unwatched() holds.
+    scale: (R, 4H), of a W_hh of 8 bits what a 1 in each of its rows stands for; only of layers without gradients,
+        projections, states of all steps and resets to hx.
     """
 
     sequence: Sequence
@@ -75,6 +77,7 @@ class Recurrence(NamedTuple):
     ieee: bool = False
     chunk: int = 0
     direct: bool = False
+    scale: Tensor | None = None
 
     def sequences(self, weights: tuple[Weights, ...]) -> list[Sequence]:
         """The Sequence of each direction."""
@@ -206,6 +209,7 @@ def forward(how: Recurrence, inputs: Inputs, reset_to: tuple[Tensor, Tensor] | N
             sequence.reverse,
             how.save or how.states,
             how.ieee,
+            how.scale,
         )
         y, hn, cn, c, gates = operators.forward(args, how.direct)
         if folds:

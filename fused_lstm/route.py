@@ -46,7 +46,7 @@ class Form(NamedTuple):
     one_step: T is 1. cut: rows have lengths or resets, or are packed. record: all is asked for.
     time_first: the memory of the input has time in front, whatever batch_first says.
     ieee: float32 products in full precision.
-    weights: "int8" or "fp8", of which weight_ih and weight_hh are; "" for the dtype.
+    weights: "int8" or "fp8", of which weight_ih and weight_hh are; "" for the dtype, and under autocast.
     """
 
     options: Options
@@ -72,11 +72,14 @@ class Route(NamedTuple):
     groups: how many layers each launch has, the first launch first.
     how: they run, where no row has an end or a reset of its own. Its sequence is batch first where the input runs as it
         lies, (B, T, I); otherwise the input is transposed if the call is batch_first.
+    narrow: weights of 8 bits are multiplied as they are: in one step all, on the kernels' path weight_hh. Otherwise
+        they are made wide first.
     """
 
     path: str
     groups: tuple[int, ...] = ()
     how: Recurrence = Recurrence(Sequence())
+    narrow: bool = False
 
 
 def form_of(call: Call) -> Form:
@@ -97,8 +100,13 @@ def form_of(call: Call) -> Form:
         call.record is not None,
         not options.batch_first or input.transpose(0, 1).is_contiguous(),
         full_precision() if call.ieee is None else call.ieee,
-        "" if call.scales is None else kind_of_weights(call.weights[0].dtype),
+        unless_autocast(kind_of_weights(call.weights[0].dtype)),
     )
+
+
+def unless_autocast(weights: str) -> str:
+    """Form.weights: under autocast those of 8 bits are made wide, which then has all tensors in its dtype."""
+    return "" if torch._C._is_any_autocast_enabled() else weights
 
 
 def route_of(call: Call) -> Route:
@@ -119,11 +127,12 @@ def on_layers(form: Form, path: str = "kernels") -> Route:
     """The Route of a path that runs layer by layer, or several in a launch."""
     options, save = form.options, form.record or form.context.saves
     if path == "kernels" and takes_one_step(form):
-        return Route("one step", how=Recurrence(Sequence(), ieee=form.ieee))
+        return Route("one step", how=Recurrence(Sequence(), ieee=form.ieee), narrow=form.weights != "")
     # Without gradients nothing is kept, with record all is asked for.
     chunk = chunk_of(form) if save and not form.record else 0
     one_by_one = bool(options.bidirectional or options.return_states or form.record or form.P or chunk)
-    groups = groups_of(form, one_by_one or path == "composed" or options.reset_to_hx)
+    narrow = path == "kernels" and plan_of_layer(form).weights != ""
+    groups = groups_of(form, one_by_one or path == "composed" or options.reset_to_hx or narrow)
     # The kernels take both orders; of chunks, cut in time, each is copied.
     batch_first = options.batch_first and not (path == "composed" or chunk or form.time_first)
     how = Recurrence(
@@ -135,7 +144,7 @@ def on_layers(form: Form, path: str = "kernels") -> Route:
         chunk=chunk,
         direct=True,
     )
-    return Route(path, groups, how)
+    return Route(path, groups, how, narrow)
 
 
 known_route = lru_cache(256)(decide)
@@ -170,7 +179,7 @@ def torch_plan(form: Form) -> Plan | None:
     plan = plan_of_layer(form)
     if plan.mode == "torch":
         return plan
-    asks_more = form.cut or form.record or form.options.return_states or chunk_of(form)
+    asks_more = form.cut or form.record or form.options.return_states or chunk_of(form) or plan.weights
     if asks_more or not form.context.plain or type(form.B) is not int:
         return None  # torch's own LSTM lacks it, or has it slowly, or the call is made for every B
     if (known := measured(form)) is not None:
@@ -186,10 +195,19 @@ def torch_plan(form: Form) -> Plan | None:
 
 def plan_of_layer(form: Form) -> Plan:
     """The plan of a single layer, its projection folded."""
+    options = form.options
+    several = options.directions, 1, 0, narrow_weights(form)
     if form.context.compiled:
-        return compiled_plan(form.dtype, form.H, form.device, form.options.directions)
+        return compiled_plan(form.dtype, form.H, form.device, *several)
     B = form.B if type(form.B) is int else COMPILED_B
-    return choose(form.dtype, B, form.H, form.device, form.ieee, form.options.directions)
+    return choose(form.dtype, B, form.H, form.device, form.ieee, *several)
+
+
+def narrow_weights(form: Form) -> str:
+    """The weights of 8 bits that the recurrence's kernels may multiply as they are, for what is asked of a call."""
+    options = form.options
+    asked = form.context.saves or form.record or options.return_states or options.reset_to_hx or form.P
+    return "" if asked else form.weights
 
 
 # Batch rows from which on cuDNN is estimated: with fewer it has forms of which the model says nothing.
@@ -223,9 +241,9 @@ COMPILED_B = 16
 
 
 @constant
-def compiled_plan(dtype: torch.dtype, H: int, device: torch.device, directions: int) -> Plan:
+def compiled_plan(dtype: torch.dtype, H: int, device: torch.device, *several: Any) -> Plan:
     """The plan of a layer in a graph."""
-    return choose(dtype, COMPILED_B, H, device, full_precision(), directions)
+    return choose(dtype, COMPILED_B, H, device, full_precision(), *several)
 
 
 def takes_one_step(form: Form) -> bool:
@@ -294,10 +312,13 @@ def plan_of(form: Form) -> Plan:
         return plan
     if takes_one_step(form):
         return one_step_plan(form)
+    if (plan := plan_of_layer(form)).weights:
+        return plan
     options, chunk = form.options, chunk_of(form)
     groups = groups_of(form, bool(form.P or chunk or options.bidirectional))
     proj = form.P if form.P and projects_in_kernel(form) else 0
-    plan = choose(form.dtype, form.B, form.H, form.device, form.ieee, options.directions, groups[0], proj)
+    several = options.directions, groups[0], proj, "" if groups[0] > 1 or proj else narrow_weights(form)
+    plan = choose(form.dtype, form.B, form.H, form.device, form.ieee, *several)
     if groups[0] > 1 and len(groups) > 1:
         plan = replace(plan, why=f"{plan.why}; the launches have {', '.join(map(str, groups))} layers")
     if (known := measured(form)) is not None:

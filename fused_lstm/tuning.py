@@ -18,6 +18,7 @@ from .kernels.plan import Plan, alternatives, hardware_of
 from .paths import RUN
 from .route import Form, Route, call_form_of, form_of, on_layers, why_torch
 from .tensors import prepared
+from .weights import wide_weights
 
 # How many of a form's candidates are timed in each pass, the best by the model.
 MOST = 4
@@ -105,6 +106,8 @@ def tune_call(call: Call, again: bool = False, progress: bool = False) -> Tuned:
     """tune() of one call."""
     from torch.hub import tqdm  # that of tqdm, or a plain one
 
+    if call.scales is not None:  # what is timed are the kernels of wide weights
+        call = call._replace(weights=wide_weights(call.weights, call.scales), scales=None)
     with watching(None):
         form = form_of(call)
         if not form.context.plain or why_torch(form.context, form.dtype, form.device) is not None:

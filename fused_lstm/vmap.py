@@ -9,7 +9,7 @@ from torch import Tensor
 Rule = Callable[..., tuple[Any, Any]]
 
 # Without batch rows: samples that do not share these run one by one.
-SHARED = ("weight_hh", "weight_hr", "weight_ih", "bias", "weights", "scales", "offsets", "seed", "keep")
+SHARED = ("weight_hh", "weight_hr", "weight_ih", "bias", "weights", "scales", "scale", "offsets", "seed", "keep")
 # With a dimension of time, which stands behind the batch rows if the call is batch_first.
 OF_ALL_STEPS = ("input_gates", "dy", "c", "gates", "dc_steps", "starts")
 

@@ -1,5 +1,6 @@
 """The weights of one layer and direction, and those of the recurrences of a launch as the kernels take them."""
 
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -42,15 +43,22 @@ def is_wide(weight: Tensor) -> bool:
 
 
 def widened(q: Tensor, scale: Tensor) -> Tensor:
-    """A weight of 8 bits, scale * q, in the scale's dtype. q: (rows, columns). scale: (rows,)."""
+    """A weight of 8 bits, scale * q, in the scale's dtype. q: (..., rows, columns). scale: (..., rows)."""
     exact = torch.promote_types(scale.dtype, torch.float32)
-    return (q.to(exact) * scale.to(exact)[:, None]).to(scale.dtype)
+    return (q.to(exact) * scale.to(exact)[..., None]).to(scale.dtype)
 
 
-def wide_weights(flat: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
-    """The weights as nn.LSTM has them in a row, with those of 8 bits widened; scales: of these, in their order."""
-    of_narrow = iter(scales)
-    return [weight if is_wide(weight) else widened(weight, next(of_narrow)) for weight in flat]
+def wide_weights(flat: list[Tensor], scales: list[Tensor], hh: bool = True) -> list[Tensor]:
+    """The weights as nn.LSTM has them in a row, with those of 8 bits widened; scales: of these, in their order. hh:
+    weight_hh as well, or else weight_ih alone."""
+    narrow = iter(zip(scales, cycle((True, hh))))
+    wide = []
+    for weight in flat:
+        if not is_wide(weight):
+            scale, chosen = next(narrow)
+            weight = widened(weight, scale) if chosen else weight
+        wide.append(weight)
+    return wide
 
 
 def projections(weights: tuple[Weights, ...]) -> list[Tensor]:

@@ -93,6 +93,34 @@ def choose_kernel(
     return on_torch(f"{why_no_form(problem, device)}: torch's own LSTM")
 
 
+@cache
+def choose_narrow(
+    dtype: torch.dtype, B: int, H: int, device: Device, ieee: bool, directions: int, weights: str
+) -> Plan | None:
+    """The plan by which a layer's forward pass multiplies a W_hh of 8 bits, "int8" or "fp8", as it is: in the grid
+    form, from registers. None where no such kernel runs, where a wide W_hh fits on one multiprocessor, and where one
+    takes less by the model."""
+    problem = Problem(kind_of(dtype, ieee), H, directions=directions, weights=weights)
+    forward = ranked("grid", problem, B, device)
+    if not forward:
+        return None
+    why = why_mode("grid", forward[0], f"W_hh of H {H} in {weights}", problem, device)
+    precision = precision_of(dtype, ieee, device)
+    plan = Plan("grid", forward[0], None, device.multiprocessors, precision, why, directions, weights=weights)
+    wide = choose_kernel(dtype, B, H, device, ieee, directions)
+    if wide.mode == "local" or (wide.mode != "torch" and not narrow_pays(plan, wide, problem, B, device)):
+        return None
+    return plan
+
+
+def narrow_pays(plan: Plan, wide: Plan, problem: Problem, B: int, device: Device) -> bool:
+    """Whether a step of the first plan takes less than one of the second by the model."""
+    ours, theirs = (
+        of_passes(each, problem._replace(weights=each.weights), B, device, backward=False) for each in (plan, wide)
+    )
+    return ours < theirs
+
+
 def precision_of(dtype: torch.dtype, full: bool, device: Device) -> str:
     """Plan.precision; full: of float32 products. AMD has matrix instructions of float32 itself."""
     return "ieee" if dtype != torch.float32 or device.gcn else "tf32x3" if full else "tf32"

@@ -194,6 +194,7 @@ def forward(
     reverse: bool = False,
     layout: Layout = DENSE,
     c_reset: Tensor | None = None,
+    scale: Tensor | None = None,
     stack: Stack = NO_STACK,
     weight_hr: Tensor | None = None,
     save: bool = True,
@@ -211,6 +212,8 @@ def forward(
         layout: where the sequences lie.
         c_reset: (R, B, H) in the accumulator's dtype, with layout.starts: the cell from which a reset row goes on. Its
             h is 0: the product of another one belongs to input_gates.
+        scale: (R, 4H), of a weight_hh of 8 bits, int8 or float8_e4m3fn, under a plan with `weights`: a row of it is its
+            scale times its numbers.
         stack: what leads from one recurrence to the next, which then are layers.
         weight_hr: (R, P, H), a projection of h; h0 and y then have P features, and weight_hh is (R, 4H, P). The tiles
             must have features for it, and the recurrences cannot be layers.
@@ -242,6 +245,8 @@ def forward(
     if B > 0:
         if tiles.poll and h0.data_ptr() % 16 > 0:
             h0 = h0.clone()  # which a polling kernel loads 16 bytes at a time
+        if scale is not None and weight_hh.data_ptr() % 8 > 0:
+            weight_hh = weight_hh.clone()  # of which a thread loads 8 bytes at a time
         inputs, outputs = (input_gates, weight_hh, h0, c0, c_reset), (y, dropped, c, gates, hn, cn)
         kernel: Any = latency_forward_kernel
         if tiles.in_turn:
@@ -250,7 +255,7 @@ def forward(
             kernel = throughput_forward_kernel
             args = input_gates, weight_hh, h0, c_reset, layout.tensors, y, c, gates, hn, cn
         elif weight_in_registers(plan, tiles):
-            args = *inputs, layout.tensors, stack, *outputs
+            args = *inputs, scale, layout.tensors, stack, *outputs
         else:
             unprojected = None if weight_hr is None else y.new_empty(c0.shape)
             kernel, args = forward_kernel, (*inputs, weight_hr, layout.tensors, stack, *outputs, unprojected)

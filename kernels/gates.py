@@ -40,6 +40,15 @@ def add_gates(a, b):
 
 
 @triton.jit
+def scale_gates(gates, scales):
+    """The gates times the scales, or as they are where there are none."""
+    if scales is None:
+        return gates
+    else:
+        return Gates(gates.i * scales.i, gates.f * scales.f, gates.g * scales.g, gates.o * scales.o)
+
+
+@triton.jit
 def cast_gates(gates, TYPE: tl.constexpr):
     return Gates(gates.i.to(TYPE), gates.f.to(TYPE), gates.g.to(TYPE), gates.o.to(TYPE))
 

@@ -10,16 +10,17 @@ import triton.language as tl
 
 from .cell import cell_forward
 from .dropout import drop
-from .gates import add_gates, cast_gates, four, load_gates, select_gates, store_gates
+from .gates import add_gates, cast_gates, four, load_gates, scale_gates, select_gates, store_gates
 from .launch import SIZES
 from .matmul import operand
+from .narrow import hold_words, multiply_held, narrow_type
 from .operands import load_operand, multiply, sum_gates
 from .polling import behind_stores, fetch, form, multiply_polled, write_zeros
 from .rows import Sizes, last_h, locate_clamped, rows_of_program, with_starts, without_starts
 
 
 @triton.jit
-def load_gate_rows(weight, BLOCK_H: tl.constexpr, CHUNKS: tl.constexpr, FORM: tl.constexpr):
+def load_gate_rows(weight, BLOCK_H: tl.constexpr, CHUNKS: tl.constexpr, FORM: tl.constexpr, TYPE: tl.constexpr):
     """The rows of a weight (4H, H) for this program's units, gate by gate, as operands: of each chunk (SPLIT,
     4 * BLOCK_H, a part)."""
     H: tl.constexpr = FORM.K
@@ -28,7 +29,10 @@ def load_gate_rows(weight, BLOCK_H: tl.constexpr, CHUNKS: tl.constexpr, FORM: tl
     rows = weight + (index // BLOCK_H * H + units).to(tl.int64) * H
     operands = ()
     for k in tl.static_range(CHUNKS):
-        operands = operands + (load_operand(rows, units < H, 1, k, FORM),)
+        if weight.dtype.element_ty.primitive_bitwidth == 8:
+            operands = operands + (hold_words(rows, units < H, k, FORM, TYPE),)
+        else:
+            operands = operands + (load_operand(rows, units < H, 1, k, FORM),)
     return operands
 
 
@@ -66,6 +70,7 @@ def latency_forward_kernel(
     h0,  # (R, B, H)
     c0,  # (R, B, H)
     c_reset,  # (R, B, H): the cell from which a reset row goes on, its h being 0; only with layout.starts
+    scale,  # (R, 4H): of a weight_hh of 8 bits, which no stack has, what a 1 in each of its rows stands for
     layout,  # a LayoutTensors
     stack,  # a Stack; of its weights the recurrences are layers, and without them directions
     # Outputs
@@ -99,6 +104,9 @@ def latency_forward_kernel(
     ACC: tl.constexpr = cn.dtype.element_ty
     TYPE: tl.constexpr = y.dtype.element_ty
     STACK: tl.constexpr = stack.weight_ih is not None
+    NARROW: tl.constexpr = narrow_type(weight_hh.dtype.element_ty)
+    # h is no larger than 1, and of 8 bits float16 is made in half as many instructions as bfloat16.
+    HALF: tl.constexpr = tl.float16 if TYPE.primitive_bitwidth == 16 else TYPE
     BLOCK_B: tl.constexpr = TILES.batch
     BLOCK_H: tl.constexpr = TILES.units
     SPLIT: tl.constexpr = TILES.split
@@ -119,7 +127,11 @@ def latency_forward_kernel(
     if MODE == "local":
         weights = (load_whole(weight, H, BLOCK_H, SPLIT, PRECISION),)
     else:
-        weights = load_gate_rows(weight, BLOCK_H, CHUNKS, FORM)
+        weights = load_gate_rows(weight, BLOCK_H, CHUNKS, FORM, TYPE)
+    scales = None
+    if NARROW != "":
+        scales = load_gates(scale + recurrence * (4 * H) + units[None, :], (units < H)[None, :], H)
+        scales = cast_gates(scales, ACC)
     first_layer = True
     if STACK:
         first_layer = recurrence == 0
@@ -127,7 +139,7 @@ def latency_forward_kernel(
         below = tl.maximum(recurrence - 1, 0)
         y_below = y if dropped is None else dropped
         offsets_below = rows.offsets - total_rows
-        weights_below = load_gate_rows(stack.weight_ih + below * (4 * H * H), BLOCK_H, CHUNKS, FORM)
+        weights_below = load_gate_rows(stack.weight_ih + below * (4 * H * H), BLOCK_H, CHUNKS, FORM, TYPE)
         bias = stack.bias + below * (4 * H) + units[None, :]
         bias = load_gates(bias, ((units < H) & above)[None, :], H)
         step_begin = tl.maximum(step_begin - recurrence.to(tl.int32), 0)
@@ -157,13 +169,13 @@ def latency_forward_kernel(
             h_rows = tl.where(before.mask, y + before.rows * H, h_rows)
         x = fetch(h_rows, None, step_begin, sync, FORM, "load")
     zero = tl.zeros((SPLIT, 4 * BLOCK_H // SPLIT if MODE == "local" else 4 * BLOCK_H, BLOCK_B), ACC)
-    recurrent = multiply(weights, x, zero, PRECISION)
+    recurrent = multiply_held(weights, x, zero, step_begin, NARROW, FORM, TYPE)
     at, after = with_starts(at, layout, rows), with_starts(after, layout, rows)
     if layout.starts is not None:
         recurrent = tl.where(at.start[None, None, :], 0.0, recurrent)
     if LATE:
         # Of rows that begin later this is the product of their first step.
-        first_product = sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)
+        first_product = scale_gates(sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B), scales)
         late_rows = rows.mask != rows.mask
     if STACK:
         x_rows = y_below + at.first * H + offsets_below * H
@@ -173,7 +185,7 @@ def latency_forward_kernel(
     from_input = load_gates(input_gates + gate, active & first_layer, H)
 
     for step in range(step_begin, step_end):
-        pre = (part_gates if MODE == "local" else sum_gates)(recurrent, SPLIT, BLOCK_H, BLOCK_B)
+        pre = scale_gates((part_gates if MODE == "local" else sum_gates)(recurrent, SPLIT, BLOCK_H, BLOCK_B), scales)
         if STACK:
             pre = add_gates(pre, bias)
         at_input = cast_gates(from_input, ACC)
@@ -210,7 +222,8 @@ def latency_forward_kernel(
                 x_rows = behind_stores(y_below + after.first * H) + offsets_below * H
                 recurrent = multiply_polled(weights_below, x_rows, after.mask & above, step + 2, recurrent, sync, FORM)
             h_rows = behind_stores(y + at.first * (DIRECTIONS * H)) + rows.offsets * H
-            recurrent = multiply_polled(weights, h_rows, prev_mask, step + 1, recurrent, sync, FORM)
+            x = fetch(h_rows, prev_mask, step + 1, sync, FORM, "await")
+            recurrent = multiply_held(weights, x, recurrent, step, NARROW, FORM, HALF)
         if LATE:
             late_rows = without_starts(after.mask & ~at.mask, after, layout)
         at, active, gate = after, active_after, gate_after

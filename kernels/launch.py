@@ -319,7 +319,7 @@ def launch(
     prepared = prepared_for(plan).get(key)
     if prepared is None:
         kind, H = kind_of(first.dtype, plan.precision != "tf32"), shape[-1]
-        problem = Problem(kind, H, backward, 1, plan.layers, out if out < H else 0)
+        problem = Problem(kind, H, backward, 1, plan.layers, out if out < H else 0, plan.weights)
         candidate = Candidate.of(problem, plan.mode, plan.tiles(backward))
         prepared = Prepared.of(kernel, plan, candidate, states, out, reverse, stacked, ragged, cell)
         prepared_for(plan)[key] = prepared

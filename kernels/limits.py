@@ -105,7 +105,8 @@ def why_not_grid(tiles: Tiles, problem: Problem, device: Device) -> list[str]:
 
 def limit_name(tiles: Tiles, mode: str, problem: Problem, target: str) -> str:
     """What a limit in limits.json is called: a compile without its H."""
-    kind = "16 bit" if problem.size == 2 else problem.kind
+    kind = "16 bit" if problem.itemsize == 2 else problem.kind
+    kind += " by 8 bits" if problem.weights else ""
     launch = f"{mode}{', layers' if problem.layers > 1 else ''}{', projection' if problem.proj else ''}"
     shape = f"{tiles.batch}x{tiles.units} chunk {tiles.chunk} warps {tiles.warps}"
     shape += f" kept {tiles.kept}" if tiles.kept else ""

@@ -174,13 +174,17 @@ def few_units(kind: str, tiles: Tiles) -> dict[str, float]:
     }
 
 
+WIDENING = 0.5  # cycles that 32 lanes of each scheduler take for a number, by the bytes that it then has
+
+
 def few_rows(terms: Terms, tiles: Tiles, problem: Problem, B: int, programs: int) -> dict[str, float]:
     """Cycles of one step of the kernels for few rows, with so many programs at once.
 
     Fitted to bench.simulate's cycles of every tile that an H100 can have, forward and backward, in all kinds, at H 136
     to 1024 and B 1 to 64, one layer (297 kernels, Triton 3.6; rank correlation 0.96). Over the 132 of the table in
-    bench/results/offline it is off by 7% in the median, 20% at nine of ten, and 47% at most (rank correlation 0.89).
-    What it leaves out is whether a failed poll comes just before the data.
+    bench/results/offline it is off by 7% in the median, 20% at nine of ten, and 47% at most (rank correlation 0.89);
+    over the 40 with a W_hh of 8 bits by 6%, 17% and 25%. What it leaves out is whether a failed poll comes just before
+    the data.
     """
     kind, H, backward = problem.kind, problem.H, problem.backward
     products, gates = 1 if problem.layers == 1 else 2, 4 // tiles.team if backward else 1
@@ -190,7 +194,9 @@ def few_rows(terms: Terms, tiles: Tiles, problem: Problem, B: int, programs: int
     return {
         "exchange": terms.poll * terms.clock + 670,
         "gather": 0.92 * min(tiles.batch, B) * width / share_of_l2(terms, programs),
-        "products": 2 * instructions * (3 if kind == "fp32" else 1),
+        "products": 2 * instructions * ((2 if problem.weights else 3) if kind == "fp32" else 1),
+        # A number of 8 bits is made wide at every step.
+        "widening": WIDENING * 4 * tiles.units * H * BYTES[kind] / 128 if problem.weights else 0,
         "warps": 30 * tiles.warps,
         "looks": 415 * (tiles.batch // 8 - 1),  # at eight rows after another
         "team": 985 if tiles.team > 1 else 0,

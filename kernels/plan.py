@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import plan_of_step
-from .choice import candidates, choose_kernel, grouped, kind_of, plans, precision_of, projects, ranked
+from .choice import candidates, choose_kernel, choose_narrow, grouped, kind_of, plans, precision_of, projects, ranked
 from .environment import ROCM, WHY_NO_TRITON, interpreted
 from .findings import Candidate, Findings, Refused, file_for, findings_on, rounded, shipped_for, warn
 from .limits import checked
@@ -44,16 +44,24 @@ def choose(
     directions: int = 1,
     layers: int = 1,
     proj: int = 0,
+    weights: str = "",
 ) -> Plan:
     """Returns the plan for a recurrence of H hidden units over B rows of `dtype` on `device`.
 
     ieee: float32 products in full precision. directions, layers: in one launch; layers as layers_together() says. proj:
     features of a projection in the kernel, as in_kernel() says.
+    weights: "int8" or "fp8" of a W_hh of 8 bits: of inference by one layer without a projection. Where the plan has
+        none it takes a wide W_hh.
     """
     why = why_torch(dtype, device)
     if why is not None:
         return on_torch(why)
     hardware, problem = hardware_of(device), Problem(kind_of(dtype, ieee), H, False, directions, layers, proj)
+    about = findings_on(hardware).about(problem)
+    if weights:
+        if (plan := narrow_plan(dtype, B, H, device, ieee, directions, weights)) is not None:
+            return plan
+        about += findings_on(hardware).about(problem._replace(weights=weights))
     if device.type == "cuda":
         plan = choose_kernel(dtype, B, H, hardware, ieee, directions, layers, proj)
     else:
@@ -67,8 +75,34 @@ def choose(
             plan = replace(plan, why=f"{reason}: {plan.why}")
     if plan.mode != "torch":
         plan = fastest(plan, dtype, B, problem, device)
-    about = findings_on(hardware).about(problem)
     return replace(plan, refused=about) if about else plan
+
+
+def narrow_plan(
+    dtype: torch.dtype, B: int, H: int, device: torch.device, ieee: bool, directions: int, weights: str
+) -> Plan | None:
+    """choose() of a W_hh of 8 bits; None where a wide one serves."""
+    hardware = hardware_of(device)
+    if device in _grid_disabled or not takes_narrow(weights, device, hardware):
+        return None
+    plan = choose_narrow(dtype, B, H, hardware, ieee, directions, weights)
+    if plan is None:
+        return None
+    problem = Problem(kind_of(dtype, ieee), H, directions=directions, weights=weights)
+    if device.type != "cuda":
+        tiles = [each for each in interpreted_tiles(problem, dtype, plan.forward) if each.poll]
+        if not tiles:
+            return None
+        plan = replace(as_per_step(plan, IN_INTERPRETER), forward=tiles[0], precision="ieee")
+    return replace(plan, refused=findings_on(hardware).about(problem))
+
+
+def takes_narrow(weights: str, device: torch.device, hardware: Device) -> bool:
+    """Whether a device multiplies weights of 8 bits."""
+    return weights == "int8" or device.type != "cuda" or (not hardware.gcn and hardware.capability >= (8, 9))
+
+
+IN_INTERPRETER = "the interpreter runs programs one after another"
 
 
 @cache
@@ -83,7 +117,7 @@ def choose_interpreted(dtype: torch.dtype, B: int, H: int, ieee: bool, direction
     )
     if not (forward and backward):
         return replace(choose_kernel(dtype, B, H, H100, ieee, directions, layers, proj, grid=False), precision="ieee")
-    steps = as_per_step(plan, "the interpreter runs programs one after another")
+    steps = as_per_step(plan, IN_INTERPRETER)
     return replace(steps, forward=forward[0], backward=backward[0])
 
 
@@ -184,7 +218,7 @@ def choose_one_step(
     if why is not None:
         return on_torch(why)
     hardware = hardware_of(device)
-    if weights == "fp8" and device.type == "cuda" and (hardware.gcn or hardware.capability < (8, 9)):
+    if weights and not takes_narrow(weights, device, hardware):
         return on_torch("weights of fp8 take a GPU of NVIDIA's of compute capability 8.9 and more")
     problem, found = Problem(kind_of(dtype, ieee), H, False, directions, layers, proj), findings_on(hardware)
     precision = "ieee" if device.type == "cpu" else precision_of(dtype, ieee, hardware)
@@ -261,7 +295,7 @@ def cuda_device(device: torch.device) -> Device:
     return hardware
 
 
-_CACHED = choose, choose_one_step, choose_interpreted, grouped, projects, choose_kernel
+_CACHED = choose, choose_one_step, choose_interpreted, choose_narrow, grouped, projects, choose_kernel
 _followers: list[Callable[[], None]] = []
 
 

@@ -29,11 +29,14 @@ class Plan:
 
     mode: "local", "grid" or "step" (the three forms of the recurrence's kernels), "one step" (a kernel of its own for
         one step of inference), "torch" (torch's own LSTM), or "composed" (torch operations, step by step).
-    forward, backward: the tiles of each pass; None in modes "torch" and "composed", backward also in "one step".
+    forward, backward: the tiles of each pass; None in modes "torch" and "composed", backward also in "one step" and
+        with weights of 8 bits.
     resident: programs that the device runs at once, one a multiprocessor; 0 where the mode does not depend on it.
     precision: of float32 products, "tf32", "tf32x3" (three TF32 products, as exact as float32) or "ieee".
     why: the reason, in words.
     directions, layers: how many of them run in one launch; layers one step behind the other.
+    weights: "int8" or "fp8": the kernel of a quantized module holds W_hh in 8 bits and multiplies them as they are;
+        otherwise "".
     chunk: steps between the states that are kept under recompute; 0: gates and cells of every step are kept.
     saved_bytes: what a step, row, layer and direction keeps for backward, beside its input and output; None: unknown.
     peak_bytes: what each of these takes more at the peak, of one layer at a time: the input's part of the gates, or the
@@ -51,6 +54,7 @@ class Plan:
     why: str
     directions: int = 1
     layers: int = 1
+    weights: str = ""
     chunk: int = 0
     saved_bytes: int | None = None
     peak_bytes: int | None = None
@@ -81,6 +85,7 @@ class Plan:
             ("why", self.why),
             ("forward", self.forward),
             ("backward", self.backward),
+            ("weights", f"W_hh in {self.weights}, half of the bytes on chip" if self.weights else None),
             ("products", PRECISIONS[self.precision] if self.forward else None),
             ("kept", kept if self.saved_bytes is not None else recomputed),
             ("at peak", None if self.peak_bytes is None else peak),
@@ -126,7 +131,7 @@ def as_per_step(plan: Plan, reason: str) -> Plan:
         plan,
         mode="step",
         forward=without_exchange(plan.forward),
-        backward=without_exchange(plan.backward),
+        backward=None if plan.backward is None else without_exchange(plan.backward),
         resident=0,
         why=why,
     )

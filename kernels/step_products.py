@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .environment import interpreted
 from .matmul import operand
+from .narrow import add_offset, from_fp8, from_int8, operand_of, type_name
 from .operands import chunk_of, in_registers, multiply
 from .polling import Form, fetch
 
@@ -54,6 +55,7 @@ def loads(chunks, stride, masked, source, to):
         else:
             lines.append(load)
         if source == "int8":
+            lines += [] if to == "bf16" else add_offset(into)
             lines += from_int8(words, to)
         elif narrow:
             lines += from_fp8(words, to)
@@ -61,54 +63,9 @@ def loads(chunks, stride, masked, source, to):
 
 
 @triton.constexpr_function
-def from_int8(words, to):
-    """PTX that makes numbers of the four integers in each of the words `first` and `second`, of float32 in `first`."""
-    # A byte is put below the exponent of a number whose last bit is a 1, and what that number is, taken off again.
-    lines = [f"mov.b32 minus, {'0xbf80bf80' if to == 'bf16' else '0x64806480'};"]  # -1 twice, or 1024 and 128
-    if to == "bf16":  # whose 8 bits have no room for the sign: 128 or 256 is taken off
-        for k, word in enumerate(words):
-            lines += [f"prmt.b32 third, {('first', 'second')[k // 2]}, 0x43, {'0x4140' if k % 2 == 0 else '0x4342'};"]
-            lines += [f"and.b32 {word}, third, 0xff7fff7f;", "and.b32 third, third, 0xff80ff80;"]
-            lines += [f"fma.rn.bf16x2 {word}, third, minus, {word};"]
-        return lines
-    lines += ["xor.b32 first, first, 0x80808080;"]  # 128 more, without a sign
-    if to == "fp16":
-        lines += ["xor.b32 second, second, 0x80808080;"]
-        for k, word in enumerate(words):
-            lines += [f"prmt.b32 third, {('first', 'second')[k // 2]}, 0x64, {'0x4140' if k % 2 == 0 else '0x4342'};"]
-            lines += [f"sub.f16x2 {word}, third, minus;"]
-        return lines
-    for k, word in enumerate(words):
-        lines += [f"prmt.b32 third, first, 0x4b000000, 0x765{k};", f"sub.f32 {word}, third, 0f4B000080;"]
-    return lines
-
-
-@triton.constexpr_function
-def from_fp8(words, to):
-    """The same of numbers of 8 bits with four of the exponent."""
-    lines = []
-    for k, word in enumerate(words[:2] if to == "fp32" else words):
-        lines += [f"mov.b32 {{low, high}}, {'first' if k < 2 else 'second'};"]
-        lines += [f"cvt.rn.f16x2.e4m3x2 third, {('low', 'high')[k % 2]};"]
-        if to == "fp16":
-            lines += [f"mov.b32 {word}, third;"]
-            continue
-        pair = (word, "third") if to == "bf16" else (words[2 * k], words[2 * k + 1])
-        lines += ["mov.b32 {low, high}, third;", f"cvt.f32.f16 {pair[0]}, low;", f"cvt.f32.f16 {pair[1]}, high;"]
-        if to == "bf16":
-            lines += [f"cvt.rn.bf16x2.f32 {word}, third, {word};"]
-    return lines
-
-
-@triton.constexpr_function
 def load_registers(chunks):
     """The constraints of the operands of loads()."""
     return ",".join(["=&r"] * (4 * chunks) + ["l", "r"])
-
-
-@triton.constexpr_function
-def type_name(type):
-    return str(type)
 
 
 @triton.jit
@@ -136,13 +93,8 @@ def load_chunks(rows, first, COUNT: tl.constexpr, FORM: tl.constexpr, NET: tl.co
             pack=1,
         )
         for k in tl.static_range(COUNT):
-            x = tl.join(tl.join(words[4 * k], words[4 * k + 2]), tl.join(words[4 * k + 1], words[4 * k + 3]))
-            if BITS == 16:
-                low = x.to(tl.int16).to(TYPE, bitcast=True)
-                x = tl.join(low, (x >> 16).to(tl.int16).to(TYPE, bitcast=True))
-            else:
-                x = x.to(TYPE, bitcast=True)
-            chunks = chunks + (in_registers(operand(x, PRECISION, True), SPLIT, M, BITS, FORM.K_WIDTH),)
+            fours = words[4 * k], words[4 * k + 1], words[4 * k + 2], words[4 * k + 3]
+            chunks = chunks + (operand_of(fours, FORM, TYPE, PRECISION),)
     else:
         for k in tl.static_range(COUNT):
             columns = chunk_of(first + k, SPLIT, BITS)

@@ -85,6 +85,7 @@ class Problem(NamedTuple):
 
     kind: of products, "bf16", "fp16", "tf32" or "fp32". H: hidden units. backward: the pass.
     directions, layers: in the launch. proj: features of a projection in the kernel.
+    weights: "int8" or "fp8" of a W_hh whose numbers have 8 bits on chip; "" of another.
     """
 
     kind: str
@@ -93,6 +94,7 @@ class Problem(NamedTuple):
     directions: int = 1
     layers: int = 1
     proj: int = 0
+    weights: str = ""
 
     @property
     def itemsize(self) -> int:
@@ -102,6 +104,8 @@ class Problem(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of a weight on chip: in full precision it is two TF32 numbers."""
+        if self.weights:
+            return 1
         return 8 if self.kind == "fp32" else self.itemsize
 
     @property

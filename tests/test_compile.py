@@ -35,12 +35,19 @@ def test_opcheck_of_the_recurrence(form, projects):
     out = P if projects else H
     *inputs, weight_hr = tensors((*lead, 4 * H), (1, 4 * H, out), (1, B, out), (1, B, H), (1, P, H))
     projection = weight_hr.detach() if projects else None
-    arguments = (*inputs, *FORWARD[form], projection, *[None] * 4, False, True, True)
+    arguments = (*inputs, *FORWARD[form], projection, *[None] * 4, False, True, True, None)
     opcheck(torch.ops.fused_lstm.forward.default, arguments)
     *_, c, gates = torch.ops.fused_lstm.forward(*arguments)
     dy, dhn, dcn, dc_steps = tensors((*lead, out), (1, B, out), (1, B, H), (*lead, H))
     saved = (inputs[1], inputs[3], c, gates, dc_steps, *FORWARD[form], projection)
     opcheck(torch.ops.fused_lstm.backward.default, (dy, dhn, dcn, *saved, *[None] * 4, False, True))
+
+
+def test_opcheck_of_weights_of_8_bits():
+    input_gates, h0, c0, scale = tensors((T, B, 4 * H), (1, B, H), (1, B, H), (1, 4 * H))
+    q = torch.randint(-127, 128, (1, 4 * H, H), dtype=torch.int8)
+    arguments = (input_gates, q, h0, c0, *FORWARD["dense"], None, *[None] * 4, False, False, True, scale)
+    opcheck(torch.ops.fused_lstm.forward.default, arguments)
 
 
 def test_opcheck_of_one_step():

@@ -61,6 +61,11 @@ EIGHT_BITS = (
     "test_quantized.py::test_equals_nn_lstm_with_the_weights_that_they_stand_for"
     "[cpu-(2, 2, 0, 24, 9, 40)-int8-dtype2-1]"
 )
+OF_NARROW = "test_narrow.py::test_a_launch[cpu-72-int8-dtype2]"
+NARROW_SCHEDULE = "test_narrow.py::test_no_schedule_breaks_it[round_robin-dtype0]"
+LARGE_H0 = "test_narrow.py::test_first_h_that_float16_does_not_hold[cpu-dtype1]"
+EVERY_NUMBER = "test_narrow.py::test_every_number_of_8_bits_is_made_wide_exactly[int8-bf16]"
+MADE_WIDE = "test_narrow.py::test_where_it_is_made_wide[cpu]"
 STEP_SCHEDULE = "test_step_kernel.py::test_no_schedule_breaks_a_stack[round_robin-(4, 1, 0, 9, 2)]"
 IN_SESSION = "test_session.py::test_equals_the_model_step_by_step[graph-cpu-LSTM]"
 DROPOUT_IN_SESSION = "test_session.py::test_equals_the_model_step_by_step[no graph-cpu-nn.LSTM]"
@@ -257,6 +262,21 @@ FAULTS = {
         "a reset that keeps c": ("tl.where(at.start[:, None], c_reset_tile, c_tile)", "c_tile", RESET),
         "two gates in each other's place": ("(3, 2, 0, 1)", "(3, 2, 1, 0)", ONE_ROW),
         "half of the units of a gate": ("index // BLOCK_H * H + index % BLOCK_H", "index // BLOCK_H * H", ONE_ROW),
+        "the scale of 8 bits": ("BLOCK_B), scales)\n        if STACK", "BLOCK_B), None)\n        if STACK", OF_NARROW),
+        "the scale of rows that begin later": (
+            "first_product = scale_gates(sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B), scales)",
+            "first_product = sum_gates(recurrent, SPLIT, BLOCK_H, BLOCK_B)",
+            NARROW_SCHEDULE,
+        ),
+        "an h0 in float16": ("step_begin, NARROW, FORM, TYPE)", "step_begin, NARROW, FORM, HALF)", LARGE_H0),
+    },
+    "kernels/narrow.py": {
+        "columns past the last": (
+            "mask[None, :, None] & (columns < FORM.K), other",
+            "mask[None, :, None], other",
+            OF_NARROW,
+        ),
+        "a bit of a number": ("third, 0xff7fff7f", "third, 0xff7fff7e", EVERY_NUMBER),
     },
     "kernels/latency_backward.py": {
         "dc of rows that have ended": ("tl.where(active, dc_prev, dc)", "dc_prev", PACKED),
@@ -461,6 +481,7 @@ FAULTS = {
         "a reset state held as it was": ("initials[0], 0)", "initials[0], 99)", MASK_HELD),
     },
     "fused_lstm/route.py": {
+        "8 bits where there are gradients": ("asked = form.context.saves or", "asked =", MADE_WIDE),
         "a cell in the precision of nn.LSTM": ("_OF_MATMUL.fp32_precision", "_OF_RNN.fp32_precision", SWITCH),
     },
     "fused_lstm/paths/layers.py": {

@@ -249,6 +249,7 @@ def test_exploring_lowers_limits_until_all_that_is_planned_passes(tmp_path, monk
     """On kernels that are not compiled: the larger of two spills from H 300 on, and a run that is cut short goes on."""
     monkeypatch.setattr(limits, "LIMITS", tmp_path / "limits.json")
     common = {"target": "sm_90", "dtype": "bf16", "kernel": "forward", "mode": "grid", "stack": False, "proj": 0}
+    common["weights"] = ""
     tiles = [asdict(Tiles(batch, 16, 64, 4)) for batch in (32, 16)]
     name = limits.name_of(common | {"H": 40, "tiles": tiles[0]})
     compiled = []
@@ -337,6 +338,13 @@ def test_devices_without_a_table():
     rows = offline("--H", 136, "--device", "RTX 4090", "RTX 5090", "MI300X", "RX 7900 XTX")
     assert {row["target"] for row in rows} == {"sm_86", "sm_120", "gfx942", "gfx1100"}
     check(rows)
+
+
+def test_weights_of_8_bits():
+    rows = offline("--H", 1536, 2048, "--dtype", "bf16", "fp16", "--B", 1, "--weights", "fp8")
+    assert len(rows) == 4 and all(row["kernel"] == "forward" and row["tiles"]["units"] == 16 for row in rows)
+    check(rows)
+    check(offline("--H", 2048, "--B", 1, "--weights", "int8", "--lengths", "--reset", "--directions", 2), "both")
 
 
 @cache

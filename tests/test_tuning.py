@@ -194,6 +194,17 @@ def test_one_step(module):
         torch.testing.assert_close(module(x), twin(module)(x))
 
 
+@pytest.mark.parametrize("T", [1, 3])
+def test_weights_of_8_bits_are_timed_wide(T):
+    module, x = module_and_input()
+    fused_lstm.quantize(module)
+    with torch.no_grad():
+        y, _ = module(x[:T])
+        tuned = fused_lstm.tune(module, x[:T], progress=False)
+        assert len(tuned.calls) == 1 and not any(row.remark for row in tuned.rows)
+        torch.testing.assert_close(module(x[:T])[0], y)
+
+
 def test_a_model_has_each_of_its_layers_tuned():
     model = torch.nn.Sequential(torch.nn.Linear(5, 5), LSTM(5, 20), Second(), LSTM(20, 24))
     assert len(fused_lstm.tune(model, torch.randn(2, 3, 5), progress=False).calls) == 2

@@ -12,7 +12,7 @@ from ..operators import unwatched
 from ..recurrence import Dropout, Inputs, Outputs, Recurrence
 from ..route import Route
 from ..sequence import Sequence
-from ..weights import cat, weights_of
+from ..weights import cat, stack, weights_of
 
 
 def layer_by_layer(call: Call, route: Route, recurrences: Callable[[Recurrence, Inputs], Outputs]) -> Result:
@@ -32,6 +32,8 @@ def layer_by_layer(call: Call, route: Route, recurrences: Callable[[Recurrence, 
         if layers > 1:
             dropout = dropout_of(options.dropout, x) if options.use_dropout else Dropout()
             of_group = how._replace(stacked=True, dropout=dropout)
+        if call.scales is not None:
+            of_group = how._replace(scale=stack(call.scales[begin:end]))
         outputs = recurrences(of_group, Inputs(x, h0, c0, weights[begin:end]))
         x = outputs.y
         hn.append(outputs.hn)
