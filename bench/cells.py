@@ -83,7 +83,7 @@ def compile_row(row: Row, save: bool = True, resets: bool = False, lengths: bool
     tiles = Tiles(**row["tiles"])
     plan = Plan(row["mode"], tiles, tiles, 0, row["precision"], "")
     cell, device = compiled(getattr(cells, row["cell"])), DEVICES[row["device"]]
-    in_registers = launch.weight_in_registers(plan, tiles)
+    in_registers = launch.weight_in_registers(plan.mode, tiles)
     kernel = KERNELS[row["kernel"]][in_registers]
     form = {"DIRECTIONS": row.get("directions", 1), "REVERSE": False, "CELL": cell}
     form["PAIRS"] = launch.compares_pairs(device.capability)

@@ -142,7 +142,7 @@ class Resources:
 
 def place_of(tiles: Tiles, mode: str) -> int:
     """Where in KERNELS the kernel of a pass stands that runs under its tiles."""
-    return 2 if tiles.in_turn else int(tiles.poll or mode == "local")
+    return 2 if tiles.in_turn else int(launch.weight_in_registers(mode, tiles))
 
 
 def compile_kernel(
@@ -163,8 +163,8 @@ def compile_kernel(
 ) -> CompiledKernel:
     """Compiles a kernel of KERNELS as its launcher would, for a device that need not be there."""
     tiles = getattr(plan, name)
-    in_registers = place_of(tiles, plan.mode) == 1
-    kernel: Any = KERNELS[name][place_of(tiles, plan.mode)]
+    place = place_of(tiles, plan.mode)
+    in_registers, kernel = place == 1, KERNELS[name][place]
     stack = plan.layers > 1
     form = {"PHASE": PHASES[half], "DIRECTIONS": plan.directions, "REVERSE": reverse}
     form["PAIRS"] = launch.compares_pairs(device.capability)
@@ -512,18 +512,14 @@ def predicted(row: Row) -> Row:
     return {"us": round(planned.us, 2), "floor": bound, "binds": planned.binds}
 
 
-def source(kernel: str, tiles: Tiles, mode: str) -> str:
-    """A hash of what the kernel of a pass is compiled of under its tiles; the plans are in the rows."""
-    return source_at(kernel, place_of(tiles, mode))
-
-
 @cache
 def source_at(kernel: str, place: int) -> str:
+    """A hash of what a kernel of KERNELS is compiled of; the plans are in the rows."""
     return hash_of(KERNELS[kernel][place])
 
 
 def source_of_row(row: Row) -> str:
-    return source(row["kernel"], Tiles(**row["tiles"]), row["mode"])
+    return source_at(row["kernel"], place_of(Tiles(**row["tiles"]), row["mode"]))
 
 
 @cache

@@ -270,7 +270,7 @@ def backward(
             dc0.copy_(dcn)
             kernel = throughput_backward_kernel
             args = dy, dhn, weight_hh, c0, c, gates, dc_steps, c_reset, layout.tensors, dgates, dc0, dc_reset
-        elif weight_in_registers(plan, tiles):
+        elif weight_in_registers(plan.mode, tiles):
             args = *inputs, layout.tensors, stack, dgates, dc0, products
         else:
             outputs = dgates, dc0, dh_steps, products, team_flags

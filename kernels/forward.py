@@ -254,7 +254,7 @@ def forward(
             cn.copy_(c0)
             kernel = throughput_forward_kernel
             args = input_gates, weight_hh, h0, c_reset, layout.tensors, y, c, gates, hn, cn
-        elif weight_in_registers(plan, tiles):
+        elif weight_in_registers(plan.mode, tiles):
             args = *inputs, scale, layout.tensors, stack, *outputs
         else:
             unprojected = None if weight_hr is None else y.new_empty(c0.shape)

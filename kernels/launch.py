@@ -85,9 +85,9 @@ def alloc_exchange_buffer(like: Tensor, shape: tuple[int, ...], tiles: Tiles, la
     return buffer.masked_fill_(layout.past(buffer.shape), 0) if layout.padded else buffer
 
 
-def weight_in_registers(plan: Plan, tiles: Tiles) -> bool:
+def weight_in_registers(mode: str, tiles: Tiles) -> bool:
     """Whether a pass runs in a kernel that has W_hh in registers: of a file with `latency` in its name."""
-    return tiles.poll or plan.mode == "local"
+    return tiles.poll or mode == "local"
 
 
 def compares_pairs(capability: tuple[int, int]) -> bool:
@@ -237,7 +237,7 @@ class Prepared:
         recurrences = states.shape[0] if states.dim() == 3 else 1
         unit_blocks, batch_groups = programs_of(tiles, H, B)
         form: dict[str, Any] = {"DIRECTIONS": 1 if stacked else recurrences, "REVERSE": reverse, "CELL": cell}
-        in_registers = weight_in_registers(plan, tiles)
+        in_registers = weight_in_registers(plan.mode, tiles)
         if in_registers:
             form["PAIRS"] = device.type == "cuda" and compares_pairs(cuda_device(device).capability)
         blocks = {"": unit_blocks}

@@ -181,7 +181,7 @@ def recurrent_backward(
         inputs = dsteps, dends, weight_hh, vectors or None, initial, resets, steps, kept, layout.tensors
         args = *inputs, dr, dx, dinitial, dresets, dvectors or None
         kernel: Any = recurrent_backward_kernel
-        if weight_in_registers(plan, tiles):
+        if weight_in_registers(plan.mode, tiles):
             kernel = recurrent_latency_backward_kernel
         launch(kernel, args, plan, layout, dinitial[0], H, True, reverse, False, cell)
     return dr, dx, dinitial, dresets, dvectors

@@ -183,7 +183,7 @@ def recurrent_forward(
     ends = tuple(torch.empty_like(state, dtype=acc if k else None) for k, state in enumerate(initial))
     if B > 0:
         kernel: Any = recurrent_forward_kernel
-        if weight_in_registers(plan, tiles):
+        if weight_in_registers(plan.mode, tiles):
             kernel = recurrent_latency_forward_kernel
             if tiles.poll and (layout.lengths is not None or initial[0].data_ptr() % 16):
                 initial = pollable(initial)

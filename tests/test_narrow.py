@@ -54,13 +54,7 @@ def check(dtype, form, B, H, device, kind="int8", reverse=False, batch=8, large=
     x, q, scale, h0, c0 = inputs(dtype, lead, B, H, kind, large=large)
     c_reset = None if layout.starts is None else torch.randn(1, B, H, dtype=torch.promote_types(dtype, torch.float32))
     plan = plan_for(dtype, device, kind, batch)
-    given = layout._replace(
-        **{
-            name: getattr(layout, name).to(device)
-            for name in ("lengths", "starts", "offsets")
-            if getattr(layout, name) is not None
-        }
-    )
+    given, _ = layout_of(form, T, B, device)
     options = {"scale": scale.to(device), "c_reset": None if c_reset is None else c_reset.to(device)}
     tensors = (tensor.to(device) for tensor in (x, q, h0, c0))
     ours = forward(*tensors, plan=plan, layout=given, reverse=reverse, save=False, **options)
